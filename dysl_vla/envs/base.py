@@ -1,0 +1,166 @@
+"""What every simulated manipulation environment shares: observation keys, seeding, checks.
+
+A simulator's module subclasses `ManipulationEnv` and fills in five methods. Not for robots: those speak the robot
+protocol of `deploy`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.types import (
+    IMAGE_PREFIX,
+    STATE_KEY,
+    TASK_KEY,
+    FloatArray,
+    ImageArray,
+    Observation,
+    WorldSpec,
+    check_actions,
+)
+
+PRINTABLE = "".join(map(chr, range(32, 127)))
+VIDEO_PIXELS = 256
+
+
+def episode_rng(task: str, seed: int, index: int) -> np.random.Generator:
+    """The random numbers of one episode, a function of (task, seed, episode index) alone.
+
+    The same in any order, in any process and after any earlier episode.
+    """
+    digest = hashlib.sha256(task.encode()).digest()
+    return np.random.default_rng([int.from_bytes(digest[:8], "big"), seed, index])
+
+
+class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
+    """One task of one simulator.
+
+    Args:
+        task: The task's name in its suite.
+        instruction: What to do, in plain English: the observation's `task`.
+        spec: Cameras, state and actions.
+        horizon: Steps after which an episode is truncated.
+
+    `reset(seed=s, options={"episode_index": i})` starts the episode (task, s, i). Without a seed the next episode index
+    of the last seed starts.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+
+    def __init__(self, task: str, instruction: str, spec: WorldSpec, horizon: int) -> None:
+        self.task = task
+        self.instruction = instruction
+        self.world_spec = spec
+        self.horizon = horizon
+        self._seed = int(np.random.SeedSequence().generate_state(1)[0])
+        self._episode_index = -1
+        self._step = 0
+        images = {
+            IMAGE_PREFIX + camera: spaces.Box(0, 255, (height, width, 3), np.uint8)
+            for camera, (height, width) in spec.cameras.items()
+        }
+        self.observation_space = spaces.Dict(
+            {
+                **images,
+                STATE_KEY: spaces.Box(-np.inf, np.inf, (len(spec.state_names),), np.float32),
+                TASK_KEY: spaces.Text(max_length=256, charset=PRINTABLE),
+            }
+        )
+        self.action_space = spaces.Box(
+            np.asarray(spec.action_low, np.float32), np.asarray(spec.action_high, np.float32), dtype=np.float32
+        )
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start an episode; see the class for how its initial state is chosen."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self._seed, self._episode_index = seed, -1
+        self._episode_index = (options or {}).get("episode_index", self._episode_index + 1)
+        self.np_random = episode_rng(self.task, self._seed, self._episode_index)
+        self._step = 0
+        self._reset_world(self.np_random)
+        return self.observe(), {"episode_index": self._episode_index}
+
+    def step(self, action: FloatArray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Gymnasium's step: `advance`, then `observe`. Success is `info["success"]`; it does not end the episode."""
+        reward, truncated, info = self.advance(action)
+        return self.observe(), reward, False, truncated, info
+
+    def advance(self, action: FloatArray) -> tuple[float, bool, dict[str, Any]]:
+        """Physics alone, for the steps of a chunk at which nobody looks.
+
+        Args:
+            action: (action,), in the world's units; clipped to the action space.
+
+        Returns:
+            Reward, truncated, info with `success`.
+
+        Raises:
+            ActionError: Another dimension, NaN or infinity. Nothing has moved.
+        """
+        check_actions(np.asarray(action), len(self.world_spec.action_names))
+        clipped = np.clip(np.asarray(action, np.float32), self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
+        reward, success = self._step_world(clipped)
+        self._step += 1
+        return reward, self._step >= self.horizon, {"success": success}
+
+    def observe(self) -> dict[str, Any]:
+        """The present observation: renders every camera."""
+        return {
+            **{
+                IMAGE_PREFIX + camera: self._render_camera(camera, height, width)
+                for camera, (height, width) in self.world_spec.cameras.items()
+            },
+            STATE_KEY: self._state(),
+            TASK_KEY: self.instruction,
+        }
+
+    def render(self) -> ImageArray:  # type: ignore[override]
+        """A frame for people: the first camera at 256 pixels, (256, 256, 3) uint8."""
+        return self._render_camera(next(iter(self.world_spec.cameras)), VIDEO_PIXELS, VIDEO_PIXELS)
+
+    @abstractmethod
+    def _reset_world(self, rng: np.random.Generator) -> None:
+        """Put the world into the initial state that `rng` draws, whatever happened before."""
+
+    @abstractmethod
+    def _step_world(self, action: FloatArray) -> tuple[float, bool]:
+        """Simulate one control period. Returns reward and success."""
+
+    @abstractmethod
+    def _state(self) -> FloatArray:
+        """Proprioception, (state,) float32."""
+
+    @abstractmethod
+    def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
+        """One frame, uint8 (height, width, 3)."""
+
+    @abstractmethod
+    def expert_action(self) -> FloatArray:
+        """What a scripted expert would do now, from privileged state; (action,) inside the action space."""
+
+
+def check_cameras(asked: dict[str, tuple[int, int]], offered: tuple[str, ...]) -> None:
+    """Refuse a camera that a simulator does not have.
+
+    Raises:
+        ConfigError: Naming the camera and those that exist.
+    """
+    for camera, (height, width) in asked.items():
+        if camera not in offered:
+            raise ConfigError(f"cameras: there is no camera {camera!r}; there are: {', '.join(offered)}.")
+        if height < 1 or width < 1:
+            raise ConfigError(f"cameras: {camera!r} cannot be {height}x{width} pixels; both must be at least 1.")
+
+
+__all__ = ["ManipulationEnv", "Observation", "check_cameras", "episode_rng"]

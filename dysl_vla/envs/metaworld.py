@@ -1,0 +1,174 @@
+"""Meta-World's Sawyer tasks: 4-d end-effector actions at 80 Hz, two cameras, scripted experts.
+
+Observations are LeRobot's set-up: `corner2` moved closer and turned upright, the wrist camera `gripperPOV`, and the
+first four numbers of Meta-World's state. The object positions that Meta-World also offers stay with the expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dysl_vla.envs.base import ManipulationEnv, check_cameras
+from dysl_vla.envs.experts import make_metaworld_expert
+from dysl_vla.envs.rendering import SceneRenderer, choose_gl_backend
+from dysl_vla.errors import ConfigError
+from dysl_vla.types import FloatArray, ImageArray, WorldSpec
+
+INSTRUCTIONS: dict[str, str] = {
+    "assembly": "put the ring on the peg",
+    "basketball": "dunk the ball into the basket",
+    "bin-picking": "move the cube from one bin to the other",
+    "box-close": "put the lid on the box",
+    "button-press-topdown": "press the button from above",
+    "button-press-topdown-wall": "press the button behind the wall from above",
+    "button-press": "press the button from the front",
+    "button-press-wall": "press the button behind the wall from the front",
+    "coffee-button": "push the button of the coffee machine",
+    "coffee-pull": "pull the mug away from the coffee machine",
+    "coffee-push": "push the mug under the coffee machine",
+    "dial-turn": "turn the dial",
+    "disassemble": "take the ring off the peg",
+    "door-open": "open the door",
+    "door-close": "close the door",
+    "door-lock": "lock the door",
+    "door-unlock": "unlock the door",
+    "drawer-open": "open the drawer",
+    "drawer-close": "close the drawer",
+    "faucet-open": "turn the faucet on",
+    "faucet-close": "turn the faucet off",
+    "hammer": "hammer the nail into the wall",
+    "hand-insert": "put the hand into the hole",
+    "handle-press-side": "press the handle down from the side",
+    "handle-press": "press the handle down",
+    "handle-pull-side": "pull the handle up from the side",
+    "handle-pull": "pull the handle up",
+    "lever-pull": "pull the lever up",
+    "peg-insert-side": "insert the peg into the hole in the side of the box",
+    "peg-unplug-side": "pull the peg out of the hole in the side of the box",
+    "pick-out-of-hole": "lift the puck out of the hole",
+    "pick-place": "pick up the puck and hold it at the goal",
+    "pick-place-wall": "pick up the puck and hold it at the goal behind the wall",
+    "plate-slide": "slide the plate into the cabinet",
+    "plate-slide-side": "slide the plate sideways into the cabinet",
+    "plate-slide-back": "slide the plate out of the cabinet",
+    "plate-slide-back-side": "slide the plate sideways out of the cabinet",
+    "push": "push the puck to the goal",
+    "push-back": "pull the puck back to the goal",
+    "push-wall": "push the puck around the wall to the goal",
+    "reach": "move the hand to the goal",
+    "reach-wall": "move the hand around the wall to the goal",
+    "shelf-place": "put the cube on the shelf",
+    "soccer": "kick the ball into the goal",
+    "stick-push": "push the box with the stick",
+    "stick-pull": "pull the box with the stick",
+    "sweep-into": "sweep the puck into the hole",
+    "sweep": "sweep the puck off the table",
+    "window-open": "open the window",
+    "window-close": "close the window",
+}
+
+MT10 = (
+    "reach",
+    "push",
+    "pick-place",
+    "door-open",
+    "drawer-open",
+    "drawer-close",
+    "button-press-topdown",
+    "peg-insert-side",
+    "window-open",
+    "window-close",
+)
+
+HORIZON = 500
+DEFAULT_CAMERAS = {"corner2": (144, 144), "gripperPOV": (72, 72)}
+CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+UPSIDE_DOWN = frozenset({"corner", "corner2", "corner3", "corner4"})
+CORNER2_POSITION = (0.75, 0.075, 0.7)
+MODEL_FIELDS_CHANGED_BY_RESET = ("body_pos", "body_quat", "site_pos", "site_quat", "geom_pos", "geom_quat")
+
+
+class MetaWorldEnv(ManipulationEnv):
+    """One Meta-World task.
+
+    Args:
+        task: Its name without the version, "drawer-open".
+        cameras: Camera name to (height, width).
+        full_quality: Render shadows, reflections and multi-sampling; ten times slower.
+
+    Raises:
+        ConfigError: Unknown task or camera.
+        RenderingError: No OpenGL on this machine.
+    """
+
+    def __init__(
+        self, task: str, cameras: Mapping[str, tuple[int, int]] | None = None, *, full_quality: bool = False
+    ) -> None:
+        if task not in INSTRUCTIONS:
+            raise ConfigError(f"unknown Meta-World task {task!r}; there are: {', '.join(sorted(INSTRUCTIONS))}.")
+        sizes = dict(cameras or DEFAULT_CAMERAS)
+        check_cameras(sizes, CAMERAS)
+        choose_gl_backend()  # before MuJoCo is imported, here and wherever Meta-World does it
+        import mujoco
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+        sawyer: Any = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
+        # The expert is told where the goal is; the policy's observation never holds it.
+        sawyer._partially_observable = False
+        del sawyer.sawyer_observation_space  # cached, with the goal clipped to zero
+        sawyer.seeded_rand_vec = True
+        sawyer._set_task_called = True
+        sawyer.model.cam_pos[sawyer.model.camera("corner2").id] = CORNER2_POSITION
+        self._mujoco = mujoco
+        self._sawyer = sawyer
+        self._expert = make_metaworld_expert(task)
+        self._full_state = np.zeros(39)
+        self._unchanged_model = {name: getattr(sawyer.model, name).copy() for name in MODEL_FIELDS_CHANGED_BY_RESET}
+        self._renderer = SceneRenderer(sawyer.model, full_quality=full_quality)
+        spec = WorldSpec(
+            cameras=sizes,
+            state_names=("x", "y", "z", "gripper"),
+            action_names=("dx", "dy", "dz", "gripper"),
+            action_low=(-1.0,) * 4,
+            action_high=(1.0,) * 4,
+            rate_hz=round(1 / sawyer.dt, 6),
+        )
+        super().__init__(task, INSTRUCTIONS[task], spec, HORIZON)
+
+    def _reset_world(self, rng: np.random.Generator) -> None:
+        # Tasks move bodies of the *model* when they are reset, and read what an earlier episode left there.
+        for name, value in self._unchanged_model.items():
+            getattr(self._sawyer.model, name)[:] = value
+        self._mujoco.mj_resetData(self._sawyer.model, self._sawyer.data)
+        # As Meta-World itself does: one reset draws the initial state (some tasks draw until it is a fair one), and the
+        # next starts from it, so that the hand is moved into place among bodies that are where they will be.
+        self._sawyer.np_random = rng
+        self._sawyer._freeze_rand_vec = False
+        self._sawyer.reset_model()
+        self._sawyer._freeze_rand_vec = True
+        self._full_state, _ = self._sawyer.reset()
+        self._mujoco.mj_forward(self._sawyer.model, self._sawyer.data)
+        self._expert = make_metaworld_expert(self.task)
+
+    def _step_world(self, action: FloatArray) -> tuple[float, bool]:
+        self._full_state, reward, _, _, info = self._sawyer.step(action)
+        return float(reward), bool(info["success"])
+
+    def _state(self) -> FloatArray:
+        return self._full_state[:4].astype(np.float32)
+
+    def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
+        return self._renderer.render(self._sawyer.data, camera, height, width, turned=camera in UPSIDE_DOWN)
+
+    def expert_action(self) -> FloatArray:
+        """A scripted policy on the full state, which it gets as a copy: some of Meta-World's write to it."""
+        action = self._expert.get_action(self._full_state.copy())
+        return np.clip(np.asarray(action, np.float32), -1, 1)
+
+    def close(self) -> None:
+        """Free the renderers."""
+        self._renderer.close()
+        self._sawyer.close()

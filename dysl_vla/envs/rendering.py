@@ -1,0 +1,105 @@
+"""Cameras of MuJoCo scenes without a screen, for every simulator.
+
+The GL backend is chosen once: `MUJOCO_GL` if the user set it, else EGL, else OSMesa, else an error that says what to
+install. The default scene quality is made for a policy's eyes: without shadows, reflections and multi-sampling a
+128-pixel frame takes a tenth of the time. Not for windows: nothing is ever shown on a screen.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dysl_vla.errors import RenderingError
+from dysl_vla.types import ImageArray
+
+if TYPE_CHECKING:
+    import mujoco
+
+MEND = "install one with: sudo apt-get install libegl1 libgl1-mesa-dri   (or: libosmesa6)"
+
+
+def choose_gl_backend() -> str:
+    """Decide how MuJoCo renders, before MuJoCo is first imported.
+
+    Returns:
+        The backend, also left in `MUJOCO_GL`: "egl", "osmesa" or what the user asked for.
+
+    Raises:
+        RenderingError: No OpenGL library for rendering without a screen is installed.
+    """
+    asked = os.environ.get("MUJOCO_GL")
+    if asked:
+        return asked
+    for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+        if ctypes.util.find_library(library):
+            os.environ["MUJOCO_GL"] = backend
+            # PyOpenGL reads its own variable, and robosuite would otherwise choose by platform.
+            os.environ.setdefault("PYOPENGL_PLATFORM", backend)
+            return backend
+    raise RenderingError(f"no OpenGL library for rendering without a screen (neither EGL nor OSMesa); {MEND}")
+
+
+class SceneRenderer:
+    """Renders the cameras of one MuJoCo model, one renderer a frame size.
+
+    Args:
+        model: The scene.
+        full_quality: Shadows, reflections and multi-sampling as the scene's author set them.
+
+    Raises:
+        RenderingError: The GL library is there, but no context can be made.
+    """
+
+    def __init__(self, model: mujoco.MjModel, *, full_quality: bool = False) -> None:
+        self._model = model
+        self._full_quality = full_quality
+        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
+
+    def render(self, data: mujoco.MjData, camera: str, height: int, width: int, *, turned: bool = False) -> ImageArray:
+        """One frame of one camera.
+
+        Args:
+            data: The scene's current state.
+            camera: The camera's name in the scene.
+            height: Pixels.
+            width: Pixels.
+            turned: The camera hangs upside down: turn its picture by 180 degrees.
+
+        Returns:
+            uint8, (height, width, 3).
+        """
+        renderer = self._renderer(height, width)
+        renderer.update_scene(data, camera=camera)
+        frame = renderer.render()
+        return np.ascontiguousarray(frame[::-1, ::-1]) if turned else frame
+
+    def _renderer(self, height: int, width: int) -> mujoco.Renderer:
+        if (height, width) not in self._renderers:
+            import mujoco
+
+            visual = self._model.vis
+            visual.global_.offheight = max(visual.global_.offheight, height)
+            visual.global_.offwidth = max(visual.global_.offwidth, width)
+            if not self._full_quality:
+                visual.quality.offsamples = 0
+            try:
+                renderer = mujoco.Renderer(self._model, height, width)
+            except Exception as error:  # mujoco raises whatever its GL binding raised
+                raise RenderingError(
+                    f"MuJoCo could not open a {os.environ.get('MUJOCO_GL')} context ({error}); {MEND}"
+                ) from error
+            if not self._full_quality:
+                renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+                renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+            self._renderers[height, width] = renderer
+        return self._renderers[height, width]
+
+    def close(self) -> None:
+        """Free the GL contexts; unclosed ones print tracebacks when Python exits."""
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()

@@ -1,0 +1,50 @@
+"""The policy protocol: all that evaluation, collection and control know of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from dysl_vla.registry import Registry
+from dysl_vla.types import ActionChunk, EpisodeState, Observation, PolicySpec
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A policy: observations in, chunks of actions out, a batch at a time.
+
+    It keeps nothing of an episode itself. The caller makes one `EpisodeState` an episode with `reset`, passes it to
+    every `infer` of that episode and appends the actions to `state.executed` as it executes them.
+    """
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What the policy expects of a world, and how it answers."""
+
+    def reset(self) -> EpisodeState:
+        """The state of an episode that begins."""
+
+    def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
+        """Predict a chunk for each episode of a batch.
+
+        Args:
+            observations: One an episode.
+            states: Their states, in the same order.
+
+        Returns:
+            One chunk an episode; a row's actions do not depend on its neighbours.
+
+        Raises:
+            ObservationError: An observation does not fit the spec.
+        """
+
+
+class PolicyClass(Protocol):
+    """What a policy offers so that checkpoints of its type can be loaded."""
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> Policy:
+        """Load a checkpoint from a shipped name, a folder or a Hugging Face hub id."""
+
+
+policies: Registry[PolicyClass] = Registry("policy type", "dysl_vla.policies")

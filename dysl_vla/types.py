@@ -1,0 +1,190 @@
+"""The vocabulary that crosses rooms: what a world shows, what a policy answers, and what both declare of themselves.
+
+Plain data on NumPy. Nothing here knows a simulator, a model or a file, so that every room, the torch-free robot runtime
+included, can import it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dysl_vla.errors import ActionError, ConfigError, ObservationError
+
+FloatArray = NDArray[np.float32]
+ImageArray = NDArray[np.uint8]
+
+Observation = Mapping[str, Any]
+"""One moment as the world shows it, under LeRobot's keys.
+
+`observation.images.<camera>`: uint8, (height, width, 3). `observation.state`: float32, (state,). `task`: str, the
+instruction in plain English.
+"""
+
+IMAGE_PREFIX = "observation.images."
+STATE_KEY = "observation.state"
+TASK_KEY = "task"
+
+
+@dataclass(frozen=True)
+class WorldSpec:
+    """What a world (a simulated environment or a robot) shows and accepts.
+
+    Attributes:
+        cameras: Camera name to image size, (height, width) in pixels.
+        state_names: One name a dimension of `observation.state`.
+        action_names: One name a dimension of the action.
+        action_low: Smallest accepted action, a value a dimension, in the world's units.
+        action_high: Largest accepted action.
+        rate_hz: Actions a second.
+    """
+
+    cameras: Mapping[str, tuple[int, int]]
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    rate_hz: float
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a policy expects of a world, and how it answers.
+
+    Attributes:
+        cameras: Camera name to image size, (height, width) in pixels, that the policy was trained on.
+        state_names: One name a dimension of `observation.state`.
+        action_names: One name a dimension of the action.
+        rate_hz: Actions a second of the world that the policy was trained in.
+        chunk_length: Actions predicted by one inference.
+        execute_steps: How many of them are executed before the next inference.
+    """
+
+    cameras: Mapping[str, tuple[int, int]]
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    rate_hz: float
+    chunk_length: int
+    execute_steps: int
+
+    def check_world(self, world: WorldSpec) -> None:
+        """Refuse a world that this policy cannot control, before anything moves.
+
+        Raises:
+            ConfigError: Naming the first field that differs.
+        """
+        for camera, size in self.cameras.items():
+            if camera not in world.cameras:
+                offered = ", ".join(sorted(world.cameras))
+                raise ConfigError(f"cameras: the policy needs camera {camera!r}; this world offers {offered}.")
+            if tuple(world.cameras[camera]) != tuple(size):
+                raise ConfigError(
+                    f"cameras: the policy was trained on {camera!r} at {size[0]}x{size[1]} pixels, this world gives "
+                    f"{world.cameras[camera][0]}x{world.cameras[camera][1]}; ask it for the policy's size."
+                )
+        for name, mine, theirs in (
+            ("state_names", self.state_names, world.state_names),
+            ("action_names", self.action_names, world.action_names),
+            ("rate_hz", self.rate_hz, world.rate_hz),
+        ):
+            if mine != theirs:
+                raise ConfigError(
+                    f"{name}: the policy was trained with {_shown(mine)}, this world has {_shown(theirs)}; "
+                    "evaluate it in the world that it was trained for, or train it on demonstrations of this one."
+                )
+
+    def check_observation(self, observation: Observation) -> None:
+        """Refuse an observation of another kind, shape or size than the policy was trained on.
+
+        Raises:
+            ObservationError: Naming the key, what came and what was expected.
+        """
+        for camera, (height, width) in self.cameras.items():
+            image = observation.get(IMAGE_PREFIX + camera)
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != (height, width, 3):
+                raise ObservationError(
+                    f"{IMAGE_PREFIX}{camera}: expected uint8 ({height}, {width}, 3), got {_kind(image)}."
+                )
+        state = observation.get(STATE_KEY)
+        if not isinstance(state, np.ndarray) or state.shape != (len(self.state_names),):
+            raise ObservationError(f"{STATE_KEY}: expected float32 ({len(self.state_names)},), got {_kind(state)}.")
+        if not np.isfinite(state).all():
+            raise ObservationError(f"{STATE_KEY}: has a value that is not finite: {state.tolist()}.")
+        if not isinstance(observation.get(TASK_KEY), str):
+            raise ObservationError(f"{TASK_KEY}: expected the instruction as text, got {_kind(observation.get(TASK_KEY))}.")
+
+
+@dataclass(frozen=True)
+class InferenceTiming:
+    """Where one inference spent its time, in seconds of a monotonic clock.
+
+    A batch of observations is inferred together, so its chunks share one timing.
+    """
+
+    encode_s: float
+    llm_s: float
+    decode_s: float
+    guidance_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """The whole policy: encode + LLM + decode + guidance."""
+        return self.encode_s + self.llm_s + self.decode_s + self.guidance_s
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """What one inference answers for one episode.
+
+    Attributes:
+        actions: (chunk, action) float32, in the world's units, in the order of execution.
+        timing: Where the time went.
+    """
+
+    actions: FloatArray
+    timing: InferenceTiming
+
+
+@dataclass
+class EpisodeState:
+    """What a policy remembers of one running episode.
+
+    The caller makes it with `Policy.reset`, hands it to every `infer` of that episode and appends each action as it was
+    executed. A batch of episodes is a list of these; nothing is kept anywhere else.
+
+    Attributes:
+        executed: The latest executed actions, oldest first, each (action,) in the world's units.
+    """
+
+    executed: deque[FloatArray] = field(default_factory=lambda: deque(maxlen=64))
+
+
+def check_actions(actions: NDArray[Any], action_dim: int) -> None:
+    """Refuse actions that no world should be given.
+
+    Args:
+        actions: (action,) or (time, action).
+        action_dim: The world's number of action dimensions.
+
+    Raises:
+        ActionError: For another dimension, NaN or infinity.
+    """
+    if actions.shape[-1:] != (action_dim,):
+        raise ActionError(f"action: expected {action_dim} dimensions, got an array of shape {actions.shape}.")
+    if not np.isfinite(actions).all():
+        raise ActionError(f"action: has a value that is not finite: {actions.tolist()}.")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return "nothing" if value is None else type(value).__name__
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
