@@ -116,7 +116,9 @@ class PolicySpec:
         if not np.isfinite(state).all():
             raise ObservationError(f"{STATE_KEY}: has a value that is not finite: {state.tolist()}.")
         if not isinstance(observation.get(TASK_KEY), str):
-            raise ObservationError(f"{TASK_KEY}: expected the instruction as text, got {_kind(observation.get(TASK_KEY))}.")
+            raise ObservationError(
+                f"{TASK_KEY}: expected the instruction as text, got {_kind(observation.get(TASK_KEY))}."
+            )
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dysl_vla.data.lerobot import DemonstrationWriter, Demonstrations, Episode, EpisodeRow, Origin
+from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, EpisodeRow, Origin
 from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, Suite, episode_rng, get_suite
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.policies.base import Policy
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray
 
 EXPERT = "expert"
 LONGEST_DEMONSTRATION = 250
@@ -201,7 +201,7 @@ def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None, noi
     observation, _ = env.reset(seed=origin.seed, options={"episode_index": origin.episode_index})
     state = policy.reset() if policy else None
     plan: deque[FloatArray] = deque()
-    images: dict[str, list[np.ndarray]] = {camera: [] for camera in env.world_spec.cameras}
+    images: dict[str, list[ImageArray]] = {camera: [] for camera in env.world_spec.cameras}
     states, actions = [], []
     left = None
     for step in range(min(env.horizon, LONGEST_DEMONSTRATION)):

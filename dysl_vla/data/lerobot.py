@@ -134,7 +134,7 @@ class DemonstrationWriter:
         row = EpisodeRow(
             length=length,
             start=start,
-            video_files={camera: (chunk, file) for camera in episode.images},
+            video_files=dict.fromkeys(episode.images, (chunk, file)),
             video_starts_s=dict.fromkeys(episode.images, 0.0),
             origin=episode.origin,
         )
@@ -413,7 +413,7 @@ def _episode_table(root: Path) -> pa.Table:
 
 def _episode_statistics(episode: Episode) -> dict[str, dict[str, Any]]:
     """Mean, deviation and range of every feature; images as LeRobot wants them, (3, 1, 1) in [0, 1], of some frames."""
-    statistics = {}
+    statistics: dict[str, dict[str, Any]] = {}
     for key, values in ((STATE_KEY, episode.states), (ACTION_KEY, episode.actions)):
         statistics[key] = _statistics(values.astype(np.float64)) | {"count": [len(values)]}
     for camera, images in episode.images.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -52,7 +52,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
     of the last seed starts.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 # Gymnasium declares it so
     render_mode = "rgb_array"
 
     def __init__(self, task: str, instruction: str, spec: WorldSpec, horizon: int) -> None:
@@ -74,9 +74,8 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
                 TASK_KEY: spaces.Text(max_length=256, charset=PRINTABLE),
             }
         )
-        self.action_space = spaces.Box(
-            np.asarray(spec.action_low, np.float32), np.asarray(spec.action_high, np.float32), dtype=np.float32
-        )
+        self._low, self._high = np.asarray(spec.action_low, np.float32), np.asarray(spec.action_high, np.float32)
+        self.action_space = spaces.Box(self._low, self._high, dtype=np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -109,8 +108,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
             ActionError: Another dimension, NaN or infinity. Nothing has moved.
         """
         check_actions(np.asarray(action), len(self.world_spec.action_names))
-        clipped = np.clip(np.asarray(action, np.float32), self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
-        reward, success = self._step_world(clipped)
+        reward, success = self._step_world(np.clip(np.asarray(action, np.float32), self._low, self._high))
         self._step += 1
         return reward, self._step >= self.horizon, {"success": success}
 
@@ -125,7 +123,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
             TASK_KEY: self.instruction,
         }
 
-    def render(self) -> ImageArray:  # type: ignore[override]
+    def render(self) -> ImageArray:
         """A frame for people: the first camera at 256 pixels, (256, 256, 3) uint8."""
         return self._render_camera(next(iter(self.world_spec.cameras)), VIDEO_PIXELS, VIDEO_PIXELS)
 

@@ -78,8 +78,9 @@ def make_metaworld_expert(task: str) -> MetaWorldExpert:
 
     # Every second action exceeds the action space, and would warn.
     warnings.filterwarnings("ignore", message="Constant.s. may be too high", category=UserWarning)
-    expert: Any = ENV_POLICY_MAP[f"{task}-v3"]()
-    return expert  # type: ignore[no-any-return]
+    policy_class: Any = ENV_POLICY_MAP[f"{task}-v3"]
+    expert: MetaWorldExpert = policy_class()
+    return expert
 
 
 def _towards(hand: NDArray[np.float64], target: NDArray[np.float64], *, gain: float, gripper: float) -> FloatArray:

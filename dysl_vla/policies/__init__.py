@@ -1,0 +1,33 @@
+"""Vision-language-action policies behind one small protocol, and their training.
+
+Importing this room imports no torch; `load_policy` does, for the policies that need it.
+"""
+
+from __future__ import annotations
+
+from dysl_vla.checkpoint import find_checkpoint, read_policy_type
+from dysl_vla.extras import needs_extra
+from dysl_vla.policies.base import Policy, policies
+
+__all__ = ["Policy", "load_policy", "policies"]
+
+
+def load_policy(name: str) -> Policy:
+    """Load a policy, ready to infer.
+
+    Args:
+        name: A shipped name ("metaworld-mini"), a checkpoint's folder, a Hugging Face hub id, or "mock".
+
+    Raises:
+        ConfigError: There is none of that name.
+        CheckpointError: It is damaged, foreign or edited.
+        MissingExtraError: torch or transformers are not installed.
+    """
+    if name == "mock":
+        from dysl_vla.policies.mock import MockPolicy
+
+        return MockPolicy()
+    policy_type = read_policy_type(find_checkpoint(name))
+    with needs_extra("policy"):
+        import dysl_vla.policies.mini_vla  # noqa: F401 # it registers itself
+    return policies.get(policy_type).from_pretrained(name)

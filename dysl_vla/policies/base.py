@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from dysl_vla.registry import Registry
 from dysl_vla.types import ActionChunk, EpisodeState, Observation, PolicySpec
@@ -20,6 +20,14 @@ class Policy(Protocol):
     @property
     def spec(self) -> PolicySpec:
         """What the policy expects of a world, and how it answers."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """How the policy was made; `data.origins` names the seeds that it was trained on. Empty when unknown."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs whenever the weights do, so that an evaluation is only continued with the policy that began it."""
 
     def reset(self) -> EpisodeState:
         """The state of an episode that begins."""

@@ -1,0 +1,180 @@
+"""Checkpoints: a folder in Hugging Face's style that is whole, or refused.
+
+    config.json          type of policy and its configuration, for people to read
+    model.safetensors    weights; the configuration once more in its metadata
+    tokenizer.json       of the `tokenizers` library
+    provenance.json      how it was made: commands, versions, data, seeds
+    manifest.json        SHA-256 of the other files
+
+Nothing is ever unpickled. An edited configuration is found because it differs from the one beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.extras import needs_extra
+from dysl_vla.files import replacing, sha256, write_json, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+PROVENANCE, MANIFEST = "provenance.json", "manifest.json"
+SHIPPED = Path(__file__).parent / "policies" / "shipped"
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        policy_type: Which class it is of.
+        config: Its configuration, a dataclass.
+        tensors: Weights by name.
+        tokenizer: The text of tokenizer.json.
+        provenance: How it was made.
+    """
+
+    policy_type: str
+    config: Any
+    tensors: dict[str, Tensor]
+    tokenizer: str
+    provenance: dict[str, Any]
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder of a checkpoint.
+
+    Args:
+        name: A shipped name ("metaworld-mini"), a folder, or a Hugging Face hub id ("owner/name"), which is downloaded.
+
+    Raises:
+        ConfigError: There is none of that name.
+        CheckpointError: The download failed.
+    """
+    for folder in (Path(name), SHIPPED / name):
+        if (folder / CONFIG).is_file():
+            return folder
+    if Path(name).is_dir():
+        raise CheckpointError(f"{name}: is no checkpoint (there is no {CONFIG}).")
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        with needs_extra("policy"):
+            from huggingface_hub import snapshot_download
+        try:
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        except Exception as error:  # the hub client's errors are many, and all mean the same here
+            raise CheckpointError(f"{name}: is no folder here, and could not be had from the hub ({error}).") from error
+    shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("*") if path.is_dir()))
+    raise ConfigError(f"unknown policy {name!r}: it is no folder; shipped with the package: {shipped or 'none'}.")
+
+
+def read_policy_type(folder: Path) -> str:
+    """Which class a checkpoint is of, from its config.json."""
+    policy_type = _read_json(folder / CONFIG).get("policy_type")
+    if not isinstance(policy_type, str):
+        raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' is missing; this is a foreign checkpoint.")
+    return policy_type
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; an older one in the same folder is replaced file by file."""
+    from safetensors.torch import save_file
+
+    config = {"policy_type": checkpoint.policy_type, "config": asdict(checkpoint.config)}
+    text = json.dumps(config, indent=2, allow_nan=False)
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(checkpoint.tensors, temporary, metadata={"format": "pt", "config": text})
+    write_text(folder / CONFIG, text + "\n")
+    write_text(folder / TOKENIZER, checkpoint.tokenizer)
+    write_json(folder / PROVENANCE, checkpoint.provenance)
+    write_json(folder / MANIFEST, {name: sha256(folder / name) for name in (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE)})
+
+
+def load_checkpoint(name: str, policy_type: str, config_class: type[Any]) -> Checkpoint:
+    """Read a checkpoint and check every part of it.
+
+    Args:
+        name: See `find_checkpoint`.
+        policy_type: The type that it must be of.
+        config_class: The dataclass of its configuration.
+
+    Raises:
+        CheckpointError: Naming the file and, where it is a field, the field.
+        ConfigError: There is no checkpoint of that name.
+    """
+    with needs_extra("policy"):
+        from pydantic import TypeAdapter, ValidationError
+        from safetensors import SafetensorError, safe_open
+    folder = find_checkpoint(name)
+    found = read_policy_type(folder)
+    if found != policy_type:
+        raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' is {found!r}; this reads {policy_type!r}.")
+    document = _read_json(folder / CONFIG)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            written = json.loads((file.metadata() or {}).get("config", "null"))
+            _check_unedited(folder / CONFIG, document, written)
+            _check_manifest(folder)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 # it is no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: is missing or damaged ({error}); get it again.") from error
+    try:
+        config = TypeAdapter(config_class).validate_python(document["config"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{folder / CONFIG}: field 'config.{field}': {first['msg']}.") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    return Checkpoint(
+        policy_type=policy_type,
+        config=config,
+        tensors=tensors,
+        tokenizer=(folder / TOKENIZER).read_text(encoding="utf-8"),
+        provenance=_read_json(folder / PROVENANCE),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is missing or damaged ({error}); get the checkpoint again.") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: is not a JSON object; get the checkpoint again.")
+    return document
+
+
+def _check_unedited(path: Path, document: Any, written: Any) -> None:
+    difference = _first_difference(document, written, "")
+    if difference is not None:
+        raise CheckpointError(
+            f"{path}: field {difference!r} is not what the weights were saved with; undo the edit, or train anew."
+        )
+
+
+def _check_manifest(folder: Path) -> None:
+    manifest = _read_json(folder / MANIFEST)
+    for name in (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: is missing; get the checkpoint again.")
+        if manifest.get(name) != sha256(folder / name):
+            raise CheckpointError(f"{folder / name}: is damaged or edited (its SHA-256 is not the manifest's).")
+
+
+def _first_difference(left: Any, right: Any, path: str) -> str | None:
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in [*left, *(key for key in right if key not in left)]:
+            inside = f"{path}.{key}" if path else str(key)
+            if key not in left or key not in right:
+                return inside
+            found = _first_difference(left[key], right[key], inside)
+            if found is not None:
+                return found
+        return None
+    return None if left == right else path

@@ -1,0 +1,140 @@
+"""The command `dysl VERB`: parse, call one function, print what it returns.
+
+Each verb imports its room when it is called, so that `dysl --help` is instant and a robot's controller needs only what
+it runs. A user's mistake ends in one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from dysl_vla.errors import DyslError
+
+T = TypeVar("T")
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    from dysl_vla.doctor import diagnose
+
+    def doctor() -> int:
+        """Print versions, the OpenGL backend and a rendered frame's time, and how to mend what is missing."""
+        report = diagnose()
+        print(report.text())
+        return 0 if report.healthy else 1
+
+    return tyro.cli(doctor, args=arguments, prog="dysl doctor")
+
+
+def _demos_collect(arguments: Sequence[str]) -> int:
+    from dysl_vla.data.collect import CollectConfig, collect
+    from dysl_vla.data.info import render_info
+
+    print(render_info(collect(_parse(CollectConfig, arguments, "dysl demos collect"))))
+    return 0
+
+
+def _demos_info(arguments: Sequence[str]) -> int:
+    from dysl_vla.data.info import render_info
+    from dysl_vla.data.lerobot import Demonstrations
+
+    def info(folder: tyro.conf.Positional[Path]) -> int:
+        """Print what a LeRobotDataset v3 on disk holds.
+
+        Args:
+            folder: The dataset's folder.
+        """
+        print(render_info(Demonstrations(folder)))
+        return 0
+
+    return tyro.cli(info, args=arguments, prog="dysl demos info")
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from dysl_vla.data.cloning import TrainConfig, train
+
+    out = train(_parse(TrainConfig, arguments, "dysl train"))
+    print(f"Trained: {out}. Evaluate it with: dysl eval --policy {out} --out {out}-eval")
+    return 0
+
+
+def _eval(arguments: Sequence[str]) -> int:
+    from dysl_vla.eval.report import render_report
+    from dysl_vla.eval.runner import EvalConfig, evaluate
+
+    config = _parse(EvalConfig, arguments, "dysl eval")
+    print(render_report(evaluate(config)))
+    print(f"Records: {config.out}")
+    return 0
+
+
+def _eval_compare(arguments: Sequence[str]) -> int:
+    from dysl_vla.eval.compare import compare, render_comparison
+
+    def compare_runs(runs: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> int:
+        """Compare evaluations of different policies on the same episodes, paired with the first one's.
+
+        Args:
+            runs: Folders of `dysl eval`, two or more.
+        """
+        print(render_comparison(runs, compare(runs)))
+        return 0
+
+    return tyro.cli(compare_runs, args=arguments, prog="dysl eval compare")
+
+
+def _parse(config: type[T], arguments: Sequence[str], program: str) -> T:
+    return tyro.cli(config, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,))
+
+
+VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "doctor": (_doctor, "check this machine, and say how to mend what is missing"),
+    "demos collect": (_demos_collect, "collect demonstrations in simulation, from experts or corrected policies"),
+    "demos info": (_demos_info, "show what a dataset holds"),
+    "train": (_train, "train a policy on demonstrations"),
+    "eval": (_eval, "evaluate a policy: success, latency, videos"),
+    "eval compare": (_eval_compare, "compare evaluations, paired by episode"),
+}
+
+
+def usage() -> str:
+    """What `dysl` prints without a verb."""
+    width = max(map(len, VERBS))
+    lines = [f"  dysl {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(["usage: dysl VERB [options]    (dysl VERB --help explains the options)", "", *lines])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: Without the program's name; those of the process when None.
+
+    Returns:
+        The exit code: 0, 1 when something was found wanting, 2 for a user's mistake, 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for length in (2, 1):
+        verb = " ".join(words[:length])
+        if verb in VERBS:
+            try:
+                return VERBS[verb][0](words[length:])
+            except DyslError as error:
+                print(f"dysl {verb}: {error}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print(f"dysl {verb}: interrupted; the same command continues where it stopped.", file=sys.stderr)
+                return 130
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    print(f"dysl: unknown verb {words[0]!r}\n\n{usage()}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""`dysl eval compare`: runs of different policies on the same episodes, paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.eval.records import EPISODES, read_result
+from dysl_vla.eval.statistics import PairedSuccess
+from dysl_vla.files import read_lines
+
+PROTOCOL = ("suite", "seed", "horizon", "episodes")
+"""What must be the same for two runs' episodes to be pairs."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run against the first one.
+
+    Attributes:
+        run: The run's folder.
+        success: The pairs; the first run is the first method.
+        latency_ratio: For each part of the latency, the first run's over this one's: above 1 is faster. None when the
+            two were not measured alike.
+    """
+
+    run: Path
+    success: PairedSuccess
+    latency_ratio: dict[str, dict[str, float]] | None
+
+
+def compare(runs: Sequence[Path]) -> list[Comparison]:
+    """Pair the episodes of each run with those of the first, by (task, seed, episode index).
+
+    Raises:
+        ConfigError: Fewer than two runs, an unfinished one, or runs that are not comparable, saying why.
+    """
+    if len(runs) < 2:
+        raise ConfigError("compare: give at least two folders of `dysl eval`.")
+    results = [read_result(run) for run in runs]
+    outcomes = [_outcomes(run) for run in runs]
+    for run, result, outcome in zip(runs[1:], results[1:], outcomes[1:], strict=True):
+        for name in PROTOCOL:
+            if result[name] != results[0][name]:
+                raise ConfigError(
+                    f"compare: {name} is {results[0][name]} in {runs[0]} and {result[name]} in {run}; "
+                    "run both with the same."
+                )
+        if outcome.keys() != outcomes[0].keys():
+            odd = sorted(outcome.keys() ^ outcomes[0].keys())[0]
+            raise ConfigError(f"compare: {runs[0]} and {run} do not hold the same episodes; {odd} is in one alone.")
+    return [
+        Comparison(run, _pair(outcomes[0], outcome), _ratios(results[0], result))
+        for run, result, outcome in zip(runs[1:], results[1:], outcomes[1:], strict=True)
+    ]
+
+
+def _outcomes(run: Path) -> dict[tuple[str, int, int], bool]:
+    return {(e["task"], e["seed"], e["episode_index"]): e["success"] for e in read_lines(run / EPISODES)}
+
+
+def _pair(first: dict[Any, bool], second: dict[Any, bool]) -> PairedSuccess:
+    pairs = [(first[key], second[key]) for key in first]
+    return PairedSuccess(
+        both=pairs.count((True, True)),
+        only_first=pairs.count((True, False)),
+        only_second=pairs.count((False, True)),
+        neither=pairs.count((False, False)),
+    )
+
+
+def _ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, dict[str, float]] | None:
+    alike = first["machine"] == second["machine"] and first["workers"] == second["workers"] == 1
+    if not alike:
+        return None
+    return {
+        part: {
+            name: first["latency_ms"][part][name] / second["latency_ms"][part][name]
+            for name in ("mean", "p50", "p99")
+            if second["latency_ms"][part][name] > 0
+        }
+        for part in ("total", "llm")
+    }
+
+
+def render_comparison(runs: Sequence[Path], comparisons: Sequence[Comparison]) -> str:
+    """Comparisons as Markdown."""
+    lines = [
+        f"Against {runs[0]}:",
+        "",
+        "| run | success difference, points (95 % interval) | won : lost | McNemar p | policy: mean, p50, p99 | LLM |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for comparison in comparisons:
+        pairs = comparison.success
+        low, high = pairs.difference_ci95()
+        ratios = comparison.latency_ratio
+        shown = [
+            ", ".join(f"{value:.2f}x" for value in ratios[part].values()) if ratios else "-"
+            for part in ("total", "llm")
+        ]
+        lines.append(
+            f"| {comparison.run} | {100 * pairs.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) "
+            f"| {pairs.only_second} : {pairs.only_first} | {pairs.mcnemar_p():.3f} | {shown[0]} | {shown[1]} |"
+        )
+    if any(comparison.latency_ratio is None for comparison in comparisons):
+        lines += ["", "Latencies are compared only between runs with `--workers 1` on the same machine."]
+    return "\n".join(lines)

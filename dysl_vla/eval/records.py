@@ -1,0 +1,120 @@
+"""The folder of a run: what is in it, how it is continued after a kill, how it is read.
+
+run.json          what is run; a folder of another run is refused
+episodes.jsonl    one line an episode, appended when it has ended
+parts/            one Parquet file an episode, written before its line; merged when the run ends
+steps.parquet     one row a step
+result.json       the figures
+report.md         the figures for people
+videos/           films of episodes, if asked for
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.eval.rollout import EpisodeKey
+from dysl_vla.extras import needs_extra
+from dysl_vla.files import append_line, read_lines, replacing, write_json, write_text
+
+with needs_extra("sim"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+RUN, EPISODES, PARTS, STEPS = "run.json", "episodes.jsonl", "parts", "steps.parquet"
+RESULT, REPORT, VIDEOS = "result.json", "report.md", "videos"
+
+TIMES = ("physics_ms", "render_ms", "encode_ms", "llm_ms", "decode_ms", "guidance_ms", "total_ms")
+STEP_SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("episode_index", pa.int32()),
+        ("step", pa.int32()),
+        ("reward", pa.float32()),
+        ("success", pa.bool_()),
+        *((name, pa.float32()) for name in TIMES),
+        ("action", pa.list_(pa.float32())),
+    ]
+)
+
+
+class RunFolder:
+    """A run's folder, a new one or one that is continued.
+
+    Args:
+        root: The folder.
+        identity: What decides the run's result, JSON-like.
+
+    Raises:
+        ConfigError: The folder holds another run, or something else; it is left as it was.
+    """
+
+    def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
+        self.root = root
+        if (root / RUN).is_file():
+            try:
+                present = json.loads((root / RUN).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"out: {root / RUN} is damaged ({error}); give a new folder.") from error
+            for name in {**present, **identity}:
+                if present.get(name) != identity.get(name):
+                    raise ConfigError(
+                        f"out: {root} holds another run: its {name} is {present.get(name)!r}, this one's is "
+                        f"{identity.get(name)!r}; give a new folder."
+                    )
+        elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise ConfigError(f"out: {root} is not empty and holds no run; give a new folder.")
+        else:
+            write_json(root / RUN, dict(identity))
+
+    def episodes(self) -> list[dict[str, Any]]:
+        """The episodes that have ended."""
+        return read_lines(self.root / EPISODES)
+
+    def write_part(self, key: EpisodeKey, steps: list[dict[str, Any]]) -> None:
+        """Write an episode's steps; called in the process that ran it."""
+        with replacing(self._part(key.task, key.index)) as temporary:
+            pq.write_table(pa.Table.from_pylist(steps, STEP_SCHEMA), temporary)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Count an episode as ended."""
+        append_line(self.root / EPISODES, record)
+
+    def steps(self, episodes: list[dict[str, Any]]) -> pa.Table:
+        """The steps of the given episodes, in their order."""
+        if not (self.root / PARTS).exists():
+            return pq.read_table(self.root / STEPS)
+        return pa.concat_tables([pq.read_table(self._part(e["task"], e["episode_index"])) for e in episodes])
+
+    def finish(self, steps: pa.Table, result: Mapping[str, Any], report: str) -> None:
+        """Write everything that summarises the run."""
+        with replacing(self.root / STEPS) as temporary:
+            pq.write_table(steps, temporary, compression="zstd")
+        write_text(self.root / REPORT, report)
+        write_json(self.root / RESULT, result)
+        shutil.rmtree(self.root / PARTS, ignore_errors=True)
+
+    def video(self, key: EpisodeKey, success: bool) -> Path:
+        """Where an episode's film belongs."""
+        return self.root / VIDEOS / f"{key.task}-{key.index:03d}-{'success' if success else 'failure'}.mp4"
+
+    def _part(self, task: str, index: int) -> Path:
+        return self.root / PARTS / f"{task}-{index:05d}.parquet"
+
+
+def read_result(root: Path) -> dict[str, Any]:
+    """A finished run's figures.
+
+    Raises:
+        ConfigError: The folder holds no finished run.
+    """
+    try:
+        result: dict[str, Any] = json.loads((root / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{root}: holds no finished evaluation ({error}); run `dysl eval --out {root}`.") from error
+    return result

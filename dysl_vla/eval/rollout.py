@@ -1,0 +1,111 @@
+"""One episode: a policy in an environment, with every part of every step timed apart.
+
+Images are rendered only when the policy looks, at each inference; the steps of a chunk in between are physics alone.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dysl_vla.envs import ManipulationEnv
+from dysl_vla.policies import Policy
+from dysl_vla.types import ImageArray
+
+WARM_UP_INFERENCES = 5
+FILM_FPS = 20
+
+
+@dataclass(frozen=True)
+class EpisodeKey:
+    """Which episode: decides its initial state."""
+
+    task: str
+    seed: int
+    index: int
+
+
+@dataclass
+class Rollout:
+    """What an episode left.
+
+    Attributes:
+        success: The success flag was raised at some step.
+        steps: One row a step, for `steps.parquet`. Times are in milliseconds; those of the policy are None at steps
+            that executed a chunk predicted before.
+        film: Frames for people at `FILM_FPS`, uint8 (256, 256, 3); empty unless asked for.
+    """
+
+    success: bool = False
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    film: list[ImageArray] = field(default_factory=list)
+
+
+def warm_up(policy: Policy, env: ManipulationEnv) -> None:
+    """Run some inferences that nobody times: the first ones allocate, and are slower."""
+    observation, _ = env.reset(seed=0)
+    for _ in range(WARM_UP_INFERENCES):
+        policy.infer([observation], [policy.reset()])
+
+
+def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: bool = False) -> Rollout:
+    """Run one episode to its first success or to the horizon.
+
+    Args:
+        env: Of the key's task.
+        policy: Checked against the environment before.
+        key: The episode.
+        film: Also render frames for people.
+
+    Returns:
+        Its records.
+
+    Raises:
+        ActionError: The policy's action has NaN or infinity.
+    """
+    clock = time.perf_counter
+    rollout = Rollout()
+    every = max(1, round(env.world_spec.rate_hz / FILM_FPS))
+    started = clock()
+    observation, _ = env.reset(seed=key.seed, options={"episode_index": key.index})
+    render_s = clock() - started
+    state = policy.reset()
+    while True:
+        [chunk] = policy.infer([observation], [state])
+        timing = chunk.timing
+        for offset, action in enumerate(chunk.actions[: policy.spec.execute_steps]):
+            if film and len(rollout.steps) % every == 0:
+                rollout.film.append(env.render())
+            started = clock()
+            reward, truncated, info = env.advance(action)
+            physics_s = clock() - started
+            state.executed.append(action)
+            inferred = offset == 0
+            rollout.steps.append(
+                {
+                    "task": key.task,
+                    "episode_index": key.index,
+                    "step": len(rollout.steps),
+                    "reward": reward,
+                    "success": info["success"],
+                    "physics_ms": 1e3 * physics_s,
+                    "render_ms": 1e3 * render_s if inferred and rollout.steps else None,
+                    "encode_ms": 1e3 * timing.encode_s if inferred else None,
+                    "llm_ms": 1e3 * timing.llm_s if inferred else None,
+                    "decode_ms": 1e3 * timing.decode_s if inferred else None,
+                    "guidance_ms": 1e3 * timing.guidance_s if inferred else None,
+                    "total_ms": 1e3 * timing.total_s if inferred else None,
+                    "action": np.asarray(action, np.float32).tolist(),
+                }
+            )
+            if info["success"] or truncated:
+                rollout.success = info["success"]
+                if film:
+                    rollout.film.append(env.render())
+                return rollout
+        started = clock()
+        observation = env.observe()
+        render_s = clock() - started

@@ -1,0 +1,205 @@
+"""`dysl eval`: run a policy on a suite, in one process or several, resumable at any moment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from dysl_vla import provenance
+from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, Suite, get_suite
+from dysl_vla.errors import ConfigError
+from dysl_vla.eval.records import RunFolder, read_result
+from dysl_vla.eval.report import cpu_name, render_report, summarise
+from dysl_vla.eval.rollout import FILM_FPS, EpisodeKey, run_episode, warm_up
+from dysl_vla.policies import Policy, load_policy
+from dysl_vla.video import write_video
+
+FILM_CRF = 18
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate a policy in simulation. The same command continues a run that was interrupted."""
+
+    out: Path
+    """Folder for records, figures and videos."""
+    policy: str = "metaworld-mini"
+    """A shipped checkpoint's name, a checkpoint's folder, or a Hugging Face hub id."""
+    suite: str = "metaworld-mt10"
+    """What is evaluated: metaworld-mt10, metaworld-mt50, mock."""
+    tasks: str = ""
+    """Comma-separated tasks of the suite; all of them when empty."""
+    episodes: int = 10
+    """Episodes of each task."""
+    seed: int = FIRST_EVALUATION_SEED
+    """Seed of the initial states; from 100000 on, those below are for demonstrations."""
+    workers: int = 1
+    """Processes that run episodes side by side, one inference thread each. Latencies are only comparable with 1."""
+    video: int = 0
+    """Film this many episodes of each task."""
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Run what is missing of an evaluation, and write its figures.
+
+    Returns:
+        `result.json`.
+
+    Raises:
+        ConfigError: A value cannot work, the policy does not fit the suite, or `out` holds another run. Nothing was
+            written.
+    """
+    for name in ("episodes", "workers"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
+    suite = get_suite(config.suite)
+    tasks = suite.choose(config.tasks)
+    policy = load_policy(config.policy)
+    check_seed(config.seed, policy)
+    with closing(suite.make(tasks[0], policy.spec.cameras)) as env:
+        policy.spec.check_world(env.world_spec)
+    folder = RunFolder(config.out, _identity(config, suite, tasks, policy))
+    keys = [EpisodeKey(task, config.seed, index) for task in tasks for index in range(config.episodes)]
+    ended = {(e["task"], e["episode_index"]) for e in folder.episodes()}
+    missing = [key for key in keys if (key.task, key.index) not in ended]
+    if not missing and (config.out / "result.json").exists():
+        return read_result(config.out)
+    _run(config, folder, missing, len(keys))
+    order = {(key.task, key.index): position for position, key in enumerate(keys)}
+    episodes = sorted(folder.episodes(), key=lambda e: order[e["task"], e["episode_index"]])
+    steps = folder.steps(episodes)
+    result = {
+        "policy": config.policy,
+        "suite": config.suite,
+        "seed": config.seed,
+        **summarise(episodes, steps, tasks, policy.spec.execute_steps),
+        "horizon": suite.horizon,
+        "execute_steps": policy.spec.execute_steps,
+        "workers": config.workers,
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "inference_threads": 1},
+        "config": {**asdict(config), "out": str(config.out)},
+        **provenance.record(),
+    }
+    folder.finish(steps, result, render_report(result))
+    return result
+
+
+def check_seed(seed: int, policy: Policy) -> None:
+    """Refuse a seed whose initial states the policy may have been trained on.
+
+    Raises:
+        ConfigError: Naming the seed.
+    """
+    if seed < FIRST_EVALUATION_SEED:
+        raise ConfigError(
+            f"seed: {seed} belongs to demonstrations; evaluation takes seeds from {FIRST_EVALUATION_SEED} on."
+        )
+    trained = {origin["seed"] for origin in _origins(policy.provenance)}
+    if seed in trained:
+        raise ConfigError(f"seed: the policy was trained on seed {seed}; take another.")
+
+
+def _origins(record: Any) -> Iterator[dict[str, Any]]:
+    """All origins of demonstrations in a provenance, and in those that it started from."""
+    if record:
+        yield from record.get("data", {}).get("origins", [])
+        yield from _origins(record.get("init"))
+
+
+def _identity(config: EvalConfig, suite: Suite, tasks: tuple[str, ...], policy: Policy) -> dict[str, Any]:
+    return {
+        "policy": config.policy,
+        "weights": policy.fingerprint,
+        "suite": config.suite,
+        "tasks": list(tasks),
+        "episodes": config.episodes,
+        "seed": config.seed,
+        "horizon": suite.horizon,
+    }
+
+
+def _run(config: EvalConfig, folder: RunFolder, keys: list[EpisodeKey], total: int) -> None:
+    from tqdm import tqdm
+
+    records = folder.episodes()
+    successes = sum(record["success"] for record in records)
+    with tqdm(total=total, initial=len(records), desc="evaluating", unit="episode") as progress:
+        for record in _episodes(config, folder, keys):
+            folder.append(record)
+            records.append(record)
+            successes += record["success"]
+            progress.update()
+            progress.set_postfix(task=record["task"], success=f"{100 * successes / len(records):.0f} %")
+
+
+def _episodes(config: EvalConfig, folder: RunFolder, keys: list[EpisodeKey]) -> Iterator[dict[str, Any]]:
+    """Records of episodes, in the order in which they end."""
+    if config.workers == 1:
+        with closing(_Bench(config.policy, config.suite)) as bench:
+            for key in keys:
+                yield bench.run(folder, key, film=key.index < config.video)
+        return
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        try:
+            futures = [pool.submit(_run_in_worker, config, folder, key) for key in keys]
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Bench:
+    """What one process keeps between episodes: the warm policy, and the environment of the last task."""
+
+    def __init__(self, policy: str, suite: str) -> None:
+        self._policy = load_policy(policy)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(1)
+        self._suite = get_suite(suite)
+        self._env: ManipulationEnv | None = None
+
+    def run(self, folder: RunFolder, key: EpisodeKey, *, film: bool) -> dict[str, Any]:
+        """Run one episode and write its steps and film; the caller counts it as ended."""
+        rollout = run_episode(self._env_of(key.task), self._policy, key, film=film)
+        folder.write_part(key, rollout.steps)
+        if film:
+            write_video(folder.video(key, rollout.success), rollout.film, FILM_FPS, crf=FILM_CRF)
+        return {
+            "task": key.task,
+            "seed": key.seed,
+            "episode_index": key.index,
+            "success": rollout.success,
+            "steps": len(rollout.steps),
+            "inferences": sum(row["total_ms"] is not None for row in rollout.steps),
+        }
+
+    def _env_of(self, task: str) -> ManipulationEnv:
+        if self._env is None or self._env.task != task:
+            first = self._env is None
+            self.close()
+            self._env = self._suite.make(task, self._policy.spec.cameras)
+            if first:
+                warm_up(self._policy, self._env)
+        return self._env
+
+    def close(self) -> None:
+        """Free the environment's renderers."""
+        if self._env is not None:
+            self._env.close()
+
+
+@lru_cache(maxsize=1)
+def _bench(policy: str, suite: str) -> _Bench:
+    return _Bench(policy, suite)
+
+
+def _run_in_worker(config: EvalConfig, folder: RunFolder, key: EpisodeKey) -> dict[str, Any]:
+    return _bench(config.policy, config.suite).run(folder, key, film=key.index < config.video)

@@ -1,0 +1,358 @@
+"""MiniVLA: a vision-language-action policy small enough to train on a laptop's CPU, and built like the large ones.
+
+Camera images become grid and keypoint tokens, the instruction becomes text tokens, proprioception one token; an
+unmodified Hugging Face `LlamaModel` reads them and a last read-out token; a head turns that token's hidden state into a
+chunk of continuous actions. `encode`, `backbone` and `decode` are separate, because a layer-skipping controller works
+on the middle one alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+
+from dysl_vla.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.policies.base import policies
+from dysl_vla.types import (
+    IMAGE_PREFIX,
+    STATE_KEY,
+    TASK_KEY,
+    ActionChunk,
+    EpisodeState,
+    InferenceTiming,
+    Observation,
+    PolicySpec,
+)
+
+POLICY_TYPE = "mini-vla"
+CELL = 8
+"""Pixels that one cell of a camera's feature map stands for, a side."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The part of a camera's image that the policy looks at, in pixels from the top left."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and deviation, a value a dimension, of the training data."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MiniVLAConfig:
+    """Everything that decides a MiniVLA's shape and its inputs and outputs.
+
+    Attributes:
+        spec: Cameras, state, actions, rate and chunk.
+        crops: Camera name to the part that is looked at; sides are multiples of 8 pixels and of `grids`' cells.
+        grids: Camera name to the tokens a side of its grid.
+        state: Normalisation of proprioception.
+        action: Normalisation of actions.
+        vocab_size: Of the tokenizer.
+        text_tokens: Tokens of an instruction: shorter ones are padded, longer ones cut.
+        hidden_size: Width of the backbone.
+        num_layers: Depth of the backbone.
+        num_heads: Attention heads.
+        intermediate_size: Width of the feed-forward parts.
+        keypoints: Keypoints a camera.
+        head_size: Width of the action head.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    spec: PolicySpec
+    crops: Mapping[str, Crop]
+    grids: Mapping[str, int]
+    state: Normalisation
+    action: Normalisation
+    vocab_size: int
+    text_tokens: int
+    hidden_size: int = 128
+    num_layers: int = 24
+    num_heads: int = 4
+    intermediate_size: int = 256
+    keypoints: int = 32
+    head_size: int = 256
+
+    def __post_init__(self) -> None:
+        for name, size in self.spec.cameras.items():
+            if name not in self.crops or name not in self.grids:
+                raise ConfigError(f"crops, grids: camera {name!r} has none.")
+            crop, grid = self.crops[name], self.grids[name]
+            if crop.top < 0 or crop.left < 0 or crop.top + crop.height > size[0] or crop.left + crop.width > size[1]:
+                raise ConfigError(f"crops.{name}: {crop} does not lie inside the image of {size[0]}x{size[1]} pixels.")
+            if grid < 1 or crop.height % (CELL * grid) or crop.width % (CELL * grid):
+                raise ConfigError(f"crops.{name}: sides of {crop} must be multiples of {CELL * grid} pixels.")
+        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "keypoints", "head_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ConfigError(f"hidden_size: {self.hidden_size} is no multiple of 2 x num_heads ({self.num_heads}).")
+        for name, normalisation, names in (
+            ("state", self.state, self.spec.state_names),
+            ("action", self.action, self.spec.action_names),
+        ):
+            if not len(normalisation.mean) == len(normalisation.std) == len(names):
+                raise ConfigError(f"{name}: normalisation has another number of dimensions than {len(names)}.")
+            if not all(np.isfinite(normalisation.mean)) or not all(0 < s < np.inf for s in normalisation.std):
+                raise ConfigError(f"{name}: normalisation must be finite, and std above zero.")
+
+
+class CameraEncoder(nn.Module):
+    """One camera's image to tokens: a grid that says what is where, and keypoints that say exactly where.
+
+    Args:
+        crop: Input size.
+        grid: Grid tokens a side.
+        keypoints: Keypoints, whose coordinates make one more token (spatial soft-argmax, Levine et al. 2016).
+        hidden_size: Width of a token.
+    """
+
+    def __init__(self, crop: Crop, grid: int, keypoints: int, hidden_size: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()
+        )
+        self.trunk = nn.Sequential(
+            nn.Conv2d(64, 96, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1), nn.ReLU()
+        )
+        rows, columns = crop.height // CELL // grid, crop.width // CELL // grid
+        self.patches = nn.Conv2d(96, hidden_size, (rows, columns), stride=(rows, columns))
+        self.heatmaps = nn.Conv2d(64, keypoints, 3, padding=1)
+        y = torch.linspace(-1, 1, crop.height // 4)
+        x = torch.linspace(-1, 1, crop.width // 4)
+        coordinates = torch.stack([g.reshape(-1) for g in torch.meshgrid(y, x, indexing="ij")], dim=1)
+        self.register_buffer("coordinates", coordinates, persistent=False)
+        self.keypoint_token = nn.Linear(2 * keypoints, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.position = nn.Parameter(0.02 * torch.randn(grid * grid + 1, hidden_size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            images: (batch, 3, height, width) in [-0.5, 0.5].
+
+        Returns:
+            (batch, grid * grid + 1, hidden).
+        """
+        features = self.stem(images)
+        patches = self.patches(self.trunk(features)).flatten(2).transpose(1, 2)
+        weights = self.heatmaps(features).flatten(2).softmax(dim=-1)
+        keypoints = self.keypoint_token((weights @ self.coordinates).flatten(1))
+        tokens: Tensor = self.norm(torch.cat([patches, keypoints[:, None]], dim=1)) + self.position
+        return tokens
+
+
+class MiniVLA(nn.Module):
+    """The policy; see the module. Implements `Policy`.
+
+    Args:
+        config: Its shape.
+        tokenizer: For instructions.
+
+    Raises:
+        ConfigError: The tokenizer has another vocabulary than the configuration.
+    """
+
+    def __init__(self, config: MiniVLAConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        if tokenizer.get_vocab_size() != config.vocab_size:
+            raise ConfigError(f"vocab_size: {config.vocab_size}, the tokenizer has {tokenizer.get_vocab_size()}.")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.tokenizer.enable_padding(length=config.text_tokens)
+        self.tokenizer.enable_truncation(config.text_tokens)
+        self.provenance: dict[str, Any] = {}
+        hidden = config.hidden_size
+        self.cameras = nn.ModuleDict(
+            {
+                _module_name(name): CameraEncoder(config.crops[name], config.grids[name], config.keypoints, hidden)
+                for name in config.spec.cameras
+            }
+        )
+        self.state_token = nn.Sequential(nn.Linear(len(config.spec.state_names), hidden), nn.LayerNorm(hidden))
+        self.read_out = nn.Parameter(0.02 * torch.randn(hidden))
+        cameras_tokens = sum(config.grids[name] ** 2 + 1 for name in config.spec.cameras)
+        self.backbone = LlamaModel(
+            LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=hidden,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                max_position_embeddings=config.text_tokens + cameras_tokens + 2,
+                use_cache=False,
+            )
+        )
+        actions = config.spec.chunk_length * len(config.spec.action_names)
+        self.head = nn.Sequential(nn.Linear(hidden, config.head_size), nn.GELU(), nn.Linear(config.head_size, actions))
+        self._state_mean = torch.tensor(config.state.mean)
+        self._state_std = torch.tensor(config.state.std)
+        self._action_mean = np.array(config.action.mean, np.float32)
+        self._action_std = np.array(config.action.std, np.float32)
+        self._token_ids: dict[str, list[int]] = {}
+
+    # The network -------------------------------------------------------------------------------------------------
+
+    def encode(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
+        """Everything that the backbone reads.
+
+        Args:
+            images: Camera name to (batch, height, width, 3) uint8, already cropped.
+            state: (batch, state), in the world's units.
+            token_ids: (batch, text) of the instruction.
+
+        Returns:
+            (batch, tokens, hidden); the read-out token is the last.
+        """
+        text = self.backbone.embed_tokens(token_ids)
+        proprio = self.state_token((state - self._state_mean) / self._state_std)[:, None]
+        views = [
+            self.cameras[_module_name(name)](images[name].permute(0, 3, 1, 2).float() / 255 - 0.5)
+            for name in self.config.spec.cameras
+        ]
+        read_out = self.read_out.expand(len(state), 1, -1)
+        return torch.cat([text, proprio, *views, read_out], dim=1)
+
+    def decode(self, hidden: Tensor) -> Tensor:
+        """The backbone's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
+        actions: Tensor = self.head(hidden[:, -1])
+        return actions.view(len(actions), self.config.spec.chunk_length, -1)
+
+    def forward(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
+        """`encode`, backbone and `decode`: normalised actions, (batch, chunk, action)."""
+        embeds = self.encode(images, state, token_ids)
+        return self.decode(self.backbone(inputs_embeds=embeds).last_hidden_state)
+
+    # The policy protocol -----------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What the policy expects of a world, and how it answers."""
+        return self.config.spec
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.numpy().tobytes())
+        return digest.hexdigest()
+
+    def reset(self) -> EpisodeState:
+        """The state of an episode that begins."""
+        return EpisodeState()
+
+    @torch.inference_mode()
+    def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
+        """Predict a chunk for each episode of a batch; see `Policy.infer`."""
+        started = time.perf_counter()
+        for observation in observations:
+            self.spec.check_observation(observation)
+        images = {name: self._images(name, observations) for name in self.spec.cameras}
+        state = torch.from_numpy(np.stack([observation[STATE_KEY] for observation in observations]))
+        token_ids = torch.tensor([self.token_ids(observation[TASK_KEY]) for observation in observations])
+        embeds = self.encode(images, state.float(), token_ids)
+        encoded = time.perf_counter()
+        hidden = self.backbone(inputs_embeds=embeds).last_hidden_state
+        thought = time.perf_counter()
+        actions = self.unnormalise(self.decode(hidden).numpy())
+        decoded = time.perf_counter()
+        timing = InferenceTiming(encode_s=encoded - started, llm_s=thought - encoded, decode_s=decoded - thought)
+        return [ActionChunk(actions=row, timing=timing) for row in actions]
+
+    def _images(self, name: str, observations: Sequence[Observation]) -> Tensor:
+        crop = self.config.crops[name]
+        rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)
+        return torch.from_numpy(
+            np.stack([observation[IMAGE_PREFIX + name][rows, columns] for observation in observations])
+        )
+
+    def token_ids(self, instruction: str) -> list[int]:
+        """An instruction's token ids, `text_tokens` of them."""
+        if instruction not in self._token_ids:
+            if len(self._token_ids) > 1000:
+                self._token_ids.clear()
+            self._token_ids[instruction] = self.tokenizer.encode(instruction).ids
+        return self._token_ids[instruction]
+
+    def normalise(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Actions in the world's units, (..., action), to normalised ones."""
+        return (actions - self._action_mean) / self._action_std
+
+    def unnormalise(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Normalised actions, (..., action), to the world's units."""
+        return actions * self._action_std + self._action_mean
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a checkpoint: weights in half precision, configuration, tokenizer and provenance."""
+        tensors = {name: value.half().contiguous() for name, value in self.state_dict().items()}
+        save_checkpoint(
+            folder,
+            Checkpoint(POLICY_TYPE, self.config, tensors, self.tokenizer.to_str(), self.provenance),
+        )
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> MiniVLA:
+        """Load a checkpoint from a shipped name, a folder or a Hugging Face hub id.
+
+        Raises:
+            CheckpointError: It is missing, damaged, foreign or edited.
+        """
+        checkpoint = load_checkpoint(name, POLICY_TYPE, MiniVLAConfig)
+        try:
+            policy = cls(checkpoint.config, Tokenizer.from_str(checkpoint.tokenizer))
+        except ConfigError as error:
+            raise CheckpointError(f"{name}/config.json: {error}") from error
+        expected = policy.state_dict()
+        for tensor, value in expected.items():
+            if tensor not in checkpoint.tensors:
+                raise CheckpointError(f"{name}/model.safetensors: there is no tensor {tensor!r}.")
+            if checkpoint.tensors[tensor].shape != value.shape:
+                raise CheckpointError(
+                    f"{name}/model.safetensors: {tensor} is {tuple(checkpoint.tensors[tensor].shape)}, "
+                    f"config.json asks for {tuple(value.shape)}."
+                )
+        unknown = sorted(set(checkpoint.tensors) - set(expected))
+        if unknown:
+            raise CheckpointError(f"{name}/model.safetensors: unknown tensor {unknown[0]!r}.")
+        policy.load_state_dict({tensor: value.float() for tensor, value in checkpoint.tensors.items()})
+        policy.provenance = checkpoint.provenance
+        return policy.eval()
+
+
+def _module_name(camera: str) -> str:
+    """Torch allows no dots in the names of modules."""
+    return camera.replace(".", "_")
+
+
+policies.register(POLICY_TYPE)(MiniVLA)

@@ -1,0 +1,312 @@
+"""Behaviour cloning of a MiniVLA on arrays of demonstrations.
+
+Every batch and every random shift is a function of (seed, step), and the state on disk holds weights, moving average
+and optimizer, so that a run that was killed goes on as if nothing had happened: same batches, same weights at the end.
+Not for reading datasets: the arrays come from `data`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from dysl_vla.errors import CheckpointError
+from dysl_vla.files import append_line, read_lines, replacing
+from dysl_vla.policies.mini_vla import MiniVLA, Normalisation
+from dysl_vla.types import FloatArray, ImageArray
+
+SHIFT = 4
+"""Pixels by which a crop is moved at random, as augmentation."""
+STATE_FILE = "training_state.safetensors"
+CURVE_FILE = "training.jsonl"
+VALIDATION_FRAMES = 2048
+HELD_OUT_EVERY = 20
+"""One episode in so many is for validation."""
+
+
+@dataclass(frozen=True)
+class TrainingArrays:
+    """Demonstrations in memory.
+
+    Attributes:
+        images: Camera name to uint8, (frames, crop height + 2 SHIFT, crop width + 2 SHIFT, 3).
+        states: (frames, state).
+        actions: (frames, action).
+        episode_index: (frames,), rising.
+        task_index: (frames,), into `instructions`.
+        instructions: Distinct instructions.
+    """
+
+    images: Mapping[str, ImageArray]
+    states: FloatArray
+    actions: FloatArray
+    episode_index: NDArray[np.int64]
+    task_index: NDArray[np.int64]
+    instructions: Sequence[str]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How a MiniVLA is optimised."""
+
+    steps: int = 10_000
+    """Optimizer steps."""
+    batch: int = 64
+    """Samples a step."""
+    learning_rate: float = 6e-4
+    """Peak of the cosine schedule."""
+    warmup: int = 300
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    ema: float = 0.999
+    """Decay of the moving average of the weights, which is what is validated and saved."""
+    seed: int = 0
+    """Decides initial weights, batches and augmentation."""
+    save_every: int = 500
+    """Steps between validations, each followed by saving checkpoint and training state."""
+    threads: int = 0
+    """Threads of PyTorch; 0: one a core."""
+
+
+def train_tokenizer(instructions: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer that has the instructions' words whole and can still spell any other text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(list(instructions) * 2, trainer)
+    return tokenizer
+
+
+def normalisation(values: FloatArray) -> Normalisation:
+    """Mean and deviation a dimension; a dimension that never changes keeps its scale."""
+    std = values.std(axis=0, dtype=np.float64)
+    return Normalisation(
+        mean=tuple(map(float, values.mean(axis=0, dtype=np.float64))),
+        std=tuple(float(s) if s > 1e-4 else 1.0 for s in std),
+    )
+
+
+class BehaviourCloning:
+    """Trains a policy; see the module.
+
+    Args:
+        policy: With its initial weights.
+        arrays: Demonstrations.
+        optimizer: How.
+        out: Folder for the checkpoint, the training state and the curves. A state in it is continued.
+        identity: JSON-like description of the run; a state of another run is refused.
+
+    Raises:
+        CheckpointError: The state is damaged or of another run.
+    """
+
+    def __init__(
+        self, policy: MiniVLA, arrays: TrainingArrays, optimizer: OptimizerConfig, out: Path, identity: str
+    ) -> None:
+        torch.set_num_threads(optimizer.threads or os.cpu_count() or 1)
+        self._policy = policy.train()
+        self._arrays = arrays
+        self._config = optimizer
+        self._out = out
+        self._identity = identity
+        self._parameters = dict(policy.named_parameters())
+        self._average = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._adam = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=optimizer.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        self._token_ids = torch.tensor([policy.token_ids(text) for text in arrays.instructions])
+        chunk = policy.spec.chunk_length
+        self._targets = torch.from_numpy(policy.normalise(arrays.actions))
+        last = np.searchsorted(arrays.episode_index, arrays.episode_index, side="right")
+        self._remaining = np.minimum(last - np.arange(len(last)), chunk)
+        held_out = arrays.episode_index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        self._training = np.flatnonzero(~held_out)
+        validation = np.flatnonzero(held_out)
+        self._validation = validation[:: max(1, len(validation) // VALIDATION_FRAMES)]
+        self.step = 0
+
+    def run(self) -> None:
+        """Train to the end, saving on the way."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+        from tqdm import tqdm
+
+        self._resume()
+        board = SummaryWriter(str(self._out / "tensorboard"), purge_step=self.step)
+        losses: list[float] = []
+        started = time.monotonic()
+        with tqdm(total=self._config.steps, initial=self.step, desc="training", unit="step") as progress:
+            while self.step < self._config.steps:
+                losses.append(self._update())
+                progress.update()
+                if self.step % 50 == 0:
+                    progress.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+                if self.step % self._config.save_every == 0 or self.step == self._config.steps:
+                    validation = self._validate()
+                    point = {
+                        "step": self.step,
+                        "loss": float(np.mean(losses)),
+                        "validation_loss": validation,
+                        "learning_rate": self._rate(self.step - 1),
+                        "seconds": round(time.monotonic() - started, 1),
+                    }
+                    losses.clear()
+                    append_line(self._out / CURVE_FILE, point)
+                    for name in ("loss", "validation_loss", "learning_rate"):
+                        board.add_scalar(name, point[name], self.step)
+                    self._save()
+                    progress.write(f"step {self.step}: loss {point['loss']:.4f}, held-out {validation:.4f}")
+        board.close()
+        (self._out / STATE_FILE).unlink()
+
+    def _rate(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, self._config.warmup))
+        return (
+            self._config.learning_rate
+            * warm
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self._config.steps)))
+        )
+
+    def _update(self) -> float:
+        rng = np.random.default_rng([self._config.seed, self.step])
+        chosen = self._training[rng.integers(0, len(self._training), self._config.batch)]
+        for group in self._adam.param_groups:
+            group["lr"] = self._rate(self.step)
+        loss = self._loss(chosen, rng)
+        self._adam.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
+        self._adam.step()
+        with torch.no_grad():
+            average: list[Tensor] = list(self._average.values())
+            present: list[Tensor] = list(self._parameters.values())
+            # Early on the average must not remember the initial weights.
+            decay = min(self._config.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(average, present, 1 - decay)
+        self.step += 1
+        return float(loss.detach())
+
+    def _loss(self, frames: NDArray[np.int64], rng: np.random.Generator | None) -> Tensor:
+        """L1 between predicted and demonstrated chunks, normalised, over the actions that exist."""
+        chunk = self._policy.spec.chunk_length
+        images = {name: self._crop(name, frames, rng) for name in self._arrays.images}
+        state = torch.from_numpy(self._arrays.states[frames])
+        token_ids = self._token_ids[torch.from_numpy(self._arrays.task_index[frames])]
+        steps = np.arange(chunk)
+        exists = steps < self._remaining[frames][:, None]
+        positions = np.minimum(frames[:, None] + steps, len(self._targets) - 1)
+        predicted: Tensor = self._policy(images, state, token_ids)
+        error = (predicted - self._targets[torch.from_numpy(positions)]).abs()
+        weight = torch.from_numpy(exists).unsqueeze(-1).float()
+        loss: Tensor = (error * weight).sum() / (weight.sum() * error.shape[-1])
+        return loss
+
+    def _crop(self, camera: str, frames: NDArray[np.int64], rng: np.random.Generator | None) -> Tensor:
+        stored = self._arrays.images[camera]
+        height, width = stored.shape[1] - 2 * SHIFT, stored.shape[2] - 2 * SHIFT
+        corners = np.full((len(frames), 2), SHIFT) if rng is None else rng.integers(0, 2 * SHIFT + 1, (len(frames), 2))
+        crops = np.empty((len(frames), height, width, 3), np.uint8)
+        for row, (frame, (top, left)) in enumerate(zip(frames, corners, strict=True)):
+            crops[row] = stored[frame, top : top + height, left : left + width]
+        return torch.from_numpy(crops)
+
+    def _validate(self) -> float:
+        """The averaged weights' loss on held-out episodes."""
+        with self._averaged(), torch.inference_mode():
+            batches = [self._validation[i : i + 256] for i in range(0, len(self._validation), 256)]
+            if not batches:
+                return math.nan
+            return float(np.average([float(self._loss(b, None)) for b in batches], weights=[len(b) for b in batches]))
+
+    def _averaged(self) -> _Swapped:
+        return _Swapped(self._parameters, self._average)
+
+    def _save(self) -> None:
+        with self._averaged():
+            self._policy.save_pretrained(self._out)
+        state = {f"weights.{name}": p.detach() for name, p in self._parameters.items()}
+        state |= {f"average.{name}": value for name, value in self._average.items()}
+        for name, parameter in self._parameters.items():
+            moments = self._adam.state[parameter]
+            state |= {f"adam.{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        with replacing(self._out / STATE_FILE) as temporary:
+            save_file(state, temporary, metadata={"step": str(self.step), "identity": self._identity})
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        path = self._out / STATE_FILE
+        if not path.exists():
+            self._drop_curve_after(0)
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                if metadata["identity"] != self._identity:
+                    raise CheckpointError(
+                        f"{path}: belongs to another run: it was {metadata['identity']}, this is {self._identity}; "
+                        "give --out a new folder, or remove this one."
+                    )
+                step = int(metadata["step"])
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(file.get_tensor(f"weights.{name}"))
+                    self._average[name].copy_(file.get_tensor(f"average.{name}"))
+                    self._adam.state[parameter] = {
+                        "step": torch.tensor(float(step)),
+                        "exp_avg": file.get_tensor(f"adam.exp_avg.{name}"),
+                        "exp_avg_sq": file.get_tensor(f"adam.exp_avg_sq.{name}"),
+                    }
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{path}: is damaged ({error}); remove it to train from the start.") from error
+        self.step = step
+        self._drop_curve_after(step)
+
+    def _drop_curve_after(self, step: int) -> None:
+        path = self._out / CURVE_FILE
+        points = [point for point in read_lines(path) if point["step"] <= step]
+        path.unlink(missing_ok=True)
+        for point in points:
+            append_line(path, point)
+        if step == 0:
+            shutil.rmtree(self._out / "tensorboard", ignore_errors=True)
+
+
+class _Swapped:
+    """Puts other values into parameters, and the own ones back."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, Tensor]) -> None:
+        self._parameters, self._values = parameters, values
+
+    def __enter__(self) -> None:
+        self._own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._put(self._values)
+
+    def __exit__(self, *_: object) -> None:
+        self._put(self._own)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])

@@ -1,0 +1,65 @@
+"""Where a result or a checkpoint comes from: versions, commit, command line. Enough to run it again."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "dysl-vla",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "gymnasium",
+    "mujoco",
+    "metaworld",
+    "robosuite",
+    "av",
+    "pyarrow",
+)
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the installed packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this package's checkout, with "-dirty" for uncommitted changes; None when it is no checkout."""
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *arguments],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("-dirty" if changes else "")
+
+
+def command() -> str:
+    """The command line, as one would type it."""
+    return shlex.join(["dysl" if Path(sys.argv[0]).stem in ("dysl", "__main__") else sys.argv[0], *sys.argv[1:]])
+
+
+def record() -> dict[str, Any]:
+    """All three, for a result's or checkpoint's JSON."""
+    return {"command": command(), "versions": versions(), "git_commit": git_commit()}
