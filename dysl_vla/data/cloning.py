@@ -83,11 +83,7 @@ def train(config: TrainConfig) -> Path:
         raise DatasetError(f"{config.data}: holds no episodes.")
     columns = demonstrations.columns()
     torch.manual_seed(config.optimizer.seed)
-    policy = (
-        _new_policy(config, demonstrations, columns)
-        if config.init is None
-        else _warm_start(config.init, demonstrations)
-    )
+    policy = _warm_start(config.init, demonstrations) if config.init else _new_policy(config, demonstrations, columns)
     policy.provenance = {
         "method": "behaviour cloning",
         **provenance.record(),
