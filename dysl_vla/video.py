@@ -13,6 +13,9 @@ from dysl_vla.extras import needs_extra
 from dysl_vla.files import replacing
 from dysl_vla.types import ImageArray
 
+with needs_extra("sim"):
+    import av
+
 CODEC = "h264"
 PIXEL_FORMAT = "yuv444p"
 """No chroma subsampling: a goal that is three pixels wide keeps its colour."""
@@ -27,8 +30,6 @@ def write_video(path: Path, frames: Sequence[ImageArray], fps: float, *, crf: in
         fps: Frames a second.
         crf: Quality: 0 is lossless, 23 is what films use.
     """
-    with needs_extra("sim"):
-        import av
     with replacing(path) as temporary, av.open(str(temporary), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames[0].shape[:2]
@@ -49,8 +50,6 @@ def read_video(path: Path) -> Iterator[ImageArray]:
     Raises:
         DatasetError: The file is missing, cut off or no video.
     """
-    with needs_extra("sim"):
-        import av
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]

@@ -47,15 +47,20 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         instruction: What to do, in plain English: the observation's `task`.
         spec: Cameras, state and actions.
         horizon: Steps after which an episode is truncated.
+        render_mode: "rgb_array" is the only one; the parameter is Gymnasium's.
 
     `reset(seed=s, options={"episode_index": i})` starts the episode (task, s, i). Without a seed the next episode index
     of the last seed starts.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 # Gymnasium declares it so
-    render_mode = "rgb_array"
 
-    def __init__(self, task: str, instruction: str, spec: WorldSpec, horizon: int) -> None:
+    def __init__(
+        self, task: str, instruction: str, spec: WorldSpec, horizon: int, render_mode: str = "rgb_array"
+    ) -> None:
+        if render_mode != "rgb_array":
+            raise ConfigError(f"render_mode: {render_mode!r} is not offered; there is 'rgb_array'.")
+        self.render_mode = render_mode
         self.task = task
         self.instruction = instruction
         self.world_spec = spec

@@ -98,6 +98,7 @@ class MetaWorldEnv(ManipulationEnv):
         task: Its name without the version, "drawer-open".
         cameras: Camera name to (height, width).
         full_quality: Render shadows, reflections and multi-sampling; ten times slower.
+        render_mode: Gymnasium's.
 
     Raises:
         ConfigError: Unknown task or camera.
@@ -105,7 +106,12 @@ class MetaWorldEnv(ManipulationEnv):
     """
 
     def __init__(
-        self, task: str, cameras: Mapping[str, tuple[int, int]] | None = None, *, full_quality: bool = False
+        self,
+        task: str,
+        cameras: Mapping[str, tuple[int, int]] | None = None,
+        *,
+        full_quality: bool = False,
+        render_mode: str = "rgb_array",
     ) -> None:
         if task not in INSTRUCTIONS:
             raise ConfigError(f"unknown Meta-World task {task!r}; there are: {', '.join(sorted(INSTRUCTIONS))}.")
@@ -136,7 +142,7 @@ class MetaWorldEnv(ManipulationEnv):
             action_high=(1.0,) * 4,
             rate_hz=round(1 / sawyer.dt, 6),
         )
-        super().__init__(task, INSTRUCTIONS[task], spec, HORIZON)
+        super().__init__(task, INSTRUCTIONS[task], spec, HORIZON, render_mode)
 
     def _reset_world(self, rng: np.random.Generator) -> None:
         # Tasks move bodies of the *model* when they are reset, and read what an earlier episode left there.

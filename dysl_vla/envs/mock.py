@@ -28,9 +28,12 @@ class MockEnv(ManipulationEnv):
     Args:
         task: "reach" or "linger".
         cameras: `top` and `wrist`, to (height, width).
+        render_mode: Gymnasium's.
     """
 
-    def __init__(self, task: str, cameras: Mapping[str, tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self, task: str, cameras: Mapping[str, tuple[int, int]] | None = None, *, render_mode: str = "rgb_array"
+    ) -> None:
         if task not in TASKS:
             raise ConfigError(f"unknown mock task {task!r}; there are: {', '.join(TASKS)}.")
         sizes = dict(cameras or DEFAULT_CAMERAS)
@@ -43,7 +46,7 @@ class MockEnv(ManipulationEnv):
             action_high=(1.0,) * 3,
             rate_hz=20.0,
         )
-        super().__init__(task, TASKS[task], spec, HORIZON)
+        super().__init__(task, TASKS[task], spec, HORIZON, render_mode)
         self._dot = np.zeros(2)
         self._mark = np.zeros(2)
         self._lingered = 0

@@ -175,10 +175,12 @@ class BehaviourCloning:
                     }
                     losses.clear()
                     append_line(self._out / CURVE_FILE, point)
-                    for name in ("loss", "validation_loss", "learning_rate"):
-                        board.add_scalar(name, point[name], self.step)
+                    for name, value in point.items():
+                        if name != "step" and value is not None:
+                            board.add_scalar(name, value, self.step)
                     self._save()
-                    progress.write(f"step {self.step}: loss {point['loss']:.4f}, held-out {validation:.4f}")
+                    held_out = "" if validation is None else f", held-out {validation:.4f}"
+                    progress.write(f"step {self.step}: loss {point['loss']:.4f}{held_out}")
         board.close()
         (self._out / STATE_FILE).unlink()
 
@@ -233,12 +235,12 @@ class BehaviourCloning:
             crops[row] = stored[frame, top : top + height, left : left + width]
         return torch.from_numpy(crops)
 
-    def _validate(self) -> float:
-        """The averaged weights' loss on held-out episodes."""
+    def _validate(self) -> float | None:
+        """The averaged weights' loss on held-out episodes; None when the data has none."""
         with self._averaged(), torch.inference_mode():
             batches = [self._validation[i : i + 256] for i in range(0, len(self._validation), 256)]
             if not batches:
-                return math.nan
+                return None
             return float(np.average([float(self._loss(b, None)) for b in batches], weights=[len(b) for b in batches]))
 
     def _averaged(self) -> _Swapped:

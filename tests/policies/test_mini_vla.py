@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaModel
+
+from dysl_vla.envs.mock import MockEnv
+from dysl_vla.errors import ConfigError, ObservationError
+from dysl_vla.policies import Policy
+from dysl_vla.policies.mini_vla import Crop, MiniVLA, Normalisation
+from dysl_vla.policies.mock import MockPolicy
+from tests.conftest import make_tiny_policy
+
+ENV = MockEnv("reach")
+POLICY = make_tiny_policy()
+
+
+def observations(count: int) -> list[dict[str, object]]:
+    return [ENV.reset(seed=0, options={"episode_index": index})[0] for index in range(count)]
+
+
+def infer(policy: Policy, batch: list[dict[str, object]]) -> np.ndarray:
+    return np.stack([chunk.actions for chunk in policy.infer(batch, [policy.reset() for _ in batch])])
+
+
+def test_policies_speak_the_protocol(tiny_policy: MiniVLA) -> None:
+    assert isinstance(tiny_policy, Policy)
+    assert isinstance(MockPolicy(), Policy)
+    assert type(tiny_policy.backbone) is LlamaModel
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(range(5)), st.integers(1, 5))
+def test_a_rows_actions_do_not_depend_on_its_neighbours(order: list[int], count: int) -> None:
+    batch = observations(5)
+    alone = np.concatenate([infer(POLICY, [row]) for row in batch])
+    together = infer(POLICY, [batch[i] for i in order[:count]])
+    np.testing.assert_allclose(together, alone[order[:count]], rtol=1e-4, atol=1e-5)
+
+
+def test_actions_have_the_specs_shape_and_the_datas_units(tiny_policy: MiniVLA) -> None:
+    assert infer(tiny_policy, observations(3)).shape == (3, 4, 3)
+    moved = make_tiny_policy(action=Normalisation((10.0, 20.0, 30.0), (1e-6, 1e-6, 1e-6)))
+    np.testing.assert_allclose(infer(moved, observations(1))[0, 0], [10, 20, 30], rtol=1e-4)
+
+
+def test_normalising_and_back_is_the_identity(tiny_policy: MiniVLA) -> None:
+    actions = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    np.testing.assert_allclose(tiny_policy.unnormalise(tiny_policy.normalise(actions)), actions, rtol=1e-6)
+
+
+def test_everything_that_is_observed_matters(tiny_policy: MiniVLA) -> None:
+    [fine] = observations(1)
+    before = infer(tiny_policy, [fine])
+    for key in ("observation.images.top", "observation.images.wrist", "observation.state"):
+        assert np.abs(infer(tiny_policy, [fine | {key: fine[key] + 1}]) - before).max() > 0  # type: ignore[operator]
+    assert np.abs(infer(tiny_policy, [fine | {"task": "move the dot"}]) - before).max() > 0
+
+
+def test_time_is_accounted_for_by_part(tiny_policy: MiniVLA) -> None:
+    [chunk] = tiny_policy.infer(observations(1), [tiny_policy.reset()])
+    timing = chunk.timing
+    assert min(timing.encode_s, timing.llm_s, timing.decode_s) > 0
+    assert timing.total_s == pytest.approx(timing.encode_s + timing.llm_s + timing.decode_s)
+
+
+def test_an_instruction_of_any_length_and_alphabet_is_read(tiny_policy: MiniVLA) -> None:
+    for text in ("", "go", "öffne die Tür, 请打开门, " * 20):
+        assert len(tiny_policy.token_ids(text)) == tiny_policy.config.text_tokens
+        assert max(tiny_policy.token_ids(text)) < tiny_policy.config.vocab_size
+
+
+def test_a_wrong_observation_is_refused(tiny_policy: MiniVLA) -> None:
+    [fine] = observations(1)
+    with pytest.raises(ObservationError, match=r"observation\.images\.wrist"):
+        infer(tiny_policy, [fine | {"observation.images.wrist": np.zeros((8, 8, 3), np.uint8)}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"crops": {"top": Crop(1, 0, 32, 32), "wrist": Crop(0, 0, 16, 16)}}, "crops.top"),
+        ({"crops": {"top": Crop(0, 0, 24, 32), "wrist": Crop(0, 0, 16, 16)}}, "crops.top"),
+        ({"crops": {"top": Crop(0, 0, 32, 32)}}, "crops"),
+        ({"num_heads": 3}, "hidden_size"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"state": Normalisation((0.0,), (1.0,))}, "state"),
+        ({"action": Normalisation((0.0,) * 3, (1.0, 0.0, 1.0))}, "action"),
+        ({"vocab_size": 5}, "vocab_size"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(changes: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}"):
+        make_tiny_policy(**changes)
+
+
+def test_weights_follow_from_the_seed() -> None:
+    assert make_tiny_policy(1).fingerprint == make_tiny_policy(1).fingerprint != make_tiny_policy(2).fingerprint
+
+
+def test_gradients_reach_every_weight(tiny_policy: MiniVLA) -> None:
+    images = {"top": torch.randint(0, 255, (2, 32, 32, 3)), "wrist": torch.randint(0, 255, (2, 16, 16, 3))}
+    tiny_policy(images, torch.ones(2, 2), torch.ones(2, 9, dtype=torch.long)).abs().sum().backward()
+    assert [n for n, p in tiny_policy.named_parameters() if p.grad is None or not p.grad.any()] == []

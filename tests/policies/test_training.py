@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dysl_vla.data.cloning import TrainConfig, train
+from dysl_vla.errors import CheckpointError, ConfigError, DatasetError
+from dysl_vla.files import read_lines
+from dysl_vla.policies.mini_vla import MiniVLA
+from dysl_vla.policies.training import CURVE_FILE, STATE_FILE, BehaviourCloning, OptimizerConfig
+
+FAST = OptimizerConfig(steps=12, batch=8, save_every=4, threads=1, warmup=2)
+
+
+def config(data: Path, out: Path, **changes: object) -> TrainConfig:
+    return replace(TrainConfig(data=data, out=out, layers=2, hidden=16, chunk=4, optimizer=FAST), **changes)  # type: ignore[arg-type]
+
+
+def test_training_leaves_a_checkpoint_with_its_record(mock_demos: Path, tmp_path: Path) -> None:
+    out = train(config(mock_demos, tmp_path / "p"))
+    policy = MiniVLA.from_pretrained(str(out))
+    assert policy.spec.chunk_length == 4
+    assert policy.provenance["data"]["episodes"] == 24
+    assert {origin["seed"] for origin in policy.provenance["data"]["origins"]} == {0}
+    assert [point["step"] for point in read_lines(out / CURVE_FILE)] == [4, 8, 12]
+    assert not (out / STATE_FILE).exists()
+
+
+def test_training_learns(mock_demos: Path, tmp_path: Path) -> None:
+    learning = replace(FAST, steps=200, batch=32, save_every=50, learning_rate=5e-3)
+    out = train(config(mock_demos, tmp_path / "p", optimizer=learning))
+    losses = [point["loss"] for point in read_lines(out / CURVE_FILE)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_killed_training_ends_in_the_same_weights(mock_demos: Path, tmp_path: Path) -> None:
+    """SIGKILL after the first saved state; the same command then goes on."""
+    whole = train(config(mock_demos, tmp_path / "whole"))
+    out = tmp_path / "killed"
+    arguments = f"--data {mock_demos} --out {out} --layers 2 --hidden 16 --chunk 4 --steps 12 --batch 8 --save-every 4"
+    command = [sys.executable, "-m", "dysl_vla.cli", "train", *arguments.split(), "--threads", "1", "--warmup", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / STATE_FILE).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    train(config(mock_demos, out))
+    assert MiniVLA.from_pretrained(str(out)).fingerprint == MiniVLA.from_pretrained(str(whole)).fingerprint
+    assert [point["step"] for point in read_lines(out / CURVE_FILE)] == [4, 8, 12]
+
+
+def test_a_resumed_training_takes_the_saved_steps_and_no_others(
+    mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = BehaviourCloning._update
+    seen: list[int] = []
+
+    def counted(self: BehaviourCloning) -> float:
+        if self.step == 9 and 9 not in seen:
+            seen.append(9)
+            raise KeyboardInterrupt
+        seen.append(self.step)
+        return update(self)
+
+    monkeypatch.setattr(BehaviourCloning, "_update", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(mock_demos, tmp_path / "p"))
+    train(config(mock_demos, tmp_path / "p"))
+    assert seen == [*range(9), 9, *range(8, 12)]
+
+
+def test_a_state_of_another_run_is_refused(mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BehaviourCloning, "_validate", lambda self: 1 / 0 if self.step == 8 else 0.0)
+    with pytest.raises(ZeroDivisionError):
+        train(config(mock_demos, tmp_path / "p"))
+    with pytest.raises(CheckpointError, match="another run"):
+        train(config(mock_demos, tmp_path / "p", optimizer=replace(FAST, steps=20)))
+    (tmp_path / "p" / STATE_FILE).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(config(mock_demos, tmp_path / "p"))
+
+
+def test_training_can_start_from_a_checkpoint(mock_demos: Path, tmp_path: Path) -> None:
+    first = train(config(mock_demos, tmp_path / "first"))
+    second = train(config(mock_demos, tmp_path / "second", init=str(first)))
+    record = MiniVLA.from_pretrained(str(second)).provenance
+    assert record["init"]["data"]["episodes"] == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"execute": 9}, "execute"),
+        ({"crops": "top=1,2,3"}, "crops"),
+        ({"crops": "side=0,0,8,8"}, "no camera 'side'"),
+        ({"crops": "top=0,0,64,64"}, "crops.top"),
+        ({"grids": "top=x"}, "grids"),
+        ({"init": "nobody"}, "unknown policy"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_leaves_nothing(
+    mock_demos: Path, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(config(mock_demos, tmp_path / "p", **changes))
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_used_folder_is_left_alone(mock_demos: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="not empty"):
+        train(config(mock_demos, tmp_path))
+    with pytest.raises(DatasetError, match="holds no demonstrations"):
+        train(config(tmp_path, tmp_path / "p"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dysl_vla.cli import VERBS, main
+from dysl_vla.doctor import NEEDED, diagnose
+
+
+def test_without_a_verb_all_verbs_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"dysl {verb}" in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*verb.split(), "--help"])
+    assert exit_.value.code == 0
+    assert f"usage: dysl {verb}" in capsys.readouterr().out
+
+
+def test_a_users_mistake_is_one_line_and_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--policy", "mock", "--suite", "nothing", "--out", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dysl eval: unknown suite 'nothing'")
+    assert error.count("\n") == 1
+    assert main(["fly"]) == 2
+
+
+def test_the_main_verbs_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demos, policy, run = (str(tmp_path / name) for name in ("demos", "policy", "run"))
+    assert main(["demos", "collect", "--suite", "mock", "--episodes", "3", "--out", demos]) == 0
+    assert main(["demos", "info", demos]) == 0
+    small = ["--layers", "2", "--hidden", "16", "--steps", "4", "--save-every", "2", "--batch", "4", "--threads", "1"]
+    assert main(["train", "--data", demos, "--out", policy, *small]) == 0
+    assert main(["eval", "--policy", policy, "--suite", "mock", "--episodes", "2", "--out", run]) == 0
+    assert main(["eval", "--policy", policy, "--suite", "mock", "--episodes", "2", "--out", run, "--seed", "0"]) == 2
+    shown = capsys.readouterr()
+    assert "6 episodes" in shown.out
+    assert "policy: llm" in shown.out
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dysl_vla.eval.runner._run", interrupt)
+    assert main(["eval", "--policy", "mock", "--suite", "mock", "--out", str(tmp_path / "r")]) == 130
+    assert "continues" in capsys.readouterr().err
+
+
+def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dysl_vla.doctor.provenance.versions", lambda: {"python": "3.11.7", "torch": "2"})
+    report = diagnose()
+    assert not report.healthy
+    assert "pip install 'dysl-vla[sim]'" in report.text()
+    assert "mujoco" in NEEDED
+
+
+@pytest.mark.slow
+def test_the_doctor_renders_a_frame() -> None:
+    report = diagnose()
+    assert report.healthy, report.text()
+    assert "OpenGL backend" in report.text()

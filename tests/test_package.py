@@ -1,0 +1,81 @@
+"""The house rules: what importing loads, who may import whom, and the links at the top."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dysl_vla
+
+PACKAGE = Path(dysl_vla.__file__).parent
+ROOMS = ("skip_controller", "envs", "policies", "data", "eval", "deploy")
+MAY_IMPORT = {
+    "skip_controller": set(),
+    "envs": {"skip_controller"},
+    "policies": {"skip_controller"},
+    "data": {"skip_controller", "envs", "policies"},
+    "eval": {"skip_controller", "envs", "policies"},
+    "deploy": {"skip_controller", "envs", "policies"},
+}
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "mujoco", "gymnasium", "numpy", "pyarrow", "av")
+    done = run_python(f"import sys, dysl_vla; print([m for m in {heavy!r} if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_public_names_resolve() -> None:
+    for name in dysl_vla.__all__:
+        assert getattr(dysl_vla, name) is not None
+    with pytest.raises(AttributeError):
+        dysl_vla.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_those_below_it(room: str) -> None:
+    for path in (PACKAGE / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module]
+            elif isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            for module in modules:
+                parts = module.split(".")
+                if parts[0] == "dysl_vla" and len(parts) > 1 and parts[1] in ROOMS and parts[1] != room:
+                    assert parts[1] in MAY_IMPORT[room], f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("name", ["envs", "policies", "skip_controller", "eval"])
+def test_top_level_links_are_relative_and_lead_into_the_package(name: str) -> None:
+    link = PACKAGE.parent / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("dysl_vla") / name
+
+
+@pytest.mark.parametrize(("module", "extra"), [("gymnasium", "sim"), ("av", "sim"), ("torch", "policy")])
+def test_a_missing_extra_is_named_with_its_mend(module: str, extra: str, tmp_path: Path) -> None:
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {module!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+from dysl_vla.cli import main
+sys.exit(main(["demos", "collect", "--suite", "mock", "--episodes", "1", "--out", {str(tmp_path / "d")!r}])
+         if {module != "torch"} else main(["train", "--data", "x", "--out", {str(tmp_path / "d")!r}]))
+"""
+    done = run_python(code)
+    assert done.returncode == 2, done.stderr
+    assert f"pip install 'dysl-vla[{extra}]'" in done.stderr
+    assert not (tmp_path / "d").exists()
