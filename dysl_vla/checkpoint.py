@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import replacing, sha256, write_json, write_text
+from dysl_vla.files import read_json, replacing, sha256, write_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,22 +95,20 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     write_json(folder / MANIFEST, {name: sha256(folder / name) for name in (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE)})
 
 
-def load_checkpoint(name: str, policy_type: str, config_class: type[Any]) -> Checkpoint:
+def load_checkpoint(folder: Path, policy_type: str, config_class: type[Any]) -> Checkpoint:
     """Read a checkpoint and check every part of it.
 
     Args:
-        name: See `find_checkpoint`.
+        folder: From `find_checkpoint`.
         policy_type: The type that it must be of.
         config_class: The dataclass of its configuration.
 
     Raises:
         CheckpointError: Naming the file and, where it is a field, the field.
-        ConfigError: There is no checkpoint of that name.
     """
     with needs_extra("policy"):
         from pydantic import TypeAdapter, ValidationError
         from safetensors import SafetensorError, safe_open
-    folder = find_checkpoint(name)
     found = read_policy_type(folder)
     if found != policy_type:
         raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' is {found!r}; this reads {policy_type!r}.")
@@ -142,12 +140,9 @@ def load_checkpoint(name: str, policy_type: str, config_class: type[Any]) -> Che
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is missing or damaged ({error}); get the checkpoint again.") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: is not a JSON object; get the checkpoint again.")
-    return document
+        return read_json(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{error} Get the checkpoint again.") from error
 
 
 def _check_unedited(path: Path, document: Any, written: Any) -> None:

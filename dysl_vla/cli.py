@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -115,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; those of the process when None.
 
     Returns:
-        The exit code: 0, 1 when something was found wanting, 2 for a user's mistake, 130 when interrupted.
+        The exit code: 0, 1 when something was found wanting, 2 for a user's mistake or what the system refused (a full
+        disk, a worker killed for lack of memory), 130 when interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     for length in (2, 1):
@@ -123,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb in VERBS:
             try:
                 return VERBS[verb][0](words[length:])
-            except DyslError as error:
+            except (DyslError, OSError, BrokenProcessPool) as error:
                 print(f"dysl {verb}: {error}", file=sys.stderr)
                 return 2
             except KeyboardInterrupt:

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
 
 from dysl_vla import provenance
 from dysl_vla.errors import DyslError
 
-NEEDED = {
-    "torch": "policy",
-    "transformers": "policy",
-    "tokenizers": "policy",
-    "safetensors": "policy",
-    "gymnasium": "sim",
-    "mujoco": "sim",
-    "metaworld": "sim",
-    "robosuite": "sim",
-    "av": "sim",
-    "pyarrow": "sim",
-}
-"""Package to the extra that brings it."""
+EXTRAS = ("policy", "sim")
 SLOW_FRAME_MS = 100.0
 
 
@@ -50,14 +40,29 @@ class Diagnosis:
         return "\n".join([*self.found, "", *mends])
 
 
+def needed_by(extra: str) -> list[str]:
+    """The packages that an extra brings, from this package's own metadata."""
+    marked = (line.partition(";") for line in requires("dysl-vla") or [])
+    names = [re.split(r"[^\w.-]", line)[0] for line, _, marker in marked if re.search(f"extra == .{extra}.", marker)]
+    return [name for name in names if name != "dysl-vla"]
+
+
+def is_installed(name: str) -> bool:
+    """A distribution of that name is there."""
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
 def diagnose() -> Diagnosis:
     """Look at packages, OpenGL and rendering speed; changes nothing."""
     found = [f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"]
     wanting = []
     versions = provenance.versions()
     found += [f"{name} {versions[name]}" for name in versions if name != "python"]
-    for extra in dict.fromkeys(NEEDED.values()):
-        lacking = [name for name, of in NEEDED.items() if of == extra and name not in versions]
+    for extra in EXTRAS:
+        lacking = [name for name in needed_by(extra) if not is_installed(name)]
         if lacking:
             wanting.append(f"{', '.join(lacking)}; mend it with: pip install 'dysl-vla[{extra}]'")
     if not any("[sim]" in line for line in wanting):

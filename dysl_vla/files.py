@@ -2,27 +2,104 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dysl_vla.errors import ConfigError
+
+TEMPORARY = ".tmp"
+LOCK = ".lock"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; on success it becomes `path`, on failure it is removed."""
+    """Give a temporary path beside `path` to write to; on success it becomes `path`, on failure it is removed.
+
+    The temporary name ends in `.tmp`, so that nobody who looks for files of `path`'s kind finds a half-written one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # some writers make files for their owner alone
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Own a folder for as long as the body runs: no other process may claim it, and no temporary file is in it.
+
+    The folder is made if it does not exist. The claim ends with the process, however that ends.
+
+    Raises:
+        ConfigError: Another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"out: {folder} is in use by another process; wait for it, or give another.") from error
+        for leftover in folder.rglob(f".*{TEMPORARY}"):
+            leftover.unlink(missing_ok=True)
+        yield
+
+
+def is_unused(folder: Path) -> bool:
+    """Nothing is in a folder but what an interrupted beginning leaves; also when it does not exist.
+
+    Raises:
+        ConfigError: It is a file.
+    """
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        raise ConfigError(f"out: {folder} is a file; give a folder.")
+    return all(path.name == LOCK or path.suffix == TEMPORARY for path in folder.iterdir())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ConfigError: It is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}).") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: is not a JSON object.")
+    return value
+
+
+def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to continue what was begun with other settings.
+
+    Args:
+        path: Where the settings of the run that was begun were written with `write_json`.
+        identity: This run's.
+
+    Raises:
+        ConfigError: They differ; the first difference is named.
+    """
+    present = read_json(path)
+    for name in {**present, **identity}:
+        if present.get(name) != identity.get(name):
+            raise ConfigError(
+                f"out: {path.parent} holds another run: its {name} is {present.get(name)!r}, this one's is "
+                f"{identity.get(name)!r}; give a new folder."
+            )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,30 +113,54 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write a file of JSON lines whole."""
+    write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line and flush it to the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+    """Append one JSON line and flush it to the disk. A last line that an interruption cut off is removed before."""
+    with path.open("ab+") as file:
+        _drop_torn_line(path)
+        file.write((json.dumps(record, allow_nan=False) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; none when it does not exist.
+    """The JSON lines of a file; none when it does not exist. A last line without its end does not count.
 
-    A last line without its end was cut off by an interruption: it is removed from the file, as if never written.
+    Raises:
+        ConfigError: A line is damaged.
     """
     if not path.exists():
         return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) != len(text):
-        with path.open("rb+") as file:
-            file.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    lines = path.read_bytes().split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{path}: line {number} is damaged ({error}); remove that line.") from error
+    return records
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _drop_torn_line(path: Path) -> None:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read(1) in (b"", b"\n"):
+            return
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def _umask() -> int:
+    present = os.umask(0)
+    os.umask(present)
+    return present

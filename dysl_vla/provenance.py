@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -37,20 +38,33 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine() -> dict[str, Any]:
+    """The processor, as far as the system tells, and how many cores this process may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0))}
+
+
 def git_commit() -> str | None:
     """The commit of this package's checkout, with "-dirty" for uncommitted changes; None when it is no checkout."""
+    package = Path(__file__).parent
     try:
-        commit, changes = (
+        top, commit, changes = (
             subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), *arguments],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=10,
+                ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
             ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
+            for arguments in (
+                ["rev-parse", "--show-toplevel"],
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "."],
+            )
         )
     except (OSError, subprocess.SubprocessError):
+        return None
+    if Path(top) != package.parent:  # installed into an environment inside somebody else's checkout
         return None
     return commit + ("-dirty" if changes else "")
 

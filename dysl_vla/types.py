@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,38 @@ class WorldSpec:
     action_high: tuple[float, ...]
     rate_hz: float
 
+    def clip(self, actions: FloatArray) -> FloatArray:
+        """Actions as they are executed, (..., action): inside the accepted range."""
+        return np.clip(actions, np.asarray(self.action_low, np.float32), np.asarray(self.action_high, np.float32))
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and deviation of the training data, a value a dimension.
+
+    Raises:
+        ConfigError: They differ in length, are not finite, or a deviation is not above zero.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise ConfigError(f"normalisation: mean has {len(self.mean)} dimensions, std has {len(self.std)}.")
+        if not all(np.isfinite(self.mean)) or not all(0 < s < np.inf for s in self.std):
+            raise ConfigError(f"normalisation: {self} must be finite, with std above zero.")
+
+    def apply(self, values: FloatArray) -> FloatArray:
+        """To mean 0 and deviation 1; (..., dimension)."""
+        return (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+    def undo(self, values: FloatArray) -> FloatArray:
+        """Back to the world's units; (..., dimension)."""
+        return values * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
+
 
 @dataclass(frozen=True)
 class PolicySpec:
@@ -63,7 +95,14 @@ class PolicySpec:
         rate_hz: Actions a second of the world that the policy was trained in.
         chunk_length: Actions predicted by one inference.
         execute_steps: How many of them are executed before the next inference.
+        state_normalisation: Of `observation.state`.
+        action_normalisation: Of actions.
+
+    Raises:
+        ConfigError: Naming a field that cannot work.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     cameras: Mapping[str, tuple[int, int]]
     state_names: tuple[str, ...]
@@ -71,6 +110,22 @@ class PolicySpec:
     rate_hz: float
     chunk_length: int
     execute_steps: int
+    state_normalisation: Normalisation
+    action_normalisation: Normalisation
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.execute_steps <= self.chunk_length:
+            raise ConfigError(
+                f"execute_steps: {self.execute_steps} is not between 1 and the chunk_length of {self.chunk_length}."
+            )
+        if not self.rate_hz > 0:
+            raise ConfigError(f"rate_hz: {self.rate_hz} must be above zero.")
+        for name, normalisation, names in (
+            ("state_normalisation", self.state_normalisation, self.state_names),
+            ("action_normalisation", self.action_normalisation, self.action_names),
+        ):
+            if len(normalisation.mean) != len(names):
+                raise ConfigError(f"{name}: has {len(normalisation.mean)} dimensions, there are {len(names)} names.")
 
     def check_world(self, world: WorldSpec) -> None:
         """Refuse a world that this policy cannot control, before anything moves.
@@ -114,7 +169,7 @@ class PolicySpec:
         if not isinstance(state, np.ndarray) or state.shape != (len(self.state_names),):
             raise ObservationError(f"{STATE_KEY}: expected float32 ({len(self.state_names)},), got {_kind(state)}.")
         if not np.isfinite(state).all():
-            raise ObservationError(f"{STATE_KEY}: has a value that is not finite: {state.tolist()}.")
+            raise ObservationError(f"{STATE_KEY}: has a value that is not finite: {state.tolist()}; mend the sensor.")
         if not isinstance(observation.get(TASK_KEY), str):
             raise ObservationError(
                 f"{TASK_KEY}: expected the instruction as text, got {_kind(observation.get(TASK_KEY))}."
@@ -177,9 +232,15 @@ def check_actions(actions: NDArray[Any], action_dim: int) -> None:
         ActionError: For another dimension, NaN or infinity.
     """
     if actions.shape[-1:] != (action_dim,):
-        raise ActionError(f"action: expected {action_dim} dimensions, got an array of shape {actions.shape}.")
+        raise ActionError(
+            f"action: expected {action_dim} dimensions, got an array of shape {actions.shape}; "
+            "use a policy that was trained for this world."
+        )
     if not np.isfinite(actions).all():
-        raise ActionError(f"action: has a value that is not finite: {actions.tolist()}.")
+        raise ActionError(
+            f"action: has a value that is not finite: {actions.tolist()}; nothing was executed. Look at the policy's "
+            "training curve and at the observations that it got."
+        )
 
 
 def _kind(value: object) -> str:

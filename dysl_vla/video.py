@@ -30,7 +30,7 @@ def write_video(path: Path, frames: Sequence[ImageArray], fps: float, *, crf: in
         fps: Frames a second.
         crf: Quality: 0 is lossless, 23 is what films use.
     """
-    with replacing(path) as temporary, av.open(str(temporary), "w") as container:
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = PIXEL_FORMAT

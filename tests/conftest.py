@@ -12,9 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from dysl_vla.data.collect import CollectConfig, collect
-from dysl_vla.policies.mini_vla import Crop, MiniVLA, MiniVLAConfig, Normalisation
+from dysl_vla.policies.mini_vla import Crop, MiniVLA, MiniVLAConfig
 from dysl_vla.policies.training import train_tokenizer
-from dysl_vla.types import PolicySpec
+from dysl_vla.types import Normalisation, PolicySpec
 
 torch.set_num_threads(1)
 
@@ -32,11 +32,11 @@ def make_tiny_policy(seed: int = 0, **changes: object) -> MiniVLA:
             rate_hz=20.0,
             chunk_length=4,
             execute_steps=2,
+            state_normalisation=Normalisation((0.0, 0.0), (1.0, 1.0)),
+            action_normalisation=Normalisation((0.0, 0.0, 0.0), (0.5, 0.5, 0.5)),
         ),
         "crops": {"top": Crop(0, 0, 32, 32), "wrist": Crop(0, 0, 16, 16)},
         "grids": {"top": 2, "wrist": 1},
-        "state": Normalisation((0.0, 0.0), (1.0, 1.0)),
-        "action": Normalisation((0.0, 0.0, 0.0), (0.5, 0.5, 0.5)),
         "vocab_size": tokenizer.get_vocab_size(),
         "text_tokens": 9,
         "hidden_size": 16,

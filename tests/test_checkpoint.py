@@ -68,7 +68,7 @@ def test_a_missing_file_is_named(saved: Path, name: str, tmp_path: Path) -> None
     [
         (("config", "num_layers"), 3, "config.num_layers"),
         (("config", "spec", "chunk_length"), 5, "config.spec.chunk_length"),
-        (("config", "action", "std"), [1.0, 1.0, 1.0], "config.action.std"),
+        (("config", "spec", "state_normalisation", "std"), [1.0, 2.0], "config.spec.state_normalisation.std"),
         (("config", "surprise"), 1, "config.surprise"),
         (("policy_type",), "other", "policy_type"),
     ],

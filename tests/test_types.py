@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dysl_vla.errors import ActionError, ConfigError, ObservationError
-from dysl_vla.types import PolicySpec, WorldSpec, check_actions
+from dysl_vla.types import Normalisation, PolicySpec, WorldSpec, check_actions
 
 WORLD = WorldSpec(
     cameras={"top": (32, 32)},
@@ -26,6 +26,8 @@ POLICY = PolicySpec(
     rate_hz=20.0,
     chunk_length=4,
     execute_steps=2,
+    state_normalisation=Normalisation((0.0, 0.0), (1.0, 1.0)),
+    action_normalisation=Normalisation((0.0, 0.0), (1.0, 1.0)),
 )
 
 
@@ -81,3 +83,45 @@ def test_actions_pass_exactly_when_finite_and_of_the_dimension(actions: np.ndarr
     else:
         with pytest.raises(ActionError, match=r"^action:"):
             check_actions(actions, 3)
+
+
+FINITE = st.floats(-1e3, 1e3, width=32)
+SCALE = st.floats(0.125, 1e3, width=32)
+
+
+@given(
+    st.lists(st.tuples(FINITE, SCALE), min_size=1, max_size=5),
+    st.lists(FINITE, min_size=5, max_size=5),
+)
+def test_normalising_and_back_is_the_identity(parameters: list[tuple[float, float]], values: list[float]) -> None:
+    normalisation = Normalisation(*map(tuple, zip(*parameters, strict=True)))  # type: ignore[arg-type]
+    array = np.array(values[: len(parameters)], np.float32)
+    np.testing.assert_allclose(normalisation.undo(normalisation.apply(array)), array, rtol=1e-4, atol=1e-2)
+
+
+@given(hnp.arrays(np.float32, (3, 2), elements=FINITE))
+def test_clipped_actions_are_accepted_ones(actions: np.ndarray) -> None:
+    clipped = WORLD.clip(actions)
+    assert (np.abs(clipped) <= 1).all()
+    inside = np.abs(actions) <= 1
+    np.testing.assert_array_equal(clipped[inside], actions[inside])
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"execute_steps": 0}, "execute_steps"),
+        ({"execute_steps": 5}, "execute_steps"),
+        ({"rate_hz": 0.0}, "rate_hz"),
+        ({"state_normalisation": Normalisation((0.0,), (1.0,))}, "state_normalisation"),
+    ],
+)
+def test_a_spec_that_cannot_work_is_refused(changes: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}:"):
+        replace(POLICY, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("std", [(0.0, 1.0), (np.nan, 1.0), (-1.0, 1.0), (1.0,)])
+def test_a_normalisation_that_cannot_work_is_refused(std: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"^normalisation:"):
+        Normalisation((0.0, 0.0), std)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from typing import Any
 import numpy as np
 
 from dysl_vla import provenance
+from dysl_vla.checkpoint import CONFIG
 from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.options import NUMBER, PLACE, camera_options
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
+from dysl_vla.files import check_same_run, claimed, is_unused, write_json
 from dysl_vla.types import ImageArray, PolicySpec
 
 with needs_extra("policy"):
@@ -34,6 +38,7 @@ with needs_extra("policy"):
         train_tokenizer,
     )
 
+RUN_FILE = "training_run.json"
 LONGEST_INSTRUCTION = 24
 """Tokens. What is longer is cut."""
 
@@ -49,9 +54,9 @@ class TrainConfig:
     init: str | None = None
     """Start from the weights of this checkpoint (for rounds of DAgger) instead of random ones."""
     crops: str = ""
-    """Part of each camera's image to look at: "corner2=28,44,96,96" (top, left, height, width); else its middle."""
+    """Part of each camera's image to look at, "corner2=96x96+28+44" (height x width + top + left); else its middle."""
     grids: str = ""
-    """Grid tokens a side for each camera, "corner2=4"; as many as fit, at most 4, when empty."""
+    """Grid tokens a side for each camera, "corner2=4,gripperPOV=2"; as many as fit, at most 4, when empty."""
     layers: int = 24
     """Depth of the backbone."""
     hidden: int = 128
@@ -70,41 +75,55 @@ def train(config: TrainConfig) -> Path:
         The checkpoint's folder.
 
     Raises:
-        ConfigError: A value cannot work.
+        ConfigError: A value cannot work, or `out` holds something else.
         DatasetError: The demonstrations are damaged.
-        CheckpointError: `out` holds another run, or `init` is damaged.
+        CheckpointError: `init` or the training state is damaged.
     """
-    if not 1 <= config.execute <= config.chunk:
-        raise ConfigError(f"execute: {config.execute} is not between 1 and the chunk of {config.chunk}.")
-    if config.out.exists() and any(config.out.iterdir()) and not (config.out / STATE_FILE).exists():
-        raise ConfigError(f"out: {config.out} is not empty and holds no interrupted training; give a new folder.")
+    if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
+        raise ConfigError(f"out: {config.out} is not empty and holds no training; give a new folder.")
     demonstrations = Demonstrations(config.data)
     if not demonstrations.rows:
         raise DatasetError(f"{config.data}: holds no episodes.")
     columns = demonstrations.columns()
     torch.manual_seed(config.optimizer.seed)
-    policy = _warm_start(config.init, demonstrations) if config.init else _new_policy(config, demonstrations, columns)
+    policy = _warm_start(config, demonstrations) if config.init else _new_policy(config, demonstrations, columns)
+    settings = json.loads(json.dumps({**asdict(config), **asdict(config.optimizer)}, default=str))
+    del settings["optimizer"]
+    identity = {**settings, "frames": demonstrations.total_frames, "initial_weights": policy.fingerprint}
+    if _is_finished(config.out, identity):
+        return config.out
     policy.provenance = {
         "method": "behaviour cloning",
         **provenance.record(),
-        "config": json.loads(json.dumps(asdict(config), default=str)),
+        "config": settings,
         "data": describe(demonstrations),
         "init": policy.provenance or None,
     }
     arrays = TrainingArrays(
-        images={
-            camera: _store(demonstrations, camera, policy.config.crops[camera]) for camera in policy.config.spec.cameras
-        },
+        images={name: _store(demonstrations, name, policy.config.crops[name]) for name in policy.spec.cameras},
         states=columns["states"],
         actions=columns["actions"],
         episode_index=columns["episode_index"],
         task_index=columns["task_index"],
         instructions=demonstrations.instructions,
     )
-    identity = json.dumps({**asdict(config), "frames": demonstrations.total_frames}, default=str, sort_keys=True)
-    config.out.mkdir(parents=True, exist_ok=True)
-    BehaviourCloning(policy, arrays, config.optimizer, config.out, identity).run()
+    with claimed(config.out):
+        write_json(config.out / RUN_FILE, identity)
+        BehaviourCloning(policy, arrays, config.optimizer, config.out).run()
     return config.out
+
+
+def _is_finished(out: Path, identity: Mapping[str, Any]) -> bool:
+    """Has this very training ended in a folder?
+
+    Raises:
+        ConfigError: The folder holds another one.
+    """
+    path = out / RUN_FILE
+    if not path.exists():
+        return False
+    check_same_run(path, identity)
+    return (out / CONFIG).exists() and not (out / STATE_FILE).exists()
 
 
 def describe(demonstrations: Demonstrations) -> dict[str, Any]:
@@ -128,7 +147,7 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
         raise DatasetError(f"{demonstrations.root}: has no camera (a video feature observation.images.<camera>).")
     tokenizer = train_tokenizer(demonstrations.instructions)
     longest = max(len(tokenizer.encode(text).ids) for text in demonstrations.instructions)
-    crops = _crops(config.crops, dict(spec.cameras))
+    crops = _crops(config.crops, spec.cameras)
     return MiniVLA(
         MiniVLAConfig(
             spec=PolicySpec(
@@ -138,11 +157,11 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
                 rate_hz=spec.rate_hz,
                 chunk_length=config.chunk,
                 execute_steps=config.execute,
+                state_normalisation=normalisation(columns["states"]),
+                action_normalisation=normalisation(columns["actions"]),
             ),
             crops=crops,
             grids=_grids(config.grids, crops),
-            state=normalisation(columns["states"]),
-            action=normalisation(columns["actions"]),
             vocab_size=tokenizer.get_vocab_size(),
             text_tokens=min(longest, LONGEST_INSTRUCTION),
             hidden_size=config.hidden,
@@ -152,46 +171,34 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
     )
 
 
-def _warm_start(init: str, demonstrations: Demonstrations) -> MiniVLA:
-    policy = MiniVLA.from_pretrained(init)
+def _warm_start(config: TrainConfig, demonstrations: Demonstrations) -> MiniVLA:
+    assert config.init is not None
+    for name in ("crops", "grids", "layers", "hidden", "chunk", "execute"):
+        if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
+            raise ConfigError(f"{name}: {config.init} decides it; leave it out, or train without --init.")
+    policy = MiniVLA.from_pretrained(config.init)
     policy.spec.check_world(demonstrations.spec)
     return policy
 
 
-def _crops(text: str, cameras: dict[str, tuple[int, int]]) -> dict[str, Crop]:
-    """Crops as asked for; else the largest in the middle that is a multiple of two cells."""
+def _crops(text: str, cameras: Mapping[str, tuple[int, int]]) -> dict[str, Crop]:
+    """Crops as asked for; else the largest in the middle whose sides are multiples of two cells."""
     crops = {}
     for name, (height, width) in cameras.items():
         rows, columns = (max(CELL, size // (2 * CELL) * 2 * CELL) for size in (height, width))
-        crops[name] = Crop((height - rows) // 2, (width - columns) // 2, rows, columns)
-    for name, values in _pairs("crops", text, cameras).items():
-        try:
-            crops[name] = Crop(*map(int, values.split(",")))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"crops: {values!r} is not of the form top,left,height,width.") from error
+        crops[name] = Crop(top=(height - rows) // 2, left=(width - columns) // 2, height=rows, width=columns)
+    for name, values in camera_options("crops", text, PLACE, "96x96+28+44", cameras).items():
+        height, width, top, left = values
+        crops[name] = Crop(top=top, left=left, height=height, width=width)
     return crops
 
 
-def _grids(text: str, crops: dict[str, Crop]) -> dict[str, int]:
+def _grids(text: str, crops: Mapping[str, Crop]) -> dict[str, int]:
     grids = {}
     for name, crop in crops.items():
         fitting = [g for g in range(1, 5) if crop.height % (CELL * g) == 0 and crop.width % (CELL * g) == 0]
         grids[name] = max(fitting, default=1)
-    for name, value in _pairs("grids", text, crops).items():
-        if not value.isdigit():
-            raise ConfigError(f"grids: {value!r} is not a number of tokens a side.")
-        grids[name] = int(value)
-    return grids
-
-
-def _pairs(field_name: str, text: str, known: Any) -> dict[str, str]:
-    pairs = dict(item.split("=", 1) for item in text.split() if "=" in item)
-    if len(pairs) != len(text.split()):
-        raise ConfigError(f"{field_name}: {text!r} is not of the form camera=value, separated by spaces.")
-    for name in pairs:
-        if name not in known:
-            raise ConfigError(f"{field_name}: the data has no camera {name!r}; it has {', '.join(known)}.")
-    return pairs
+    return grids | {name: value for name, (value,) in camera_options("grids", text, NUMBER, "4", crops).items()}
 
 
 def _store(demonstrations: Demonstrations, camera: str, crop: Crop) -> ImageArray:

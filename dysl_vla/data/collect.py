@@ -7,27 +7,35 @@ step the expert takes over and finishes. Episodes that fail are dropped.
 
 from __future__ import annotations
 
+import atexit
+import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, EpisodeRow, Origin
-from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, Suite, episode_rng, get_suite
+from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin, check_writable
+from dysl_vla.data.options import SIZE, camera_options
+from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, episode_rng, get_suite
 from dysl_vla.errors import ConfigError, DatasetError
-from dysl_vla.policies.base import Policy
+from dysl_vla.files import claimed
+from dysl_vla.policies import Policy, load_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray
+from dysl_vla.workers import use_one_inference_thread, worker_pool
 
 EXPERT = "expert"
 LONGEST_DEMONSTRATION = 250
 """Steps. An expert that needs more was thrown off by the noise, and shows nothing worth learning."""
 TAIL_STEPS = 4
-"""Recorded after success, so that the last chunks are whole."""
+"""Executed after success, so that chunks that begin before it show what comes then."""
+MOST_FAILURES = 20
+"""Failed episodes for each that succeeded, from which on collecting is hopeless."""
 TAKE_OVER_STEPS = (10, 160)
 """The expert takes over from a policy at a step drawn from here."""
 
@@ -56,21 +64,6 @@ class CollectConfig:
     """Processes that simulate side by side."""
 
 
-def parse_cameras(text: str) -> dict[str, tuple[int, int]] | None:
-    """Read "name=HEIGHTxWIDTH,...".
-
-    Raises:
-        ConfigError: The text has another form.
-    """
-    if not text:
-        return None
-    try:
-        pairs = (item.split("=") for item in text.split(","))
-        return {name: (int(size.split("x")[0]), int(size.split("x")[1])) for name, size in pairs}
-    except (ValueError, IndexError) as error:
-        raise ConfigError(f"cameras: {text!r} is not of the form corner2=144x144,gripperPOV=72x72.") from error
-
-
 def collect(config: CollectConfig) -> Demonstrations:
     """Collect what is missing of `config.episodes` a task.
 
@@ -81,123 +74,116 @@ def collect(config: CollectConfig) -> Demonstrations:
         ConfigError: A value cannot work; nothing was written.
         DatasetError: The folder is of another world, or the expert fails too often.
     """
+    _check(config)
+    suite = get_suite(config.suite)
+    tasks = suite.choose(config.tasks)
+    sizes = camera_options("cameras", config.cameras, SIZE, "144x144")
+    cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
+    actor = EXPERT
+    with closing(suite.make(tasks[0], cameras)) as env:
+        if config.policy is not None:
+            policy = load_policy(config.policy)
+            policy.spec.check_world(env.world_spec)
+            actor = f"{Path(config.policy).name}@{policy.fingerprint[:12]}"
+        env.reset(seed=0)  # renders: a machine that cannot is found out before anything is written
+        spec = env.world_spec
+    check_writable(config.out, spec)
+    with claimed(config.out), worker_pool(config.workers) as pool:
+        writer = DemonstrationWriter(config.out, spec, robot_type=config.suite.split("-")[0])
+        try:
+            for task in tasks:
+                first = Origin(suite.name, task, config.seed, 0, actor, 0.0 if config.policy else config.noise)
+                _collect_task(config, first, cameras, writer, pool)
+        finally:
+            writer.close()
+    return Demonstrations(config.out)
+
+
+def _check(config: CollectConfig) -> None:
     if not 0 <= config.seed < FIRST_EVALUATION_SEED:
         raise ConfigError(
             f"seed: {config.seed} is not for demonstrations; take one from 0 to {FIRST_EVALUATION_SEED - 1}. "
             "Those above are kept for evaluation."
         )
-    if config.episodes < 1 or config.workers < 1:
-        raise ConfigError(f"episodes ({config.episodes}) and workers ({config.workers}) must be at least 1.")
-    suite = get_suite(config.suite)
-    tasks = suite.choose(config.tasks)
-    cameras = parse_cameras(config.cameras)
-    env = suite.make(tasks[0], cameras)
-    try:
-        if config.policy is not None:
-            from dysl_vla.policies import load_policy
-
-            load_policy(config.policy).spec.check_world(env.world_spec)
-        writer = DemonstrationWriter(config.out, env.world_spec, robot_type=config.suite.split("-")[0])
-    finally:
-        env.close()
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        try:
-            for task in tasks:
-                _collect_task(config, suite, task, writer, pool)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            writer.close()
-    return Demonstrations(config.out)
+    for name in ("episodes", "workers"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
+    if not 0 <= config.noise < math.inf:
+        raise ConfigError(f"noise: {config.noise} must be 0 or above, and finite.")
 
 
 def _collect_task(
-    config: CollectConfig, suite: Suite, task: str, writer: DemonstrationWriter, pool: ProcessPoolExecutor
+    config: CollectConfig,
+    first: Origin,
+    cameras: Mapping[str, tuple[int, int]] | None,
+    writer: DemonstrationWriter,
+    pool: ProcessPoolExecutor,
 ) -> None:
-    from tqdm import tqdm
-
-    actor = config.policy or EXPERT
-    mine = [row.origin for row in writer.rows if row.origin and _is_of(row, suite.name, task, config.seed, actor)]
-    first = max((origin.episode_index for origin in mine), default=-1) + 1
-    missing = config.episodes - len(mine)
-    tried = 0
-    with tqdm(total=config.episodes, initial=len(mine), desc=task, unit="episode") as progress:
-        for episode in _in_order(config, suite, task, first, pool):
-            if missing <= 0:
-                return
-            tried += 1
-            if episode is not None:
-                writer.append(episode)
-                missing -= 1
-                progress.update()
-            progress.set_postfix(tried=tried)
-            if tried >= 20 and missing > 0 and progress.n == 0:
-                raise DatasetError(f"{task}: none of {tried} episodes succeeded; lower --noise, or mend the expert.")
-
-
-def _is_of(row: EpisodeRow, suite: str, task: str, seed: int, actor: str) -> bool:
-    origin = row.origin
-    return origin is not None and (origin.suite, origin.task, origin.seed, origin.actor) == (suite, task, seed, actor)
-
-
-def _in_order(
-    config: CollectConfig, suite: Suite, task: str, first: int, pool: ProcessPoolExecutor
-) -> Iterator[Episode | None]:
-    """Episodes in the order of their index, a few of them simulated ahead. None is one that failed."""
+    """Append episodes like `first`, of rising index, until there are enough."""
+    indices = [
+        row.origin.episode_index
+        for row in writer.rows
+        if row.origin is not None and replace(row.origin, episode_index=0) == first
+    ]
+    have, next_index = len(indices), max(indices, default=-1) + 1
+    failures = 0
     ahead: deque[Future[Episode | None]] = deque()
-    index = first
-    cameras = parse_cameras(config.cameras)
-    try:
-        while True:
+    with tqdm(total=config.episodes, initial=have, desc=first.task, unit="episode") as progress:
+        while have < config.episodes:
             while len(ahead) <= config.workers:
-                origin = Origin(suite.name, task, config.seed, index, config.policy or EXPERT)
-                ahead.append(pool.submit(_demonstrate, origin, cameras, config.noise))
-                index += 1
-            yield ahead.popleft().result()
-    finally:
-        for future in ahead:
-            future.cancel()
-
-
-def _one_thread() -> None:
-    """A worker's inference uses one thread: with more, the workers would fight for the cores."""
-    import os
-
-    os.environ["OMP_NUM_THREADS"] = "1"
+                origin = replace(first, episode_index=next_index)
+                ahead.append(pool.submit(_demonstrate, origin, cameras, config.policy))
+                next_index += 1
+            episode = ahead.popleft().result()
+            if episode is None:
+                failures += 1
+                progress.set_postfix(failures=failures)
+                if failures >= MOST_FAILURES * (have + 1):
+                    raise DatasetError(
+                        f"{first.task}: {failures} episodes failed, {have} succeeded; lower --noise or mend the expert."
+                    )
+                continue
+            writer.append(episode)
+            have += 1
+            progress.update()
+    for future in ahead:
+        future.cancel()
 
 
 @lru_cache(maxsize=1)
 def _env(suite: str, task: str, cameras: tuple[tuple[str, tuple[int, int]], ...] | None) -> ManipulationEnv:
-    return get_suite(suite).make(task, None if cameras is None else dict(cameras))
+    env = get_suite(suite).make(task, None if cameras is None else dict(cameras))
+    atexit.register(env.close)
+    return env
 
 
 @lru_cache(maxsize=1)
 def _policy(name: str) -> Policy:
-    from dysl_vla.policies import load_policy
+    policy = load_policy(name)
+    use_one_inference_thread()
+    return policy
 
-    return load_policy(name)
 
-
-def _demonstrate(origin: Origin, cameras: Mapping[str, tuple[int, int]] | None, noise: float) -> Episode | None:
+def _demonstrate(origin: Origin, cameras: Mapping[str, tuple[int, int]] | None, policy: str | None) -> Episode | None:
+    """Run in a worker, which keeps the policy and the last task's environment."""
     env = _env(origin.suite, origin.task, None if cameras is None else tuple(cameras.items()))
-    policy = None if origin.actor == EXPERT else _policy(origin.actor)
-    return demonstrate(env, origin, policy, noise)
+    return demonstrate(env, origin, _policy(policy) if policy else None)
 
 
-def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None, noise: float) -> Episode | None:
+def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None) -> Episode | None:
     """Simulate one episode and keep every moment with the expert's action.
 
     Args:
         env: Of the origin's task.
-        origin: Decides the initial state and the noise.
-        policy: Drives until the expert takes over; None: the expert drives, with noise.
-        noise: Strength of that noise.
+        origin: Decides the initial state, and the noise on the expert's actions.
+        policy: Drives until the expert takes over; None: the expert drives from the beginning.
 
     Returns:
         The episode; None when it failed.
     """
     rng = episode_rng(origin.task + "/actor", origin.seed, origin.episode_index)
     take_over = int(rng.integers(*TAKE_OVER_STEPS)) if policy else 0
-    disturb = ActionNoise(env.world_spec.action_names, noise, rng)
+    disturb = ActionNoise(env.world_spec.action_names, origin.noise, rng)
     observation, _ = env.reset(seed=origin.seed, options={"episode_index": origin.episode_index})
     state = policy.reset() if policy else None
     plan: deque[FloatArray] = deque()
@@ -216,10 +202,10 @@ def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None, noi
             if not plan:
                 [chunk] = policy.infer([observation], [state])
                 plan.extend(chunk.actions[: policy.spec.execute_steps])
-            executed = plan.popleft()
+            executed = env.world_spec.clip(plan.popleft())
             state.executed.append(executed)
         else:
-            executed = label if policy else label + disturb()
+            executed = label + disturb()
         observation, _, _, _, info = env.step(executed)
         if left is not None:
             left -= 1

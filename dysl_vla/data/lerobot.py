@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import replacing, write_json
+from dysl_vla.files import is_unused, replacing, write_json
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray, WorldSpec
 from dysl_vla.video import CODEC, PIXEL_FORMAT, read_video, write_video
 
@@ -30,6 +30,7 @@ with needs_extra("sim"):
 
 ACTION_KEY = "action"
 CODEBASE_VERSION = "v3.0"
+INFO = "meta/info.json"
 FILES_PER_CHUNK = 1000
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -47,6 +48,7 @@ class Origin:
     seed: int
     episode_index: int
     actor: str
+    noise: float
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,23 @@ class EpisodeRow:
     origin: Origin | None
 
 
+def check_writable(root: Path, spec: WorldSpec) -> None:
+    """Refuse a folder that episodes of a world cannot be appended to.
+
+    Raises:
+        DatasetError: It holds something else, or demonstrations of another world.
+    """
+    if (root / INFO).exists():
+        present = Demonstrations(root)
+        _check_same_world(present, spec)
+        if present.info["data_path"] != DATA_PATH or any(row.origin is None for row in present.rows):
+            raise DatasetError(f"{root}: was written by another program; give --out a new folder.")
+    elif not is_unused(root):
+        raise DatasetError(f"{root}: is not empty and no dataset; give --out a new folder.")
+
+
 class DemonstrationWriter:
-    """Appends episodes to a dataset, a new one or one that it wrote before.
+    """Appends episodes to a dataset, a new one or one that it wrote before. One at a time may write to a folder.
 
     Args:
         root: The dataset's folder.
@@ -88,7 +105,7 @@ class DemonstrationWriter:
         robot_type: LeRobot's free text.
 
     Raises:
-        DatasetError: The folder holds something else, or demonstrations of another world.
+        DatasetError: See `check_writable`.
     """
 
     def __init__(self, root: Path, spec: WorldSpec, robot_type: str) -> None:
@@ -96,17 +113,13 @@ class DemonstrationWriter:
         self._spec = spec
         self._tasks: list[str] = []
         self.rows: list[EpisodeRow] = []
-        if (root / "meta/info.json").exists():
+        check_writable(root, spec)
+        if (root / INFO).exists():
             present = Demonstrations(root)
-            _check_same_world(present, spec)
-            if present.info["data_path"] != DATA_PATH or any(row.origin is None for row in present.rows):
-                raise DatasetError(f"{root}: was written by another program; give --out a new folder.")
             self._tasks, self.rows, self._info = list(present.instructions), present.rows, present.info
-        elif root.exists() and any(root.iterdir()):
-            raise DatasetError(f"{root}: is not empty and no dataset; give --out a new folder.")
         else:
             self._info = _new_info(spec, robot_type)
-            write_json(root / "meta/info.json", self._info)
+            write_json(root / INFO, self._info)
 
     def append(self, episode: Episode) -> None:
         """Write one episode; it counts once this has returned."""
@@ -146,7 +159,7 @@ class DemonstrationWriter:
             "total_tasks": len(self._tasks),
             "splits": {"train": f"0:{number + 1}"},
         }
-        write_json(self._root / "meta/info.json", self._info)
+        write_json(self._root / INFO, self._info)
 
     def _write_row(self, number: int, row: EpisodeRow, episode: Episode, place: dict[str, int]) -> None:
         assert row.origin is not None
@@ -174,7 +187,7 @@ class DemonstrationWriter:
     def close(self) -> None:
         """Write `meta/stats.json`, which LeRobot's training reads, from the statistics of all episodes."""
         if self.rows:
-            write_json(self._root / "meta/stats.json", _merge_statistics(_episode_table(self._root)))
+            write_json(self._root / "meta/stats.json", _merge_statistics(_episode_table(self._root, len(self.rows))))
 
 
 class Demonstrations:
@@ -195,7 +208,7 @@ class Demonstrations:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        path = root / "meta/info.json"
+        path = root / INFO
         if not path.is_file():
             raise DatasetError(f"{root}: holds no demonstrations (there is no meta/info.json).")
         try:
@@ -209,7 +222,7 @@ class Demonstrations:
         try:
             count = int(self.info["total_episodes"])
             self.instructions: list[str] = _read_tasks(root / "meta/tasks.parquet") if count else []
-            self.rows = [self._row(values) for values in _episode_table(root).to_pylist()[:count]] if count else []
+            self.rows = [self._row(values) for values in _episode_table(root, count).to_pylist()] if count else []
         except (OSError, pa.ArrowException, KeyError) as error:
             raise DatasetError(f"{root}/meta: cannot be read ({error!r}).") from error
         if len(self.rows) != count:
@@ -254,8 +267,9 @@ class Demonstrations:
             (STATE_KEY, "states", len(self.spec.state_names)),
             (ACTION_KEY, "actions", len(self.spec.action_names)),
         ):
-            flat = table[key].combine_chunks()
-            array = np.asarray(flat.flatten(), np.float32)
+            column = table[key].combine_chunks()
+            is_scalar = pa.types.is_floating(column.type)  # as the format keeps vectors of one dimension
+            array = np.asarray(column if is_scalar else column.flatten(), np.float32)
             if len(array) != len(table) * dim:
                 raise DatasetError(f"{self.root}: {key} has another dimension than the {dim} of meta/info.json.")
             arrays[name] = array.reshape(-1, dim)
@@ -339,14 +353,18 @@ def _spec_of(features: Mapping[str, Any], fps: float) -> WorldSpec:
     for key in (STATE_KEY, ACTION_KEY):
         if key not in features:
             raise DatasetError(f"meta/info.json: there is no feature {key!r}.")
-    state, action = (
-        tuple(features[key]["names"] or map(str, range(features[key]["shape"][0]))) for key in (STATE_KEY, ACTION_KEY)
-    )
+    state, action = (_names(features[key]) for key in (STATE_KEY, ACTION_KEY))
+    for key, feature in features.items():
+        if key.startswith(IMAGE_PREFIX) and (feature["dtype"] != "video" or feature["shape"][-1] != 3):
+            raise DatasetError(
+                f"meta/info.json: feature {key!r} is {feature['dtype']} of shape {feature['shape']}; this reads videos "
+                "of shape (height, width, 3)."
+            )
     return WorldSpec(
         cameras={
             key.removeprefix(IMAGE_PREFIX): (feature["shape"][0], feature["shape"][1])
             for key, feature in features.items()
-            if key.startswith(IMAGE_PREFIX) and feature["dtype"] == "video"
+            if key.startswith(IMAGE_PREFIX)
         },
         state_names=state,
         action_names=action,
@@ -354,6 +372,15 @@ def _spec_of(features: Mapping[str, Any], fps: float) -> WorldSpec:
         action_high=(np.inf,) * len(action),
         rate_hz=fps,
     )
+
+
+def _names(feature: Mapping[str, Any]) -> tuple[str, ...]:
+    """A vector's names: a list, a list under some word ("motors"), a map to positions, or none."""
+    names, length = feature["names"], feature["shape"][0]
+    if isinstance(names, Mapping):
+        lists = [value for value in names.values() if isinstance(value, list)]
+        names = lists[0] if lists else sorted(names, key=lambda name: names[name])
+    return tuple(map(str, names or range(length)))
 
 
 def _check_same_world(present: Demonstrations, spec: WorldSpec) -> None:
@@ -366,8 +393,9 @@ def _check_same_world(present: Demonstrations, spec: WorldSpec) -> None:
 
 
 def _vectors(values: FloatArray) -> pa.Array:
+    """A column of vectors; those of one dimension are plain numbers in the format."""
     flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    return flat if values.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
@@ -404,11 +432,12 @@ def _read_tasks(path: Path) -> list[str]:
     return [str(task) for task in table[text].to_pylist()]
 
 
-def _episode_table(root: Path) -> pa.Table:
+def _episode_table(root: Path, count: int) -> pa.Table:
+    """The table's first rows; those behind them are of an episode that was interrupted before it counted."""
     files = sorted((root / "meta/episodes").glob("*/*.parquet"))
     if not files:
         raise DatasetError(f"{root}/meta/episodes: holds no episodes.")
-    return pads.dataset(files, format="parquet").to_table().sort_by("episode_index")
+    return pads.dataset(files, format="parquet").to_table().sort_by("episode_index").slice(0, count)
 
 
 def _episode_statistics(episode: Episode) -> dict[str, dict[str, Any]]:

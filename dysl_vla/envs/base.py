@@ -79,8 +79,8 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
                 TASK_KEY: spaces.Text(max_length=256, charset=PRINTABLE),
             }
         )
-        self._low, self._high = np.asarray(spec.action_low, np.float32), np.asarray(spec.action_high, np.float32)
-        self.action_space = spaces.Box(self._low, self._high, dtype=np.float32)
+        low, high = (np.asarray(bound, np.float32) for bound in (spec.action_low, spec.action_high))
+        self.action_space = spaces.Box(low, high, dtype=np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -113,7 +113,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
             ActionError: Another dimension, NaN or infinity. Nothing has moved.
         """
         check_actions(np.asarray(action), len(self.world_spec.action_names))
-        reward, success = self._step_world(np.clip(np.asarray(action, np.float32), self._low, self._high))
+        reward, success = self._step_world(self.world_spec.clip(np.asarray(action, np.float32)))
         self._step += 1
         return reward, self._step >= self.horizon, {"success": success}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from dysl_vla.envs.base import ManipulationEnv, check_cameras
 from dysl_vla.envs.experts import make_metaworld_expert
-from dysl_vla.envs.rendering import SceneRenderer, choose_gl_backend
+from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
 from dysl_vla.errors import ConfigError
 from dysl_vla.types import FloatArray, ImageArray, WorldSpec
 
@@ -117,8 +117,7 @@ class MetaWorldEnv(ManipulationEnv):
             raise ConfigError(f"unknown Meta-World task {task!r}; there are: {', '.join(sorted(INSTRUCTIONS))}.")
         sizes = dict(cameras or DEFAULT_CAMERAS)
         check_cameras(sizes, CAMERAS)
-        choose_gl_backend()  # before MuJoCo is imported, here and wherever Meta-World does it
-        import mujoco
+        mujoco = load_mujoco()  # before Meta-World imports it
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
         sawyer: Any = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()

@@ -69,7 +69,7 @@ class MockEnv(ManipulationEnv):
         centre = self._dot if camera == "wrist" else np.zeros(2)
         for point, channel in ((self._mark, 0), (self._dot, 1)):
             row, column = (((point - centre) + 1) / 2 * (np.array([height, width]) - 1)).round().astype(int)
-            image[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2, channel] = 255
+            image[max(row - 1, 0) : max(row + 2, 0), max(column - 1, 0) : max(column + 2, 0), channel] = 255
         return image
 
     def expert_action(self) -> FloatArray:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import ctypes.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dysl_vla.errors import RenderingError
+from dysl_vla.extras import needs_extra
 from dysl_vla.types import ImageArray
 
 if TYPE_CHECKING:
     import mujoco
 
-MEND = "install one with: sudo apt-get install libegl1 libgl1-mesa-dri   (or: libosmesa6)"
+MEND = "install one with: sudo apt-get install libegl1 libgl1-mesa-dri   (or libosmesa6, and set MUJOCO_GL=osmesa)"
 
 
 def choose_gl_backend() -> str:
@@ -43,15 +44,28 @@ def choose_gl_backend() -> str:
     raise RenderingError(f"no OpenGL library for rendering without a screen (neither EGL nor OSMesa); {MEND}")
 
 
+def load_mujoco() -> Any:
+    """Import MuJoCo with the chosen GL backend; do this before importing a simulator that imports it.
+
+    Raises:
+        RenderingError: The backend's library cannot be loaded.
+        MissingExtraError: MuJoCo is not installed.
+    """
+    backend = choose_gl_backend()
+    try:
+        with needs_extra("sim"):
+            import mujoco
+    except (ImportError, RuntimeError, AttributeError) as error:  # what PyOpenGL and MuJoCo raise without a library
+        raise RenderingError(f"MuJoCo cannot be imported with MUJOCO_GL={backend} ({error}); {MEND}") from error
+    return mujoco
+
+
 class SceneRenderer:
     """Renders the cameras of one MuJoCo model, one renderer a frame size.
 
     Args:
         model: The scene.
         full_quality: Shadows, reflections and multi-sampling as the scene's author set them.
-
-    Raises:
-        RenderingError: The GL library is there, but no context can be made.
     """
 
     def __init__(self, model: mujoco.MjModel, *, full_quality: bool = False) -> None:
@@ -71,6 +85,9 @@ class SceneRenderer:
 
         Returns:
             uint8, (height, width, 3).
+
+        Raises:
+            RenderingError: The GL library is there, but gives no context.
         """
         renderer = self._renderer(height, width)
         renderer.update_scene(data, camera=camera)
@@ -79,8 +96,7 @@ class SceneRenderer:
 
     def _renderer(self, height: int, width: int) -> mujoco.Renderer:
         if (height, width) not in self._renderers:
-            import mujoco
-
+            mujoco = load_mujoco()
             visual = self._model.vis
             visual.global_.offheight = max(visual.global_.offheight, height)
             visual.global_.offwidth = max(visual.global_.offwidth, width)
@@ -90,7 +106,8 @@ class SceneRenderer:
                 renderer = mujoco.Renderer(self._model, height, width)
             except Exception as error:  # mujoco raises whatever its GL binding raised
                 raise RenderingError(
-                    f"MuJoCo could not open a {os.environ.get('MUJOCO_GL')} context ({error}); {MEND}"
+                    f"MuJoCo got no OpenGL context with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); if MuJoCo "
+                    f"was imported before dysl_vla.envs, set MUJOCO_GL=egl before; else {MEND}"
                 ) from error
             if not self._full_quality:
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False

@@ -15,7 +15,7 @@ from dysl_vla.envs.metaworld import HORIZON, INSTRUCTIONS, MT10, MetaWorldEnv
 from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
 from dysl_vla.envs.mock import TASKS as MOCK_TASKS
 from dysl_vla.envs.mock import MockEnv
-from dysl_vla.envs.rendering import choose_gl_backend
+from dysl_vla.envs.rendering import load_mujoco
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.registry import Registry
@@ -71,7 +71,7 @@ def get_suite(name: str) -> Suite:
 
 
 def _metaworld(name: str, tasks: tuple[str, ...]) -> Suite:
-    choose_gl_backend()
+    load_mujoco()
     with needs_extra("sim"):
         import metaworld  # noqa: F401
     return Suite(name, tasks, HORIZON, MetaWorldEnv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ from dysl_vla.files import read_lines
 
 PROTOCOL = ("suite", "seed", "horizon", "episodes")
 """What must be the same for two runs' episodes to be pairs."""
+SIMULATORS = ("mujoco", "metaworld", "robosuite", "numpy")
+"""Packages whose versions decide initial states and physics."""
+SPEED = ("torch", "transformers", "python")
+"""Packages whose versions decide latencies."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ def compare(runs: Sequence[Path]) -> list[Comparison]:
     if len(runs) < 2:
         raise ConfigError("compare: give at least two folders of `dysl eval`.")
     results = [read_result(run) for run in runs]
+    for run, result in zip(runs, results, strict=True):
+        for name in (*PROTOCOL, "latency_ms", "machine", "workers", "versions"):
+            if name not in result:
+                raise ConfigError(f"compare: {run}/result.json has no {name!r}; it is not of `dysl eval`.")
     outcomes = [_outcomes(run) for run in runs]
     for run, result, outcome in zip(runs[1:], results[1:], outcomes[1:], strict=True):
         for name in PROTOCOL:
@@ -49,9 +58,16 @@ def compare(runs: Sequence[Path]) -> list[Comparison]:
                     f"compare: {name} is {results[0][name]} in {runs[0]} and {result[name]} in {run}; "
                     "run both with the same."
                 )
-        if outcome.keys() != outcomes[0].keys():
-            odd = sorted(outcome.keys() ^ outcomes[0].keys())[0]
-            raise ConfigError(f"compare: {runs[0]} and {run} do not hold the same episodes; {odd} is in one alone.")
+        for name in SIMULATORS:
+            mine, theirs = results[0]["versions"].get(name), result["versions"].get(name)
+            if mine != theirs:
+                raise ConfigError(
+                    f"compare: {name} was {mine} in {runs[0]} and {theirs} in {run}, so that the same episode is not "
+                    "the same; run both with one version."
+                )
+        if not outcome or outcome.keys() != outcomes[0].keys():
+            odd = next(iter(outcome.keys() ^ outcomes[0].keys()), "none")
+            raise ConfigError(f"compare: {runs[0]} and {run} do not hold the same episodes ({odd}); finish both.")
     return [
         Comparison(run, _pair(outcomes[0], outcome), _ratios(results[0], result))
         for run, result, outcome in zip(runs[1:], results[1:], outcomes[1:], strict=True)
@@ -74,13 +90,12 @@ def _pair(first: dict[Any, bool], second: dict[Any, bool]) -> PairedSuccess:
 
 def _ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, dict[str, float]] | None:
     alike = first["machine"] == second["machine"] and first["workers"] == second["workers"] == 1
-    if not alike:
+    if not alike or any(first["versions"].get(name) != second["versions"].get(name) for name in SPEED):
         return None
     return {
         part: {
-            name: first["latency_ms"][part][name] / second["latency_ms"][part][name]
+            name: first["latency_ms"][part][name] / (second["latency_ms"][part][name] or math.nan)
             for name in ("mean", "p50", "p99")
-            if second["latency_ms"][part][name] > 0
         }
         for part in ("total", "llm")
     }
@@ -107,5 +122,8 @@ def render_comparison(runs: Sequence[Path], comparisons: Sequence[Comparison]) -
             f"| {pairs.only_second} : {pairs.only_first} | {pairs.mcnemar_p():.3f} | {shown[0]} | {shown[1]} |"
         )
     if any(comparison.latency_ratio is None for comparison in comparisons):
-        lines += ["", "Latencies are compared only between runs with `--workers 1` on the same machine."]
+        lines += [
+            "",
+            "Latencies are only compared between runs with `--workers 1`, one machine and the same versions.",
+        ]
     return "\n".join(lines)

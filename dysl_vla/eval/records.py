@@ -11,16 +11,26 @@ videos/           films of episodes, if asked for
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.rollout import EpisodeKey
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import append_line, read_lines, replacing, write_json, write_text
+from dysl_vla.files import (
+    append_line,
+    check_same_run,
+    claimed,
+    is_unused,
+    read_json,
+    read_lines,
+    replacing,
+    write_json,
+    write_text,
+)
 
 with needs_extra("sim"):
     import pyarrow as pa
@@ -56,21 +66,26 @@ class RunFolder:
 
     def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
         self.root = root
+        self._identity = dict(identity)
         if (root / RUN).is_file():
-            try:
-                present = json.loads((root / RUN).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ConfigError(f"out: {root / RUN} is damaged ({error}); give a new folder.") from error
-            for name in {**present, **identity}:
-                if present.get(name) != identity.get(name):
-                    raise ConfigError(
-                        f"out: {root} holds another run: its {name} is {present.get(name)!r}, this one's is "
-                        f"{identity.get(name)!r}; give a new folder."
-                    )
-        elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+            check_same_run(root / RUN, identity)
+        elif not is_unused(root):
             raise ConfigError(f"out: {root} is not empty and holds no run; give a new folder.")
-        else:
-            write_json(root / RUN, dict(identity))
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Own the folder while the run goes on.
+
+        Raises:
+            ConfigError: Another process has it.
+        """
+        with claimed(self.root):
+            write_json(self.root / RUN, self._identity)
+            yield
+
+    def is_finished(self) -> bool:
+        """Its figures are there."""
+        return (self.root / RESULT).exists()
 
     def episodes(self) -> list[dict[str, Any]]:
         """The episodes that have ended."""
@@ -87,8 +102,6 @@ class RunFolder:
 
     def steps(self, episodes: list[dict[str, Any]]) -> pa.Table:
         """The steps of the given episodes, in their order."""
-        if not (self.root / PARTS).exists():
-            return pq.read_table(self.root / STEPS)
         return pa.concat_tables([pq.read_table(self._part(e["task"], e["episode_index"])) for e in episodes])
 
     def finish(self, steps: pa.Table, result: Mapping[str, Any], report: str) -> None:
@@ -113,8 +126,6 @@ def read_result(root: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The folder holds no finished run.
     """
-    try:
-        result: dict[str, Any] = json.loads((root / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{root}: holds no finished evaluation ({error}); run `dysl eval --out {root}`.") from error
-    return result
+    if not (root / RESULT).is_file():
+        raise ConfigError(f"{root}: holds no finished evaluation; run `dysl eval --out {root}` to its end.")
+    return read_json(root / RESULT)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,15 +62,6 @@ def _of_task(episodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "episodes": len(episodes),
         "mean_steps": float(np.mean([episode["steps"] for episode in episodes])),
     }
-
-
-def cpu_name() -> str:
-    """The processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def render_report(result: Mapping[str, Any]) -> str:

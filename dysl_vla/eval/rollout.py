@@ -9,14 +9,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from dysl_vla.envs import ManipulationEnv
 from dysl_vla.policies import Policy
-from dysl_vla.types import ImageArray
+from dysl_vla.types import ImageArray, check_actions
 
 WARM_UP_INFERENCES = 5
-FILM_FPS = 20
+FILM_FPS = 20.0
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,14 @@ class Rollout:
         success: The success flag was raised at some step.
         steps: One row a step, for `steps.parquet`. Times are in milliseconds; those of the policy are None at steps
             that executed a chunk predicted before.
-        film: Frames for people at `FILM_FPS`, uint8 (256, 256, 3); empty unless asked for.
+        film: Frames for people, uint8 (256, 256, 3); empty unless asked for.
+        film_fps: Their rate in real time.
     """
 
     success: bool = False
     steps: list[dict[str, Any]] = field(default_factory=list)
     film: list[ImageArray] = field(default_factory=list)
+    film_fps: float = FILM_FPS
 
 
 def warm_up(policy: Policy, env: ManipulationEnv) -> None:
@@ -67,8 +67,8 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
         ActionError: The policy's action has NaN or infinity.
     """
     clock = time.perf_counter
-    rollout = Rollout()
     every = max(1, round(env.world_spec.rate_hz / FILM_FPS))
+    rollout = Rollout(film_fps=env.world_spec.rate_hz / every)
     started = clock()
     observation, _ = env.reset(seed=key.seed, options={"episode_index": key.index})
     render_s = clock() - started
@@ -76,7 +76,9 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
     while True:
         [chunk] = policy.infer([observation], [state])
         timing = chunk.timing
-        for offset, action in enumerate(chunk.actions[: policy.spec.execute_steps]):
+        check_actions(chunk.actions, len(env.world_spec.action_names))
+        executed = env.world_spec.clip(chunk.actions[: policy.spec.execute_steps])
+        for offset, action in enumerate(executed):
             if film and len(rollout.steps) % every == 0:
                 rollout.film.append(env.render())
             started = clock()
@@ -98,7 +100,7 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
                     "decode_ms": 1e3 * timing.decode_s if inferred else None,
                     "guidance_ms": 1e3 * timing.guidance_s if inferred else None,
                     "total_ms": 1e3 * timing.total_s if inferred else None,
-                    "action": np.asarray(action, np.float32).tolist(),
+                    "action": action.tolist(),
                 }
             )
             if info["success"] or truncated:

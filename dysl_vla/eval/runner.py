@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import atexit
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,11 @@ from dysl_vla import provenance
 from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, Suite, get_suite
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.records import RunFolder, read_result
-from dysl_vla.eval.report import cpu_name, render_report, summarise
-from dysl_vla.eval.rollout import FILM_FPS, EpisodeKey, run_episode, warm_up
+from dysl_vla.eval.report import render_report, summarise
+from dysl_vla.eval.rollout import EpisodeKey, run_episode, warm_up
 from dysl_vla.policies import Policy, load_policy
 from dysl_vla.video import write_video
+from dysl_vla.workers import use_one_inference_thread, worker_pool
 
 FILM_CRF = 18
 
@@ -66,29 +65,32 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     check_seed(config.seed, policy)
     with closing(suite.make(tasks[0], policy.spec.cameras)) as env:
         policy.spec.check_world(env.world_spec)
+        if env.horizon != suite.horizon:
+            raise ConfigError(f"horizon: suite {suite.name} says {suite.horizon}, its environment {env.horizon}.")
+        env.reset(seed=0)  # renders: a machine that cannot is found out before anything is written
     folder = RunFolder(config.out, _identity(config, suite, tasks, policy))
-    keys = [EpisodeKey(task, config.seed, index) for task in tasks for index in range(config.episodes)]
-    ended = {(e["task"], e["episode_index"]) for e in folder.episodes()}
-    missing = [key for key in keys if (key.task, key.index) not in ended]
-    if not missing and (config.out / "result.json").exists():
+    if folder.is_finished():
         return read_result(config.out)
-    _run(config, folder, missing, len(keys))
+    keys = [EpisodeKey(task, config.seed, index) for task in tasks for index in range(config.episodes)]
     order = {(key.task, key.index): position for position, key in enumerate(keys)}
-    episodes = sorted(folder.episodes(), key=lambda e: order[e["task"], e["episode_index"]])
-    steps = folder.steps(episodes)
-    result = {
-        "policy": config.policy,
-        "suite": config.suite,
-        "seed": config.seed,
-        **summarise(episodes, steps, tasks, policy.spec.execute_steps),
-        "horizon": suite.horizon,
-        "execute_steps": policy.spec.execute_steps,
-        "workers": config.workers,
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "inference_threads": 1},
-        "config": {**asdict(config), "out": str(config.out)},
-        **provenance.record(),
-    }
-    folder.finish(steps, result, render_report(result))
+    with folder.claimed():
+        ended = {(e["task"], e["episode_index"]) for e in folder.episodes()}
+        _run(config, policy, folder, [key for key in keys if (key.task, key.index) not in ended], len(keys))
+        episodes = sorted(folder.episodes(), key=lambda e: order[e["task"], e["episode_index"]])
+        steps = folder.steps(episodes)
+        result = {
+            "policy": config.policy,
+            "suite": config.suite,
+            "seed": config.seed,
+            **summarise(episodes, steps, tasks, policy.spec.execute_steps),
+            "horizon": suite.horizon,
+            "execute_steps": policy.spec.execute_steps,
+            "workers": config.workers,
+            "machine": provenance.machine(),
+            "config": {**asdict(config), "out": str(config.out)},
+            **provenance.record(),
+        }
+        folder.finish(steps, result, render_report(result))
     return result
 
 
@@ -123,16 +125,20 @@ def _identity(config: EvalConfig, suite: Suite, tasks: tuple[str, ...], policy: 
         "episodes": config.episodes,
         "seed": config.seed,
         "horizon": suite.horizon,
+        "video": config.video,
+        "workers": config.workers,
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
     }
 
 
-def _run(config: EvalConfig, folder: RunFolder, keys: list[EpisodeKey], total: int) -> None:
+def _run(config: EvalConfig, policy: Policy, folder: RunFolder, keys: list[EpisodeKey], total: int) -> None:
     from tqdm import tqdm
 
     records = folder.episodes()
     successes = sum(record["success"] for record in records)
     with tqdm(total=total, initial=len(records), desc="evaluating", unit="episode") as progress:
-        for record in _episodes(config, folder, keys):
+        for record in _episodes(config, policy, folder, keys):
             folder.append(record)
             records.append(record)
             successes += record["success"]
@@ -140,30 +146,28 @@ def _run(config: EvalConfig, folder: RunFolder, keys: list[EpisodeKey], total: i
             progress.set_postfix(task=record["task"], success=f"{100 * successes / len(records):.0f} %")
 
 
-def _episodes(config: EvalConfig, folder: RunFolder, keys: list[EpisodeKey]) -> Iterator[dict[str, Any]]:
+def _episodes(
+    config: EvalConfig, policy: Policy, folder: RunFolder, keys: list[EpisodeKey]
+) -> Iterator[dict[str, Any]]:
     """Records of episodes, in the order in which they end."""
     if config.workers == 1:
-        with closing(_Bench(config.policy, config.suite)) as bench:
+        use_one_inference_thread()
+        with closing(_Bench(policy, get_suite(config.suite))) as bench:
             for key in keys:
                 yield bench.run(folder, key, film=key.index < config.video)
         return
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
-        try:
-            futures = [pool.submit(_run_in_worker, config, folder, key) for key in keys]
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with worker_pool(config.workers) as pool:
+        futures = [pool.submit(_run_in_worker, config, folder, key) for key in keys]
+        for future in as_completed(futures):
+            yield future.result()
 
 
 class _Bench:
     """What one process keeps between episodes: the warm policy, and the environment of the last task."""
 
-    def __init__(self, policy: str, suite: str) -> None:
-        self._policy = load_policy(policy)
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(1)
-        self._suite = get_suite(suite)
+    def __init__(self, policy: Policy, suite: Suite) -> None:
+        self._policy = policy
+        self._suite = suite
         self._env: ManipulationEnv | None = None
 
     def run(self, folder: RunFolder, key: EpisodeKey, *, film: bool) -> dict[str, Any]:
@@ -171,7 +175,7 @@ class _Bench:
         rollout = run_episode(self._env_of(key.task), self._policy, key, film=film)
         folder.write_part(key, rollout.steps)
         if film:
-            write_video(folder.video(key, rollout.success), rollout.film, FILM_FPS, crf=FILM_CRF)
+            write_video(folder.video(key, rollout.success), rollout.film, rollout.film_fps, crf=FILM_CRF)
         return {
             "task": key.task,
             "seed": key.seed,
@@ -197,9 +201,12 @@ class _Bench:
 
 
 @lru_cache(maxsize=1)
-def _bench(policy: str, suite: str) -> _Bench:
-    return _Bench(policy, suite)
+def _worker_bench(policy: str, suite: str) -> _Bench:
+    bench = _Bench(load_policy(policy), get_suite(suite))
+    use_one_inference_thread()
+    atexit.register(bench.close)
+    return bench
 
 
 def _run_in_worker(config: EvalConfig, folder: RunFolder, key: EpisodeKey) -> dict[str, Any]:
-    return _bench(config.policy, config.suite).run(folder, key, film=key.index < config.video)
+    return _worker_bench(config.policy, config.suite).run(folder, key, film=key.index < config.video)

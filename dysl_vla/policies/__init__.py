@@ -27,7 +27,8 @@ def load_policy(name: str) -> Policy:
         from dysl_vla.policies.mock import MockPolicy
 
         return MockPolicy()
-    policy_type = read_policy_type(find_checkpoint(name))
+    folder = find_checkpoint(name)
+    policy_type = read_policy_type(folder)
     with needs_extra("policy"):
         import dysl_vla.policies.mini_vla  # noqa: F401 # it registers itself
-    return policies.get(policy_type).from_pretrained(name)
+    return policies.get(policy_type).from_pretrained(str(folder))

@@ -17,12 +17,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from dysl_vla.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dysl_vla.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.policies.base import policies
 from dysl_vla.types import (
@@ -54,25 +53,13 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Normalisation:
-    """Mean and deviation, a value a dimension, of the training data."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class MiniVLAConfig:
     """Everything that decides a MiniVLA's shape and its inputs and outputs.
 
     Attributes:
-        spec: Cameras, state, actions, rate and chunk.
+        spec: Cameras, state, actions, their normalisation, rate and chunk.
         crops: Camera name to the part that is looked at; sides are multiples of 8 pixels and of `grids`' cells.
         grids: Camera name to the tokens a side of its grid.
-        state: Normalisation of proprioception.
-        action: Normalisation of actions.
         vocab_size: Of the tokenizer.
         text_tokens: Tokens of an instruction: shorter ones are padded, longer ones cut.
         hidden_size: Width of the backbone.
@@ -88,8 +75,6 @@ class MiniVLAConfig:
     spec: PolicySpec
     crops: Mapping[str, Crop]
     grids: Mapping[str, int]
-    state: Normalisation
-    action: Normalisation
     vocab_size: int
     text_tokens: int
     hidden_size: int = 128
@@ -102,7 +87,7 @@ class MiniVLAConfig:
     def __post_init__(self) -> None:
         for name, size in self.spec.cameras.items():
             if name not in self.crops or name not in self.grids:
-                raise ConfigError(f"crops, grids: camera {name!r} has none.")
+                raise ConfigError(f"crops, grids: camera {name!r} has none; every camera needs both.")
             crop, grid = self.crops[name], self.grids[name]
             if crop.top < 0 or crop.left < 0 or crop.top + crop.height > size[0] or crop.left + crop.width > size[1]:
                 raise ConfigError(f"crops.{name}: {crop} does not lie inside the image of {size[0]}x{size[1]} pixels.")
@@ -113,14 +98,6 @@ class MiniVLAConfig:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
         if self.hidden_size % (2 * self.num_heads):
             raise ConfigError(f"hidden_size: {self.hidden_size} is no multiple of 2 x num_heads ({self.num_heads}).")
-        for name, normalisation, names in (
-            ("state", self.state, self.spec.state_names),
-            ("action", self.action, self.spec.action_names),
-        ):
-            if not len(normalisation.mean) == len(normalisation.std) == len(names):
-                raise ConfigError(f"{name}: normalisation has another number of dimensions than {len(names)}.")
-            if not all(np.isfinite(normalisation.mean)) or not all(0 < s < np.inf for s in normalisation.std):
-                raise ConfigError(f"{name}: normalisation must be finite, and std above zero.")
 
 
 class CameraEncoder(nn.Module):
@@ -212,10 +189,8 @@ class MiniVLA(nn.Module):
         )
         actions = config.spec.chunk_length * len(config.spec.action_names)
         self.head = nn.Sequential(nn.Linear(hidden, config.head_size), nn.GELU(), nn.Linear(config.head_size, actions))
-        self._state_mean = torch.tensor(config.state.mean)
-        self._state_std = torch.tensor(config.state.std)
-        self._action_mean = np.array(config.action.mean, np.float32)
-        self._action_std = np.array(config.action.std, np.float32)
+        self._state_mean = torch.tensor(config.spec.state_normalisation.mean)
+        self._state_std = torch.tensor(config.spec.state_normalisation.std)
         self._token_ids: dict[str, list[int]] = {}
 
     # The network -------------------------------------------------------------------------------------------------
@@ -259,8 +234,8 @@ class MiniVLA(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights."""
-        digest = hashlib.sha256()
+        """SHA-256 of everything that decides the actions: configuration, tokenizer and weights."""
+        digest = hashlib.sha256(f"{self.config}{self.tokenizer.to_str()}".encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.numpy().tobytes())
@@ -283,7 +258,7 @@ class MiniVLA(nn.Module):
         encoded = time.perf_counter()
         hidden = self.backbone(inputs_embeds=embeds).last_hidden_state
         thought = time.perf_counter()
-        actions = self.unnormalise(self.decode(hidden).numpy())
+        actions = self.spec.action_normalisation.undo(self.decode(hidden).numpy())
         decoded = time.perf_counter()
         timing = InferenceTiming(encode_s=encoded - started, llm_s=thought - encoded, decode_s=decoded - thought)
         return [ActionChunk(actions=row, timing=timing) for row in actions]
@@ -303,14 +278,6 @@ class MiniVLA(nn.Module):
             self._token_ids[instruction] = self.tokenizer.encode(instruction).ids
         return self._token_ids[instruction]
 
-    def normalise(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Actions in the world's units, (..., action), to normalised ones."""
-        return (actions - self._action_mean) / self._action_std
-
-    def unnormalise(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Normalised actions, (..., action), to the world's units."""
-        return actions * self._action_std + self._action_mean
-
     # Checkpoints -------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: Path) -> None:
@@ -328,23 +295,24 @@ class MiniVLA(nn.Module):
         Raises:
             CheckpointError: It is missing, damaged, foreign or edited.
         """
-        checkpoint = load_checkpoint(name, POLICY_TYPE, MiniVLAConfig)
+        folder = find_checkpoint(name)
+        checkpoint = load_checkpoint(folder, POLICY_TYPE, MiniVLAConfig)
         try:
             policy = cls(checkpoint.config, Tokenizer.from_str(checkpoint.tokenizer))
         except ConfigError as error:
-            raise CheckpointError(f"{name}/config.json: {error}") from error
+            raise CheckpointError(f"{folder}/config.json: {error}") from error
         expected = policy.state_dict()
         for tensor, value in expected.items():
             if tensor not in checkpoint.tensors:
-                raise CheckpointError(f"{name}/model.safetensors: there is no tensor {tensor!r}.")
+                raise CheckpointError(f"{folder}/model.safetensors: there is no tensor {tensor!r}.")
             if checkpoint.tensors[tensor].shape != value.shape:
                 raise CheckpointError(
-                    f"{name}/model.safetensors: {tensor} is {tuple(checkpoint.tensors[tensor].shape)}, "
+                    f"{folder}/model.safetensors: {tensor} is {tuple(checkpoint.tensors[tensor].shape)}, "
                     f"config.json asks for {tuple(value.shape)}."
                 )
         unknown = sorted(set(checkpoint.tensors) - set(expected))
         if unknown:
-            raise CheckpointError(f"{name}/model.safetensors: unknown tensor {unknown[0]!r}.")
+            raise CheckpointError(f"{folder}/model.safetensors: unknown tensor {unknown[0]!r}.")
         policy.load_state_dict({tensor: value.float() for tensor, value in checkpoint.tensors.items()})
         policy.provenance = checkpoint.provenance
         return policy.eval()

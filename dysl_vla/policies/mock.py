@@ -19,6 +19,7 @@ from dysl_vla.types import (
     ActionChunk,
     EpisodeState,
     InferenceTiming,
+    Normalisation,
     Observation,
     PolicySpec,
 )
@@ -39,6 +40,8 @@ class MockPolicy:
         rate_hz=20.0,
         chunk_length=CHUNK,
         execute_steps=2,
+        state_normalisation=Normalisation((0.0, 0.0), (1.0, 1.0)),
+        action_normalisation=Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     )
 
     provenance: Mapping[str, Any] = MappingProxyType({})

@@ -22,11 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+from tqdm import tqdm
 
-from dysl_vla.errors import CheckpointError
-from dysl_vla.files import append_line, read_lines, replacing
-from dysl_vla.policies.mini_vla import MiniVLA, Normalisation
-from dysl_vla.types import FloatArray, ImageArray
+from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.files import append_line, read_lines, replacing, write_lines
+from dysl_vla.policies.mini_vla import MiniVLA
+from dysl_vla.types import FloatArray, ImageArray, Normalisation
 
 SHIFT = 4
 """Pixels by which a crop is moved at random, as augmentation."""
@@ -81,6 +83,18 @@ class OptimizerConfig:
     threads: int = 0
     """Threads of PyTorch; 0: one a core."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+        for name in ("warmup", "seed", "threads", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: {getattr(self, name)} must not be negative.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate: {self.learning_rate} must be above zero and finite.")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema: {self.ema} must be from 0 to below 1.")
+
 
 def train_tokenizer(instructions: Sequence[str]) -> Tokenizer:
     """A byte-level BPE tokenizer that has the instructions' words whole and can still spell any other text."""
@@ -114,21 +128,14 @@ class BehaviourCloning:
         arrays: Demonstrations.
         optimizer: How.
         out: Folder for the checkpoint, the training state and the curves. A state in it is continued.
-        identity: JSON-like description of the run; a state of another run is refused.
-
-    Raises:
-        CheckpointError: The state is damaged or of another run.
     """
 
-    def __init__(
-        self, policy: MiniVLA, arrays: TrainingArrays, optimizer: OptimizerConfig, out: Path, identity: str
-    ) -> None:
-        torch.set_num_threads(optimizer.threads or os.cpu_count() or 1)
+    def __init__(self, policy: MiniVLA, arrays: TrainingArrays, optimizer: OptimizerConfig, out: Path) -> None:
+        torch.set_num_threads(optimizer.threads or len(os.sched_getaffinity(0)))
         self._policy = policy.train()
         self._arrays = arrays
         self._config = optimizer
         self._out = out
-        self._identity = identity
         self._parameters = dict(policy.named_parameters())
         self._average = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._adam = torch.optim.AdamW(
@@ -140,7 +147,7 @@ class BehaviourCloning:
         )
         self._token_ids = torch.tensor([policy.token_ids(text) for text in arrays.instructions])
         chunk = policy.spec.chunk_length
-        self._targets = torch.from_numpy(policy.normalise(arrays.actions))
+        self._targets = torch.from_numpy(policy.spec.action_normalisation.apply(arrays.actions))
         last = np.searchsorted(arrays.episode_index, arrays.episode_index, side="right")
         self._remaining = np.minimum(last - np.arange(len(last)), chunk)
         held_out = arrays.episode_index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -148,16 +155,19 @@ class BehaviourCloning:
         validation = np.flatnonzero(held_out)
         self._validation = validation[:: max(1, len(validation) // VALIDATION_FRAMES)]
         self.step = 0
+        self._seconds = 0.0
 
     def run(self) -> None:
-        """Train to the end, saving on the way."""
-        from torch.utils.tensorboard.writer import SummaryWriter
-        from tqdm import tqdm
+        """Train to the end, saving on the way.
 
+        Raises:
+            CheckpointError: The training state is damaged.
+            ConfigError: The loss is not finite any more.
+        """
         self._resume()
-        board = SummaryWriter(str(self._out / "tensorboard"), purge_step=self.step)
+        board = SummaryWriter(str(self._out / "tensorboard"), purge_step=self.step + 1)
         losses: list[float] = []
-        started = time.monotonic()
+        started = time.monotonic() - self._seconds
         with tqdm(total=self._config.steps, initial=self.step, desc="training", unit="step") as progress:
             while self.step < self._config.steps:
                 losses.append(self._update())
@@ -166,12 +176,13 @@ class BehaviourCloning:
                     progress.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
                 if self.step % self._config.save_every == 0 or self.step == self._config.steps:
                     validation = self._validate()
+                    self._seconds = time.monotonic() - started
                     point = {
                         "step": self.step,
                         "loss": float(np.mean(losses)),
                         "validation_loss": validation,
                         "learning_rate": self._rate(self.step - 1),
-                        "seconds": round(time.monotonic() - started, 1),
+                        "seconds": round(self._seconds, 1),
                     }
                     losses.clear()
                     append_line(self._out / CURVE_FILE, point)
@@ -198,6 +209,12 @@ class BehaviourCloning:
         for group in self._adam.param_groups:
             group["lr"] = self._rate(self.step)
         loss = self._loss(chosen, rng)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"learning_rate: the loss is {value} at step {self.step}, with a rate of {self._rate(self.step):.1e}; "
+                "start again with a lower one."
+            )
         self._adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
@@ -209,7 +226,7 @@ class BehaviourCloning:
             decay = min(self._config.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(average, present, 1 - decay)
         self.step += 1
-        return float(loss.detach())
+        return value
 
     def _loss(self, frames: NDArray[np.int64], rng: np.random.Generator | None) -> Tensor:
         """L1 between predicted and demonstrated chunks, normalised, over the actions that exist."""
@@ -255,7 +272,7 @@ class BehaviourCloning:
             moments = self._adam.state[parameter]
             state |= {f"adam.{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
         with replacing(self._out / STATE_FILE) as temporary:
-            save_file(state, temporary, metadata={"step": str(self.step), "identity": self._identity})
+            save_file(state, temporary, metadata={"step": str(self.step), "seconds": str(self._seconds)})
 
     @torch.no_grad()
     def _resume(self) -> None:
@@ -266,12 +283,7 @@ class BehaviourCloning:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-                if metadata["identity"] != self._identity:
-                    raise CheckpointError(
-                        f"{path}: belongs to another run: it was {metadata['identity']}, this is {self._identity}; "
-                        "give --out a new folder, or remove this one."
-                    )
-                step = int(metadata["step"])
+                step, self._seconds = int(metadata["step"]), float(metadata["seconds"])
                 for name, parameter in self._parameters.items():
                     parameter.copy_(file.get_tensor(f"weights.{name}"))
                     self._average[name].copy_(file.get_tensor(f"average.{name}"))
@@ -287,10 +299,7 @@ class BehaviourCloning:
 
     def _drop_curve_after(self, step: int) -> None:
         path = self._out / CURVE_FILE
-        points = [point for point in read_lines(path) if point["step"] <= step]
-        path.unlink(missing_ok=True)
-        for point in points:
-            append_line(path, point)
+        write_lines(path, [point for point in read_lines(path) if point["step"] <= step])
         if step == 0:
             shutil.rmtree(self._out / "tensorboard", ignore_errors=True)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dysl_vla.data.collect import ActionNoise, CollectConfig, collect, demonstrate, parse_cameras
+from dysl_vla.data.collect import ActionNoise, CollectConfig, collect, demonstrate
 from dysl_vla.data.lerobot import Demonstrations, Origin
+from dysl_vla.data.options import PLACE, SIZE, camera_options
 from dysl_vla.envs.mock import MockEnv
-from dysl_vla.errors import ConfigError
+from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.policies.mock import MockPolicy
 
 
@@ -36,10 +38,10 @@ def test_collecting_again_adds_only_what_is_missing(tmp_path: Path) -> None:
 def test_a_policys_states_are_labelled_by_the_expert(tmp_path: Path) -> None:
     collect(CollectConfig(out=tmp_path / "d", suite="mock", episodes=3, tasks="reach", policy="mock", seed=1))
     demonstrations = Demonstrations(tmp_path / "d")
-    assert {row.origin.actor for row in demonstrations.rows if row.origin} == {"mock"}
+    assert {row.origin.actor for row in demonstrations.rows if row.origin} == {"mock@mock"}
     env = MockEnv("reach")
-    origin = Origin("mock", "reach", 1, 0, "mock")
-    episode = demonstrate(env, origin, MockPolicy(), noise=0.0)
+    origin = Origin("mock", "reach", 1, 0, "mock@mock", 0.0)
+    episode = demonstrate(env, origin, MockPolicy())
     assert episode is not None
     env.reset(seed=1, options={"episode_index": 0})
     np.testing.assert_array_equal(episode.actions[0], env.expert_action())
@@ -48,7 +50,7 @@ def test_a_policys_states_are_labelled_by_the_expert(tmp_path: Path) -> None:
 def test_a_failed_episode_is_dropped() -> None:
     env = MockEnv("reach")
     env.expert_action = lambda: np.zeros(3, np.float32)  # type: ignore[method-assign]
-    assert demonstrate(env, Origin("mock", "reach", 0, 0, "expert"), None, noise=0.0) is None
+    assert demonstrate(env, Origin("mock", "reach", 0, 0, "expert", 0.0), None) is None
 
 
 @given(st.integers(0, 10**6), st.floats(0, 2))
@@ -68,6 +70,9 @@ def test_noise_spares_the_gripper_and_is_reproducible(seed: int, strength: float
         ({"seed": 100_000}, "seed: 100000 is not for demonstrations"),
         ({"seed": -1}, "seed"),
         ({"episodes": 0}, "episodes"),
+        ({"workers": 0}, "workers"),
+        ({"noise": float("nan")}, "noise"),
+        ({"noise": -1.0}, "noise"),
         ({"suite": "nothing"}, "unknown suite"),
         ({"tasks": "fly"}, "unknown task"),
         ({"policy": "nobody"}, "unknown policy"),
@@ -82,6 +87,23 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(tmp_path: Path, change: 
     assert not (tmp_path / "d").exists()
 
 
-def test_camera_sizes_are_read() -> None:
-    assert parse_cameras("top=32x48,wrist=8x9") == {"top": (32, 48), "wrist": (8, 9)}
-    assert parse_cameras("") is None
+def test_another_noise_is_another_collection(tmp_path: Path) -> None:
+    for noise in (0.0, 1.0):
+        collect(CollectConfig(out=tmp_path / "d", suite="mock", episodes=2, tasks="reach", noise=noise))
+    assert [row.origin.noise for row in Demonstrations(tmp_path / "d").rows if row.origin] == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_an_expert_that_always_fails_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dysl_vla.data.collect.worker_pool", ThreadPoolExecutor)  # so that the next line reaches it
+    monkeypatch.setattr("dysl_vla.data.collect._demonstrate", lambda *_: None)
+    with pytest.raises(DatasetError, match="reach: 20 episodes failed, 0 succeeded"):
+        collect(CollectConfig(out=tmp_path / "d", suite="mock", episodes=2, tasks="reach"))
+
+
+def test_camera_options_are_read() -> None:
+    assert camera_options("cameras", "top=32x48,wrist=8x9", SIZE, "8x8") == {"top": (32, 48), "wrist": (8, 9)}
+    assert camera_options("crops", "top=8x9+1+2", PLACE, "8x8+0+0") == {"top": (8, 9, 1, 2)}
+    assert camera_options("crops", "", PLACE, "8x8+0+0") == {}
+    for wrong in ("top", "top=8", "top=8x9x7", "=8x8", "top=ax8"):
+        with pytest.raises(ConfigError, match=r"^cameras: "):
+            camera_options("cameras", wrong, SIZE, "8x8", ["top"])

@@ -35,7 +35,7 @@ def make_episode(number: int, length: int = 7) -> Episode:
         states=rng.normal(size=(length, 2)).astype(np.float32),
         actions=rng.normal(size=(length, 2)).astype(np.float32),
         instruction=f"task {number % 2}",
-        origin=Origin("mock", f"t{number % 2}", 0, number, "expert"),
+        origin=Origin("mock", f"t{number % 2}", 0, number, "expert", 1.0),
     )
 
 
@@ -77,8 +77,47 @@ def test_what_an_interruption_left_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "d/meta/info.json").write_text(info)  # killed before the episode counted
     assert len(Demonstrations(tmp_path / "d").rows) == 1
     assert len(Demonstrations(tmp_path / "d").columns()["states"]) == 5
+    for folder in ("data", "meta/episodes"):  # killed while a table was written
+        (tmp_path / "d" / folder / "chunk-000/.file-001.parquet.4242.tmp").write_bytes(b"PAR1 half a file")
     write(tmp_path / "d", 3)
     assert [row.length for row in Demonstrations(tmp_path / "d").rows] == [5, 8]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"motors": ["x", "y"]}, ("x", "y")),
+        ({"y": 1, "x": 0}, ("x", "y")),
+        (["x", "y"], ("x", "y")),
+        (None, ("0", "1")),
+    ],
+)
+def test_all_ways_to_name_dimensions_are_read(tmp_path: Path, names: object, expected: tuple[str, ...]) -> None:
+    write(tmp_path / "d", 0)
+    features = json.loads((tmp_path / "d/meta/info.json").read_text())["features"]
+    features["action"]["names"] = names
+    edit_info(tmp_path / "d", features=features)
+    demonstrations = Demonstrations(tmp_path / "d")
+    assert demonstrations.spec.action_names == expected
+    assert demonstrations.columns()["actions"].shape == (5, 2)
+
+
+def test_vectors_of_one_dimension_are_plain_numbers(tmp_path: Path) -> None:
+    spec = replace(SPEC, action_names=("dx",), action_low=(-1.0,), action_high=(1.0,))
+    episode = make_episode(0)
+    writer = DemonstrationWriter(tmp_path / "d", spec, "test")
+    writer.append(replace(episode, actions=episode.actions[:, :1]))
+    assert pq.read_schema(tmp_path / "d/data/chunk-000/file-000.parquet").field("action").type == pa.float32()
+    np.testing.assert_array_equal(Demonstrations(tmp_path / "d").columns()["actions"], episode.actions[:, :1])
+
+
+def test_cameras_that_are_no_videos_are_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "d", 0)
+    features = json.loads((tmp_path / "d/meta/info.json").read_text())["features"]
+    features["observation.images.top"]["dtype"] = "image"
+    edit_info(tmp_path / "d", features=features)
+    with pytest.raises(DatasetError, match=r"observation\.images\.top"):
+        Demonstrations(tmp_path / "d")
 
 
 def test_statistics_are_those_of_all_frames(tmp_path: Path) -> None:
@@ -87,6 +126,12 @@ def test_statistics_are_those_of_all_frames(tmp_path: Path) -> None:
     actions = np.concatenate([e.actions for e in episodes]).astype(np.float64)
     np.testing.assert_allclose(stats["action"]["mean"], actions.mean(0))
     np.testing.assert_allclose(stats["action"]["std"], actions.std(0))
+    states = np.concatenate([e.states for e in episodes])
+    np.testing.assert_allclose(stats["observation.state"]["min"], states.min(0))
+    np.testing.assert_allclose(stats["observation.state"]["max"], states.max(0))
+    assert stats["action"]["count"] == [18]
+    pixels = np.concatenate([e.images["top"] for e in episodes]) / 255
+    np.testing.assert_allclose(np.ravel(stats["observation.images.top"]["mean"]), pixels.mean((0, 1, 2)))
     assert np.shape(stats["observation.images.top"]["mean"]) == (3, 1, 1)
 
 

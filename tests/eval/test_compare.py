@@ -48,6 +48,18 @@ def test_runs_that_are_not_comparable_are_refused(tmp_path: Path, changes: dict[
         compare([run(tmp_path / "a"), run(tmp_path / "b", **changes)])
 
 
+def test_runs_of_other_simulators_are_refused(tmp_path: Path) -> None:
+    first, second = run(tmp_path / "a"), run(tmp_path / "b")
+    result = json.loads((second / "result.json").read_text())
+    result["versions"]["mujoco"] = "9.9"
+    (second / "result.json").write_text(json.dumps(result))
+    with pytest.raises(ConfigError, match=r"mujoco was .* and 9\.9"):
+        compare([first, second])
+    (second / "result.json").write_text("{}")
+    with pytest.raises(ConfigError, match="has no 'suite'"):
+        compare([first, second])
+
+
 def test_latencies_of_parallel_workers_are_not_compared(tmp_path: Path) -> None:
     runs = [run(tmp_path / "a"), run(tmp_path / "b", workers=2)]
     comparisons = compare(runs)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,7 +17,7 @@ from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ActionError, ConfigError
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
 from dysl_vla.eval.runner import EvalConfig, check_seed, evaluate
-from dysl_vla.files import read_lines
+from dysl_vla.files import claimed, read_lines
 from dysl_vla.policies.mock import MockPolicy
 from dysl_vla.types import ActionChunk
 from dysl_vla.video import read_video
@@ -40,6 +39,19 @@ def outcomes(out: Path) -> list[tuple[object, ...]]:
 def decisions(out: Path) -> list[object]:
     """All of a run's steps that does not depend on the clock."""
     return pq.read_table(out / "steps.parquet", columns=["task", "episode_index", "step", "action"]).to_pylist()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def wait_for_lines(process: subprocess.Popen[bytes], path: Path, lines: int) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") > lines:
+            return
+        time.sleep(0.002)
+    pytest.fail(f"{path} did not grow beyond {lines} lines")
 
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
@@ -90,12 +102,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_result(tmp_path: Path) -> Non
         process = subprocess.Popen(
             [sys.executable, "-m", "dysl_vla.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if records.exists() and records.read_bytes().count(b"\n") > lines + 10:
-                break
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
+        wait_for_lines(process, records, lines + 10)
+        process.kill()
         process.wait()
     assert not (tmp_path / "killed/result.json").exists()
     killed = evaluate(config(tmp_path / "killed", episodes=120))
@@ -106,11 +114,38 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_result(tmp_path: Path) -> Non
         assert killed[name] == whole[name]
 
 
-def test_a_kill_between_records_and_figures_loses_nothing(tmp_path: Path) -> None:
-    first = evaluate(config(tmp_path / "r"))
-    (tmp_path / "r/result.json").unlink()
-    second = evaluate(config(tmp_path / "r"))
-    assert second["latency_ms"] == first["latency_ms"]
+def test_an_interruption_between_records_and_figures_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("dysl_vla.eval.records.write_text", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config(tmp_path / "r"))
+    assert not (tmp_path / "r/result.json").exists()
+    parts = sorted((tmp_path / "r/parts").iterdir())
+    timed = [row["total_ms"] for part in parts for row in pq.read_table(part).to_pylist() if row["total_ms"]]
+    result = evaluate(config(tmp_path / "r"))
+    assert result["latency_ms"]["total"]["mean"] == pytest.approx(np.mean(timed))
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    with claimed(tmp_path / "r"), pytest.raises(ConfigError, match="in use by another process"):
+        evaluate(config(tmp_path / "r"))
+
+
+def test_workers_do_not_outlive_a_killed_run(tmp_path: Path) -> None:
+    arguments = f"eval --policy mock --suite mock --episodes 3000 --workers 2 --out {tmp_path / 'r'}".split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dysl_vla.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for_lines(process, tmp_path / "r/episodes.jsonl", 10)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == []
+    assert [e for e in read_lines(tmp_path / "r/episodes.jsonl") if not e["steps"]] == []
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
@@ -120,7 +155,9 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")} == before
 
 
-@pytest.mark.parametrize("changes", [{"seed": 100_001}, {"episodes": 6}, {"tasks": "reach"}])
+@pytest.mark.parametrize(
+    "changes", [{"seed": 100_001}, {"episodes": 6}, {"tasks": "reach"}, {"workers": 2}, {"video": 3}]
+)
 def test_a_folder_of_another_run_is_left_alone(tmp_path: Path, changes: dict[str, object]) -> None:
     evaluate(config(tmp_path / "r"))
     before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
@@ -184,3 +221,17 @@ def test_executed_actions_reach_the_episodes_state() -> None:
 
     rollout = run_episode(MockEnv("reach"), Watching(), EpisodeKey("reach", 100_000, 1))
     assert seen == list(range(0, len(rollout.steps), 2))[: len(seen)]
+
+
+def test_what_is_remembered_and_recorded_is_what_was_executed() -> None:
+    states = []
+
+    class Wild(MockPolicy):
+        def infer(self, observations, states_):  # type: ignore[no-untyped-def]
+            states.append(states_[0])
+            [chunk] = super().infer(observations, states_)
+            return [ActionChunk(chunk.actions * 3, chunk.timing)]
+
+    rollout = run_episode(MockEnv("reach"), Wild(), EpisodeKey("reach", 100_000, 1))
+    assert max(abs(value) for row in rollout.steps for value in row["action"]) == 1
+    assert np.abs(np.stack(states[0].executed)).max() == 1

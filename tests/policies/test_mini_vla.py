@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +13,9 @@ from transformers import LlamaModel
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError, ObservationError
 from dysl_vla.policies import Policy
-from dysl_vla.policies.mini_vla import Crop, MiniVLA, Normalisation
+from dysl_vla.policies.mini_vla import Crop, MiniVLA
 from dysl_vla.policies.mock import MockPolicy
+from dysl_vla.types import Normalisation
 from tests.conftest import make_tiny_policy
 
 ENV = MockEnv("reach")
@@ -43,13 +47,9 @@ def test_a_rows_actions_do_not_depend_on_its_neighbours(order: list[int], count:
 
 def test_actions_have_the_specs_shape_and_the_datas_units(tiny_policy: MiniVLA) -> None:
     assert infer(tiny_policy, observations(3)).shape == (3, 4, 3)
-    moved = make_tiny_policy(action=Normalisation((10.0, 20.0, 30.0), (1e-6, 1e-6, 1e-6)))
+    far = replace(tiny_policy.spec, action_normalisation=Normalisation((10.0, 20.0, 30.0), (1e-6, 1e-6, 1e-6)))
+    moved = make_tiny_policy(spec=far)
     np.testing.assert_allclose(infer(moved, observations(1))[0, 0], [10, 20, 30], rtol=1e-4)
-
-
-def test_normalising_and_back_is_the_identity(tiny_policy: MiniVLA) -> None:
-    actions = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-    np.testing.assert_allclose(tiny_policy.unnormalise(tiny_policy.normalise(actions)), actions, rtol=1e-6)
 
 
 def test_everything_that_is_observed_matters(tiny_policy: MiniVLA) -> None:
@@ -61,10 +61,13 @@ def test_everything_that_is_observed_matters(tiny_policy: MiniVLA) -> None:
 
 
 def test_time_is_accounted_for_by_part(tiny_policy: MiniVLA) -> None:
-    [chunk] = tiny_policy.infer(observations(1), [tiny_policy.reset()])
+    batch, states = observations(1), [tiny_policy.reset()]
+    started = time.perf_counter()
+    [chunk] = tiny_policy.infer(batch, states)
+    around = time.perf_counter() - started
     timing = chunk.timing
     assert min(timing.encode_s, timing.llm_s, timing.decode_s) > 0
-    assert timing.total_s == pytest.approx(timing.encode_s + timing.llm_s + timing.decode_s)
+    assert 0.5 * around < timing.total_s <= around
 
 
 def test_an_instruction_of_any_length_and_alphabet_is_read(tiny_policy: MiniVLA) -> None:
@@ -87,8 +90,6 @@ def test_a_wrong_observation_is_refused(tiny_policy: MiniVLA) -> None:
         ({"crops": {"top": Crop(0, 0, 32, 32)}}, "crops"),
         ({"num_heads": 3}, "hidden_size"),
         ({"num_layers": 0}, "num_layers"),
-        ({"state": Normalisation((0.0,), (1.0,))}, "state"),
-        ({"action": Normalisation((0.0,) * 3, (1.0, 0.0, 1.0))}, "action"),
         ({"vocab_size": 5}, "vocab_size"),
     ],
 )
@@ -97,8 +98,16 @@ def test_a_configuration_that_cannot_work_is_refused(changes: dict[str, object],
         make_tiny_policy(**changes)
 
 
-def test_weights_follow_from_the_seed() -> None:
-    assert make_tiny_policy(1).fingerprint == make_tiny_policy(1).fingerprint != make_tiny_policy(2).fingerprint
+def test_the_fingerprint_follows_everything_that_decides_actions() -> None:
+    spec = make_tiny_policy().spec
+    changed = [
+        make_tiny_policy(2),
+        make_tiny_policy(1, spec=replace(spec, execute_steps=1)),
+        make_tiny_policy(1, text_tokens=8),
+        make_tiny_policy(1, crops={"top": Crop(0, 0, 16, 32), "wrist": Crop(0, 0, 16, 16)}),
+    ]
+    fingerprints = {policy.fingerprint for policy in (make_tiny_policy(1), make_tiny_policy(1), *changed)}
+    assert len(fingerprints) == 1 + len(changed)
 
 
 def test_gradients_reach_every_weight(tiny_policy: MiniVLA) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -43,17 +42,18 @@ def test_training_learns_a_demonstration_by_heart(tmp_path: Path) -> None:
     assert points[-1]["validation_loss"] is None  # a single episode leaves none to hold out
 
 
-def test_a_killed_training_ends_in_the_same_weights(mock_demos: Path, tmp_path: Path) -> None:
-    """SIGKILL after the first saved state; the same command then goes on."""
+@pytest.mark.parametrize("awaited", ["training_run.json", STATE_FILE])
+def test_a_killed_training_ends_in_the_same_weights(mock_demos: Path, tmp_path: Path, awaited: str) -> None:
+    """SIGKILL before the first saved state, and after it; the same command then goes on."""
     whole = train(config(mock_demos, tmp_path / "whole"))
     out = tmp_path / "killed"
     arguments = f"--data {mock_demos} --out {out} --layers 2 --hidden 16 --chunk 4 --steps 12 --batch 8 --save-every 4"
     command = [sys.executable, "-m", "dysl_vla.cli", "train", *arguments.split(), "--threads", "1", "--warmup", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (out / STATE_FILE).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
+    while not (out / awaited).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
     process.wait()
     train(config(mock_demos, out))
     assert MiniVLA.from_pretrained(str(out)).fingerprint == MiniVLA.from_pretrained(str(whole)).fingerprint
@@ -84,7 +84,7 @@ def test_a_state_of_another_run_is_refused(mock_demos: Path, tmp_path: Path, mon
     monkeypatch.setattr(BehaviourCloning, "_validate", lambda self: 1 / 0 if self.step == 8 else 0.0)
     with pytest.raises(ZeroDivisionError):
         train(config(mock_demos, tmp_path / "p"))
-    with pytest.raises(CheckpointError, match="another run"):
+    with pytest.raises(ConfigError, match="another run: its steps"):
         train(config(mock_demos, tmp_path / "p", optimizer=replace(FAST, steps=20)))
     (tmp_path / "p" / STATE_FILE).write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -93,7 +93,8 @@ def test_a_state_of_another_run_is_refused(mock_demos: Path, tmp_path: Path, mon
 
 def test_training_can_start_from_a_checkpoint(mock_demos: Path, tmp_path: Path) -> None:
     first = train(config(mock_demos, tmp_path / "first"))
-    second = train(config(mock_demos, tmp_path / "second", init=str(first)))
+    second = train(TrainConfig(data=mock_demos, out=tmp_path / "second", init=str(first), optimizer=FAST))
+    assert MiniVLA.from_pretrained(str(second)).config == MiniVLA.from_pretrained(str(first)).config
     record = MiniVLA.from_pretrained(str(second)).provenance
     assert record["init"]["data"]["episodes"] == 24
 
@@ -102,11 +103,12 @@ def test_training_can_start_from_a_checkpoint(mock_demos: Path, tmp_path: Path) 
     ("changes", "words"),
     [
         ({"execute": 9}, "execute"),
-        ({"crops": "top=1,2,3"}, "crops"),
-        ({"crops": "side=0,0,8,8"}, "no camera 'side'"),
-        ({"crops": "top=0,0,64,64"}, "crops.top"),
+        ({"crops": "top=1x2"}, "crops"),
+        ({"crops": "side=8x8+0+0"}, "no camera 'side'"),
+        ({"crops": "top=64x64+0+0"}, r"crops\.top"),
         ({"grids": "top=x"}, "grids"),
-        ({"init": "nobody"}, "unknown policy"),
+        ({"init": "nobody", "layers": 24, "hidden": 128, "chunk": 8}, "unknown policy"),
+        ({"init": "nobody"}, "layers: nobody decides it"),
     ],
 )
 def test_what_cannot_work_is_refused_and_leaves_nothing(
@@ -124,3 +126,42 @@ def test_a_used_folder_is_left_alone(mock_demos: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="holds no demonstrations"):
         train(config(tmp_path, tmp_path / "p"))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"batch": 0},
+        {"save_every": 0},
+        {"seed": -1},
+        {"learning_rate": 0.0},
+        {"ema": 1.0},
+        {"threads": -1},
+    ],
+)
+def test_an_optimizer_that_cannot_work_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(changes))}:"):
+        replace(FAST, **changes)  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_not_finite_stops_training(mock_demos: Path, tmp_path: Path) -> None:
+    wild = replace(FAST, learning_rate=1e30, warmup=0)
+    with pytest.raises(ConfigError, match="learning_rate: the loss is"):
+        train(config(mock_demos, tmp_path / "p", optimizer=wild))
+
+
+def test_a_damaged_dataset_leaves_no_training_behind(mock_demos: Path, tmp_path: Path) -> None:
+    shutil.copytree(mock_demos, tmp_path / "d")
+    video = next((tmp_path / "d/videos").rglob("*.mp4"))
+    video.write_bytes(video.read_bytes()[:500])
+    with pytest.raises(DatasetError, match="mp4"):
+        train(config(tmp_path / "d", tmp_path / "p"))
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_finished_training_is_not_run_again(mock_demos: Path, tmp_path: Path) -> None:
+    out = train(config(mock_demos, tmp_path / "p"))
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert train(config(mock_demos, tmp_path / "p")) == out
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
