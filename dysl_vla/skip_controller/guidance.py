@@ -1,0 +1,149 @@
+"""How important is the coming action? Continuity of the executed trajectory decides how much may be skipped.
+
+NumPy alone: the same code guides training's replay, evaluation and the torch-free robot runtime. Everything that is
+remembered of an episode is one `GuideState`, which the caller owns.
+
+Section 3 of DySL-VLA (arXiv 2602.22896), with two changes. Its release ("one layer back when continuity rises by more
+than eta") leaves a steady trajectory without skipping for ever once continuity has fallen: here every inference that is
+no fall gives one layer back. Its continuity runs over one action an inference: here over all that were executed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dysl_vla.errors import ActionError, ConfigError
+
+WINDOW = 5
+"""Actions that continuity looks back on: k of the paper, which finds 1 and 9 worse."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as a fall of continuity. Derived from demonstrations, never set by hand.
+
+    Attributes:
+        eta: Change of continuity, between two inferences, that moves the allow points by one layer.
+        eta_verify: Fall, by the newly predicted actions, that asks for verification.
+    """
+
+    eta: float
+    eta_verify: float
+
+    def __post_init__(self) -> None:
+        for name in ("eta", "eta_verify"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be above zero and finite.")
+
+
+@dataclass
+class GuideState:
+    """What guidance remembers of one running episode.
+
+    Attributes:
+        recent: The last executed actions, normalised, (at most WINDOW + 1, action).
+        continuity: C of the last inference; None before the first two actions.
+        allow_points: For each block, how many of its dynamic layers must run before skipping is allowed.
+        falling: The last predicted actions made continuity fall, so that their successors need no verification.
+    """
+
+    allow_points: NDArray[np.int64]
+    recent: NDArray[np.float64]
+    continuity: float | None = None
+    falling: bool = field(default=False)
+
+
+class Guide:
+    """Moves the allow points of episodes; holds no episode itself.
+
+    Args:
+        block_lengths: Dynamic layers of each block.
+        action_dim: Dimensions of an action.
+        thresholds: What counts as a fall.
+
+    Raises:
+        ConfigError: A block without dynamic layers, or no dimension.
+    """
+
+    def __init__(self, block_lengths: Sequence[int], action_dim: int, thresholds: Thresholds) -> None:
+        if action_dim < 1:
+            raise ConfigError(f"action_dim: {action_dim} must be at least 1.")
+        if any(length < 0 for length in block_lengths):
+            raise ConfigError(f"block_lengths: {list(block_lengths)} must not be negative.")
+        self._lengths = np.asarray(block_lengths, np.int64)
+        self._action_dim = action_dim
+        self._thresholds = thresholds
+
+    def reset(self) -> GuideState:
+        """An episode that begins: nothing is known, so nothing is skipped."""
+        return GuideState(self._lengths.copy(), np.empty((0, self._action_dim)))
+
+    def observe(self, state: GuideState, executed: NDArray[np.float32] | NDArray[np.float64]) -> None:
+        """Before an inference: take in what was executed since the last one, and move the allow points.
+
+        Args:
+            state: The episode's; changed in place.
+            executed: (steps, action), normalised, oldest first.
+
+        Raises:
+            ActionError: Another dimension, NaN or infinity; the state is unchanged.
+        """
+        self._check(executed)
+        state.recent = np.concatenate([state.recent, executed])[-WINDOW - 1 :]
+        before, state.continuity = state.continuity, continuity(state.recent)
+        if state.continuity is None or before is None:
+            return
+        change = state.continuity - before
+        if change < -self._thresholds.eta:
+            kept = math.ceil(min(-change / self._thresholds.eta, float(self._lengths.max(initial=0))))
+            state.allow_points = np.minimum(state.allow_points + kept, self._lengths)
+        else:
+            state.allow_points = np.maximum(state.allow_points - 1, 0)
+
+    def verify(self, state: GuideState, predicted: NDArray[np.float32] | NDArray[np.float64]) -> bool:
+        """After an inference that skipped: must its actions be predicted again without skipping?
+
+        Yes when they make continuity fall and the last inference's did not: that is the first important action, which
+        the allow points, which follow the executed trajectory, could not foresee.
+
+        Args:
+            state: The episode's; remembers the fall.
+            predicted: (steps, action), normalised, those that are to be executed.
+
+        Raises:
+            ActionError: Another dimension, NaN or infinity; the state is unchanged.
+        """
+        self._check(predicted)
+        after = continuity(np.concatenate([state.recent, predicted])[-WINDOW - 1 :])
+        if after is None or state.continuity is None:
+            return False
+        falls = after - state.continuity < -self._thresholds.eta_verify
+        first, state.falling = falls and not state.falling, falls
+        return first
+
+    def _check(self, actions: NDArray[np.float32] | NDArray[np.float64]) -> None:
+        if actions.ndim != 2 or actions.shape[1] != self._action_dim:
+            raise ActionError(
+                f"action: the guide was built for {self._action_dim} dimensions, got an array of shape {actions.shape}."
+            )
+        if not np.isfinite(actions).all():
+            raise ActionError(f"action: has a value that is not finite: {actions.tolist()}.")
+
+
+def continuity(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | None:
+    """Minus the mean distance between successive actions: higher is smoother, and less important.
+
+    Args:
+        actions: (time, action), normalised so that no dimension dominates.
+
+    Returns:
+        C; None when there are not two actions yet.
+    """
+    if len(actions) < 2:
+        return None
+    return -float(np.linalg.norm(np.diff(actions, axis=0), axis=1).mean())

@@ -1,0 +1,99 @@
+"""Adapters and controllers: the only weights that layer skipping adds to a decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller.plan import SkipPlan
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Sizes of adapters and controllers.
+
+    Attributes:
+        hidden_size: Width of the decoder.
+        adapter_size: Width of an adapter's bottleneck.
+        controller_size: Width of a controller's hidden layer.
+    """
+
+    hidden_size: int
+    adapter_size: int = 64
+    controller_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "adapter_size", "controller_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+
+
+class Adapter(nn.Module):
+    """Maps the input of a dynamic layer to the input of the static layer that a skip lands on.
+
+    Token by token: x + W_up silu(W_down rms_norm(x)). W_up starts at zero: an untrained adapter is the identity.
+    """
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.down = nn.Linear(config.hidden_size, config.adapter_size)
+        self.up = nn.Linear(config.adapter_size, config.hidden_size)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(batch, tokens, hidden) to the same."""
+        bridged: Tensor = hidden + self.up(nn.functional.silu(self.down(self.norm(hidden))))
+        return bridged
+
+
+class Controller(nn.Module):
+    """Decides whether to skip at a dynamic layer, from the last (read-out) token and the mean of all."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2 * config.hidden_size, config.controller_size)
+        self.out = nn.Linear(config.controller_size, 1)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Probability of skipping.
+
+        Args:
+            hidden: (batch, tokens, hidden).
+            mask: (batch, tokens), 1 for tokens and 0 for padding; None: no padding.
+
+        Returns:
+            (batch,), in [0, 1].
+        """
+        pooled = torch.cat([*_pool(hidden, mask)], dim=-1)
+        logits: Tensor = self.out(nn.functional.silu(self.hidden(pooled)))
+        return logits.squeeze(-1).sigmoid()
+
+
+class SkipHeads(nn.Module):
+    """One adapter and one controller for each dynamic layer of a plan.
+
+    Args:
+        plan: Names the dynamic layers.
+        config: Sizes.
+    """
+
+    def __init__(self, plan: SkipPlan, config: HeadsConfig) -> None:
+        super().__init__()
+        self.plan = plan
+        self.config = config
+        self.adapters = nn.ModuleDict({str(layer): Adapter(config) for layer in plan.dynamic_layers})
+        self.controllers = nn.ModuleDict({str(layer): Controller(config) for layer in plan.dynamic_layers})
+
+
+def _pool(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if mask is None:
+        return hidden[:, -1], hidden.mean(dim=1)
+    weights = mask.to(hidden.dtype).unsqueeze(-1)
+    last = mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(dim=1)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[rows, last], (hidden * weights).sum(dim=1) / weights.sum(dim=1)

@@ -1,0 +1,64 @@
+"""Which layers always run and which may be skipped: data that can be read, edited and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dysl_vla.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Block:
+    """Dynamic layers `first` to `landing - 1`; a skip at any of them jumps to `landing`, which runs."""
+
+    first: int
+    landing: int
+
+    @property
+    def length(self) -> int:
+        """Dynamic layers."""
+        return self.landing - self.first
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """Static layers always run; those between two of them form a block (DySL-VLA, section 3.1).
+
+    Attributes:
+        num_layers: Depth of the decoder.
+        static_layers: Indices of the static layers. Dynamic layers behind the last static one have nowhere to land, and
+            always run as well.
+
+    Raises:
+        ConfigError: An index is out of range or named twice, or no layer can be skipped.
+    """
+
+    num_layers: int
+    static_layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise ConfigError(f"num_layers: {self.num_layers} must be at least 1.")
+        for layer in self.static_layers:
+            if not 0 <= layer < self.num_layers:
+                raise ConfigError(f"static_layers: {layer} is not a layer of a decoder of {self.num_layers}.")
+        if len(set(self.static_layers)) != len(self.static_layers):
+            raise ConfigError(f"static_layers: {list(self.static_layers)} names a layer twice.")
+        object.__setattr__(self, "static_layers", tuple(sorted(self.static_layers)))
+        if not self.blocks:
+            raise ConfigError(
+                f"static_layers: {list(self.static_layers)} leaves no layer to skip; a dynamic one must come before a "
+                "static one."
+            )
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """From the first to the last."""
+        starts = (0, *(layer + 1 for layer in self.static_layers[:-1]))
+        pairs = zip(starts, self.static_layers, strict=False)
+        return tuple(Block(first, landing) for first, landing in pairs if landing > first)
+
+    @property
+    def dynamic_layers(self) -> tuple[int, ...]:
+        """Layers that can be skipped."""
+        return tuple(layer for block in self.blocks for layer in range(block.first, block.landing))

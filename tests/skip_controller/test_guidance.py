@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dysl_vla.errors import ActionError, ConfigError
+from dysl_vla.skip_controller import Guide, Thresholds
+from dysl_vla.skip_controller.guidance import WINDOW, continuity
+
+BLOCKS = (3, 13)
+GUIDE = Guide(BLOCKS, 2, Thresholds(eta=0.1, eta_verify=0.2))
+VALUES = st.floats(-3, 3, width=32)
+CHUNKS = st.lists(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.just(2)), elements=VALUES), max_size=12)
+
+
+@given(CHUNKS)
+def test_falling_continuity_never_allows_more_skipping(chunks: list[np.ndarray]) -> None:
+    state = GUIDE.reset()
+    for chunk in chunks:
+        points, before = state.allow_points, state.continuity
+        GUIDE.observe(state, chunk)
+        if before is not None and state.continuity is not None and state.continuity - before < -0.1:
+            assert (state.allow_points >= points).all()
+            assert (state.allow_points > points).any() or (points == BLOCKS).all()
+
+
+@given(CHUNKS)
+def test_protection_is_at_once_and_release_is_gradual(chunks: list[np.ndarray]) -> None:
+    state = GUIDE.reset()
+    for chunk in chunks:
+        points, before = state.allow_points, state.continuity
+        GUIDE.observe(state, chunk)
+        assert (points - state.allow_points <= 1).all()
+        if before is None or state.continuity is None:
+            continue
+        fall = before - state.continuity
+        if fall > 0.1:
+            kept = int(np.ceil(min(fall / 0.1, 100)))
+            np.testing.assert_array_equal(state.allow_points, np.minimum(points + kept, BLOCKS))
+
+
+@given(CHUNKS, hnp.arrays(np.float32, 2, elements=VALUES))
+def test_a_constant_trajectory_ends_at_full_skipping(chunks: list[np.ndarray], action: np.ndarray) -> None:
+    state = GUIDE.reset()
+    for chunk in chunks:
+        GUIDE.observe(state, chunk)
+    for _ in range(WINDOW + 2 + max(BLOCKS)):
+        GUIDE.observe(state, action[None])
+    assert (state.allow_points == 0).all()
+
+
+@given(st.lists(CHUNKS, min_size=1, max_size=4))
+def test_episodes_do_not_touch_each_other(episodes: list[list[np.ndarray]]) -> None:
+    alone = []
+    for chunks in episodes:
+        state = GUIDE.reset()
+        for chunk in chunks:
+            GUIDE.observe(state, chunk)
+        alone.append(state)
+    together = [GUIDE.reset() for _ in episodes]
+    for turn in range(max(map(len, episodes))):
+        for state, chunks in zip(together, episodes, strict=True):
+            if turn < len(chunks):
+                GUIDE.observe(state, chunks[turn])
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.allow_points, other.allow_points)
+        assert one.continuity == other.continuity
+
+
+def test_nothing_is_skipped_before_anything_is_known() -> None:
+    np.testing.assert_array_equal(GUIDE.reset().allow_points, BLOCKS)
+
+
+def test_only_the_first_fall_is_verified() -> None:
+    state = GUIDE.reset()
+    for _ in range(4):
+        GUIDE.observe(state, np.zeros((2, 2)))
+    jump = np.array([[1.0, 1.0]])
+    assert not GUIDE.verify(state, np.zeros((1, 2)))
+    assert GUIDE.verify(state, jump)
+    assert not GUIDE.verify(state, jump)
+    assert not GUIDE.verify(state, np.zeros((1, 2)))
+    assert GUIDE.verify(state, jump)
+
+
+@given(st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_what_is_not_finite_is_refused_and_changes_nothing(value: float) -> None:
+    state = GUIDE.reset()
+    GUIDE.observe(state, np.zeros((3, 2)))
+    before = state.recent.copy()
+    for call in (GUIDE.observe, GUIDE.verify):
+        with pytest.raises(ActionError, match="not finite"):
+            call(state, np.array([[0.0, value]]))
+    with pytest.raises(ActionError, match="built for 2 dimensions"):
+        GUIDE.observe(state, np.zeros((1, 3)))
+    np.testing.assert_array_equal(state.recent, before)
+
+
+@given(hnp.arrays(np.float64, st.tuples(st.integers(0, 8), st.just(3)), elements=st.floats(-5, 5)))
+def test_continuity_is_the_mean_distance_of_neighbours(actions: np.ndarray) -> None:
+    value = continuity(actions)
+    if len(actions) < 2:
+        assert value is None
+        return
+    distances = [np.sqrt(sum((a - b) ** 2)) for a, b in zip(actions[1:], actions, strict=False)]
+    assert value == pytest.approx(-np.mean(distances))
+    assert value <= 0
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (1.0, -1.0), (np.inf, 1.0), (1.0, np.nan)])
+def test_thresholds_that_cannot_work_are_refused(values: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match=r"^eta"):
+        Thresholds(*values)

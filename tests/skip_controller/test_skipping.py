@@ -1,0 +1,278 @@
+"""Any Hugging Face decoder, tiny and random: exact when nothing is skipped, each row for itself when something is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    AutoModel,
+    GemmaConfig,
+    GemmaModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MptConfig,
+    MptModel,
+    Qwen2Config,
+    Qwen2Model,
+    SmolVLMConfig,
+)
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach, detach
+
+DEPTH, WIDTH, VOCABULARY = 6, 32, 50
+POINTS = st.tuples(st.integers(0, 3), st.integers(0, 3))
+PLAN = SkipPlan(num_layers=DEPTH, static_layers=(0, 3, 5))
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+
+
+def smolvlm() -> nn.Module:
+    text = SmolVLMConfig().text_config.__class__(**COMMON, num_key_value_heads=2)
+    return AutoModel.from_config(text)
+
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: LlamaModel(LlamaConfig(**COMMON)),
+    "mpt": lambda: MptModel(
+        MptConfig(d_model=WIDTH, n_heads=4, n_layers=DEPTH, vocab_size=VOCABULARY, max_seq_len=64, expansion_ratio=2)
+    ),
+    "qwen2": lambda: Qwen2Model(Qwen2Config(**COMMON, num_key_value_heads=2)),
+    "gemma": lambda: GemmaModel(GemmaConfig(**COMMON, num_key_value_heads=2, head_dim=8)),
+    "smolvlm": smolvlm,
+}
+
+
+def make(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return ARCHITECTURES[name]().eval()
+
+
+def make_heads(plan: SkipPlan = PLAN, width: int = WIDTH) -> SkipHeads:
+    torch.manual_seed(1)
+    heads = SkipHeads(plan, HeadsConfig(width, adapter_size=8, controller_size=4))
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return heads.eval()
+
+
+def batch(rows: int, tokens: int = 7) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(3))
+
+
+def mask(rows: int, tokens: int, side: str) -> torch.Tensor:
+    ones = torch.ones(rows, tokens, dtype=torch.long)
+    for row in range(rows):
+        padding = row % 3
+        if padding:
+            ones[row, slice(0, padding) if side == "left" else slice(tokens - padding, tokens)] = 0
+    return ones
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_attaching_changes_no_bit(name: str, side: str, cached: bool) -> None:
+    model = make(name)
+    inputs = {"input_ids": batch(3), "use_cache": cached}
+    if side != "none":
+        inputs["attention_mask"] = mask(3, 7, side)
+    names = list(model.state_dict())
+    before = model(**inputs).last_hidden_state
+    skipper = attach(model, PLAN, make_heads())
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).last_hidden_state, before)
+        with skipper.step(np.full((3, 2), 99)) as step:
+            assert torch.equal(model(**inputs).last_hidden_state, before)
+    assert step.layers_run.all()
+    assert list(model.state_dict()) == names
+    skipper.detach()
+    assert all("forward" not in layer.__dict__ for layer in skipper._layers)
+    assert torch.equal(model(**inputs).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_attaching_changes_no_gradient(name: str) -> None:
+    gradients = []
+    for attached in (False, True):
+        model = make(name).train()
+        if attached:
+            attach(model, PLAN, make_heads())
+        torch.manual_seed(5)
+        model(input_ids=batch(2)).last_hidden_state.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_skip_jumps_over_the_adapter_to_the_static_layer(name: str) -> None:
+    """Against the same computation written out layer by layer."""
+    model, heads = make(name), make_heads()
+    ids = batch(1)
+    with torch.no_grad():
+        inputs = model(input_ids=ids, output_hidden_states=True).hidden_states
+        skipper = attach(model, PLAN, heads)
+        model(input_ids=ids)
+        with skipper.step(np.array([[1, 99]]), threshold=-1.0) as step:
+            skipped = model(input_ids=ids).last_hidden_state
+        with skipper.verify(step):
+            pass
+        # Layers 0 and 1 ran, 2 was skipped: layer 3 got adapter_2 of layer 2's input.
+        expected_input = heads.adapters["2"](inputs[2])
+        step.first_skip, step.first_hidden = 3, expected_input
+        with skipper.verify(step):
+            expected = model(input_ids=ids).last_hidden_state
+    assert step.landings == [{2: 3}]
+    assert step.layers_run.tolist() == [[True, True, False, True, True, True]]
+    torch.testing.assert_close(skipped, expected)
+
+
+@settings(deadline=None, max_examples=40)
+@given(name=st.sampled_from(list(ARCHITECTURES)), data=st.data())
+def test_a_rows_result_does_not_depend_on_its_neighbours(name: str, data: st.DataObject) -> None:
+    model = make(name)
+    skipper = attach(model, PLAN, make_heads())
+    rows = data.draw(st.integers(2, 5))
+    points = np.array(
+        data.draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=rows, max_size=rows))
+    )
+    threshold = data.draw(st.floats(0.2, 0.8))
+    side = data.draw(st.sampled_from(["left", "right"]))
+    ids, ones = batch(rows), mask(rows, 7, side)
+    with torch.inference_mode():
+        model(input_ids=ids)
+        with skipper.step(points, threshold=threshold, mask=ones) as together:
+            output = model(input_ids=ids, attention_mask=ones).last_hidden_state
+        for row in range(rows):
+            one = slice(row, row + 1)
+            with skipper.step(points[one], threshold=threshold, mask=ones[one]) as alone:
+                single = model(input_ids=ids[one], attention_mask=ones[one]).last_hidden_state
+            nearest = min((abs(p - threshold) for p in together.outputs[row].values()), default=1.0)
+            if nearest > 1e-4:  # a tie may fall either way
+                assert alone.landings[0] == together.landings[row]
+                real = ones[row].bool()
+                torch.testing.assert_close(single[0][real], output[row][real], rtol=1e-4, atol=1e-4)
+    skipper.detach()
+
+
+@settings(deadline=None, max_examples=40)
+@given(name=st.sampled_from(list(ARCHITECTURES)), rows=st.integers(1, 4), data=st.data())
+def test_resumed_verification_equals_the_full_model(name: str, rows: int, data: st.DataObject) -> None:
+    model = make(name)
+    points = np.array(
+        data.draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=rows, max_size=rows))
+    )
+    ids, ones = batch(rows), mask(rows, 7, "left")
+    with torch.inference_mode():
+        full = model(input_ids=ids, attention_mask=ones).last_hidden_state
+        skipper = attach(model, PLAN, make_heads())
+        model(input_ids=ids)
+        with skipper.step(points, threshold=0.4, mask=ones) as step:
+            model(input_ids=ids, attention_mask=ones)
+        with skipper.verify(step):
+            verified = model(input_ids=ids, attention_mask=ones).last_hidden_state
+    assert torch.equal(verified, full)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rows_that_skip_cost_nothing_and_verification_runs_the_rest_alone(name: str) -> None:
+    model = make(name)
+    skipper = attach(model, PLAN, make_heads())
+    seen: list[tuple[int, int]] = []
+    for index, layer in enumerate(skipper._layers):
+        for part in layer.children():
+            part.register_forward_hook(
+                lambda _, args, output, index=index: seen.append((index, len(args[0]))) if args else None
+            )
+    with torch.inference_mode():
+        model(input_ids=batch(3))
+        seen.clear()
+        with skipper.step(np.array([[0, 99], [99, 99], [99, 99]]), threshold=-1.0) as step:
+            model(input_ids=batch(3))
+        rows = dict(seen)
+        assert rows == {0: 3, 1: 2, 2: 2, 3: 3, 4: 3, 5: 3}
+        seen.clear()
+        with skipper.verify(step):
+            model(input_ids=batch(3))
+        assert sorted({index for index, _ in seen}) == [1, 2, 3, 4, 5]
+
+
+def test_decoding_keeps_the_decisions_of_its_prefill() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**COMMON)).eval()
+    skipper = attach(model, PLAN, make_heads())
+    ids = batch(3)
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    points = np.array([[0, 0], [99, 0], [99, 99]])
+    with torch.inference_mode():
+        plain = model.generate(ids, **greedy)
+        with skipper.step(points, threshold=-1.0) as step:
+            output = model.generate(
+                ids, max_new_tokens=5, do_sample=False, pad_token_id=0, return_dict_in_generate=True
+            )
+        # A row that never skips decodes as without skipping; the others decode as they do alone.
+        assert torch.equal(output.sequences[2], plain[2])
+        for row in (0, 1):
+            one = slice(row, row + 1)
+            with skipper.step(points[one], threshold=-1.0):
+                alone = model.generate(ids[one], **greedy)
+            assert torch.equal(alone[0], output.sequences[row])
+    assert step.landings == [{1: 3, 4: 5}, {4: 5}, {}]
+    written = [layer.keys.shape[0] if layer.is_initialized else 0 for layer in output.past_key_values.layers]
+    assert written == [3, 2, 2, 3, 1, 3]
+
+
+def test_saving_does_not_notice(tmp_path: Path) -> None:
+    model = make("llama")
+    attach(model, PLAN, make_heads())
+    model.save_pretrained(tmp_path)
+    again = LlamaModel.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_autocast_changes_nothing_about_exactness() -> None:
+    model = make("llama")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        before = model(input_ids=batch(2)).last_hidden_state
+        skipper = attach(model, PLAN, make_heads())
+        assert torch.equal(model(input_ids=batch(2)).last_hidden_state, before)
+        with skipper.step(np.zeros((2, 2), np.int64), threshold=-1.0) as step:
+            assert torch.isfinite(model(input_ids=batch(2)).last_hidden_state).all()
+        with skipper.verify(step):
+            assert torch.equal(model(input_ids=batch(2)).last_hidden_state, before)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
+    model = make("llama")
+    with pytest.raises(ConfigError, match="num_layers: the plan has 5"):
+        attach(model, SkipPlan(num_layers=5, static_layers=(4,)))
+    with pytest.raises(ConfigError, match="heads: were made for a width of 16"):
+        attach(model, PLAN, make_heads(width=16))
+    with pytest.raises(ConfigError, match="heads: were made for"):
+        attach(model, PLAN, make_heads(SkipPlan(num_layers=DEPTH, static_layers=(5,))))
+    with pytest.raises(ConfigError, match="no list of layers"):
+        attach(nn.Linear(2, 2), PLAN)
+    with pytest.raises(ConfigError, match="not attached"):
+        detach(model)
+    skipper = attach(model, PLAN)
+    with pytest.raises(ConfigError, match="already attached"):
+        attach(model, PLAN)
+    with pytest.raises(ConfigError, match="heads"), skipper.step(np.zeros((1, 2), np.int64)):
+        pass
+    detach(model)
+    with pytest.raises(ConfigError, match="allow_points"), attach(model, PLAN, make_heads()).step(np.zeros((1, 3))):
+        pass
