@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dysl_vla.errors import ConfigError
+from dysl_vla.eval.film import write_contact_sheet
 from dysl_vla.eval.rollout import EpisodeKey
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
@@ -37,7 +38,7 @@ with needs_extra("sim"):
     import pyarrow.parquet as pq
 
 RUN, EPISODES, PARTS, STEPS = "run.json", "episodes.jsonl", "parts", "steps.parquet"
-RESULT, REPORT, VIDEOS = "result.json", "report.md", "videos"
+RESULT, REPORT, VIDEOS, FILMS = "result.json", "report.md", "videos", "films.png"
 
 TIMES = ("physics_ms", "render_ms", "encode_ms", "llm_ms", "decode_ms", "guidance_ms", "total_ms")
 STEP_SCHEMA = pa.schema(
@@ -108,6 +109,9 @@ class RunFolder:
         """Write everything that summarises the run."""
         with replacing(self.root / STEPS) as temporary:
             pq.write_table(steps, temporary, compression="zstd")
+        films = sorted((self.root / VIDEOS).glob("*-000-*.mp4"))
+        if films:
+            write_contact_sheet(films, self.root / FILMS)
         write_text(self.root / REPORT, report)
         write_json(self.root / RESULT, result)
         shutil.rmtree(self.root / PARTS, ignore_errors=True)

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ActionError, ConfigError
@@ -66,6 +67,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     films = sorted((tmp_path / "r/videos").iterdir())
     assert [film.name.rsplit("-", 1)[0] for film in films] == ["linger-000", "reach-000"]
     assert next(read_video(films[0])).shape == (256, 256, 3)
+    assert Image.open(tmp_path / "r/films.png").size[0] > 256
 
 
 def test_success_in_the_records_is_the_environments(tmp_path: Path) -> None:
