@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Without a GPU, torch's own index has a build that is gigabytes smaller. Where it cannot be reached, pip goes on without.
+CPU_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
 .PHONY: demo test lint clean
 
@@ -21,6 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("dysl-vla needs Python 3.11 or later; run make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps $(CPU_INDEX) torch
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $(INSTALLED)
 

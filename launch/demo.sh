@@ -4,7 +4,7 @@
 set -eu
 dysl=${1:-dysl}
 out=runs/demo
-if [ -f "$out/result.json" ]; then rm -r "$out"; fi # a finished demo is shown anew, an interrupted one goes on
+rm -rf "$out"
 "$dysl" doctor
 "$dysl" eval --policy metaworld-mini --suite metaworld-mt10 --episodes 3 --seed 100000 --workers 2 --video 1 --out "$out"
 echo "Films: $out/videos, and on one picture: $out/films.png"

@@ -84,8 +84,9 @@ def test_a_hand_edited_field_is_named(
         inner = inner[key]
     inner[keys[-1]] = value
     (folder / CONFIG).write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match=rf"config\.json: field '{field}'"):
-        MiniVLA.from_pretrained(str(folder))
+    for load in (MiniVLA.from_pretrained, load_policy):
+        with pytest.raises(CheckpointError, match=rf"config\.json: field '{field}'"):
+            load(str(folder))
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from dysl_vla import provenance
-from dysl_vla.checkpoint import CONFIG
+from dysl_vla.checkpoint import MANIFEST
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.options import NUMBER, PLACE, camera_options
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import check_same_run, claimed, is_unused, write_json
+from dysl_vla.files import check_same_run, claimed, is_unused, read_lines, write_json
 from dysl_vla.types import ImageArray, PolicySpec
 
 with needs_extra("policy"):
@@ -29,6 +29,7 @@ with needs_extra("policy"):
 
     from dysl_vla.policies.mini_vla import CELL, Crop, MiniVLA, MiniVLAConfig
     from dysl_vla.policies.training import (
+        CURVE_FILE,
         SHIFT,
         STATE_FILE,
         BehaviourCloning,
@@ -123,7 +124,9 @@ def _is_finished(out: Path, identity: Mapping[str, Any]) -> bool:
     if not path.exists():
         return False
     check_same_run(path, identity)
-    return (out / CONFIG).exists() and not (out / STATE_FILE).exists()
+    points = read_lines(out / CURVE_FILE)
+    reached = points[-1]["step"] if points else 0
+    return reached == identity["steps"] and (out / MANIFEST).exists() and not (out / STATE_FILE).exists()
 
 
 def describe(demonstrations: Demonstrations) -> dict[str, Any]:

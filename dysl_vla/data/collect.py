@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin, check_writable
 from dysl_vla.data.options import SIZE, camera_options
-from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, episode_rng, get_suite
+from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, TaskEnvs, episode_rng, get_suite
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.files import claimed
-from dysl_vla.policies import Policy, load_policy
+from dysl_vla.policies import Policy, check_fingerprint, load_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray
 from dysl_vla.workers import use_one_inference_thread, worker_pool
 
@@ -93,7 +93,7 @@ def collect(config: CollectConfig) -> Demonstrations:
         try:
             for task in tasks:
                 first = Origin(suite.name, task, config.seed, 0, actor, 0.0 if config.policy else config.noise)
-                _collect_task(config, first, cameras, writer, pool)
+                _collect_task(config, first, spec.cameras, writer, pool)
         finally:
             writer.close()
     return Demonstrations(config.out)
@@ -115,7 +115,7 @@ def _check(config: CollectConfig) -> None:
 def _collect_task(
     config: CollectConfig,
     first: Origin,
-    cameras: Mapping[str, tuple[int, int]] | None,
+    cameras: Mapping[str, tuple[int, int]],
     writer: DemonstrationWriter,
     pool: ProcessPoolExecutor,
 ) -> None:
@@ -151,23 +151,24 @@ def _collect_task(
 
 
 @lru_cache(maxsize=1)
-def _env(suite: str, task: str, cameras: tuple[tuple[str, tuple[int, int]], ...] | None) -> ManipulationEnv:
-    env = get_suite(suite).make(task, None if cameras is None else dict(cameras))
-    atexit.register(env.close)
-    return env
+def _envs(suite: str, cameras: tuple[tuple[str, tuple[int, int]], ...]) -> TaskEnvs:
+    envs = TaskEnvs(get_suite(suite), dict(cameras))
+    atexit.register(envs.close)
+    return envs
 
 
 @lru_cache(maxsize=1)
-def _policy(name: str) -> Policy:
+def _policy(name: str, fingerprint: str) -> Policy:
     policy = load_policy(name)
+    check_fingerprint(policy, name, fingerprint)
     use_one_inference_thread()
     return policy
 
 
-def _demonstrate(origin: Origin, cameras: Mapping[str, tuple[int, int]] | None, policy: str | None) -> Episode | None:
+def _demonstrate(origin: Origin, cameras: Mapping[str, tuple[int, int]], policy: str | None) -> Episode | None:
     """Run in a worker, which keeps the policy and the last task's environment."""
-    env = _env(origin.suite, origin.task, None if cameras is None else tuple(cameras.items()))
-    return demonstrate(env, origin, _policy(policy) if policy else None)
+    env = _envs(origin.suite, tuple(cameras.items())).env(origin.task)
+    return demonstrate(env, origin, _policy(policy, origin.actor.rpartition("@")[2]) if policy else None)
 
 
 def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None) -> Episode | None:

@@ -14,9 +14,9 @@ from dysl_vla.envs.metaworld import HORIZON as METAWORLD_HORIZON
 from dysl_vla.envs.metaworld import INSTRUCTIONS
 from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
 from dysl_vla.envs.mock import TASKS as MOCK_TASKS
-from dysl_vla.envs.suites import FIRST_EVALUATION_SEED, Suite, get_suite, suites
+from dysl_vla.envs.suites import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite, suites
 
-__all__ = ["FIRST_EVALUATION_SEED", "ManipulationEnv", "Suite", "episode_rng", "get_suite", "suites"]
+__all__ = ["FIRST_EVALUATION_SEED", "ManipulationEnv", "Suite", "TaskEnvs", "episode_rng", "get_suite", "suites"]
 
 for task in INSTRUCTIONS:
     gymnasium.register(

@@ -21,7 +21,6 @@ from dysl_vla.types import (
     TASK_KEY,
     FloatArray,
     ImageArray,
-    Observation,
     WorldSpec,
     check_actions,
 )
@@ -164,6 +163,3 @@ def check_cameras(asked: dict[str, tuple[int, int]], offered: tuple[str, ...]) -
             raise ConfigError(f"cameras: there is no camera {camera!r}; there are: {', '.join(offered)}.")
         if height < 1 or width < 1:
             raise ConfigError(f"cameras: {camera!r} cannot be {height}x{width} pixels; both must be at least 1.")
-
-
-__all__ = ["ManipulationEnv", "Observation", "check_cameras", "episode_rng"]

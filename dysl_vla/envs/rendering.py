@@ -1,8 +1,8 @@
 """Cameras of MuJoCo scenes without a screen, for every simulator.
 
-The GL backend is chosen once: `MUJOCO_GL` if the user set it, else EGL, else OSMesa, else an error that says what to
-install. The default scene quality is made for a policy's eyes: without shadows, reflections and multi-sampling a
-128-pixel frame takes a tenth of the time. Not for windows: nothing is ever shown on a screen.
+The GL backend is chosen once: `MUJOCO_GL` if the user set it, else EGL if its library is there, else OSMesa, else an
+error that says what to install. The default scene quality is made for a policy's eyes: without shadows, reflections and
+multi-sampling a 128-pixel frame takes a tenth of the time. Not for windows: nothing is ever shown on a screen.
 """
 
 from __future__ import annotations

@@ -57,6 +57,33 @@ class Suite:
         return tuple(task for task in self.tasks if task in tasks) if tasks else self.tasks
 
 
+class TaskEnvs:
+    """A suite's environments for one process, which keeps that of the last task: making one takes a while.
+
+    Args:
+        suite: Whose tasks.
+        cameras: See `Suite.make`.
+    """
+
+    def __init__(self, suite: Suite, cameras: Cameras | None) -> None:
+        self._suite = suite
+        self._cameras = cameras
+        self._env: ManipulationEnv | None = None
+
+    def env(self, task: str) -> ManipulationEnv:
+        """The task's environment; the last one is closed."""
+        if self._env is None or self._env.task != task:
+            self.close()
+            self._env = self._suite.make(task, self._cameras)
+        return self._env
+
+    def close(self) -> None:
+        """Free the renderers."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+
 suites: Registry[Callable[[], Suite]] = Registry("suite", "dysl_vla.suites")
 
 

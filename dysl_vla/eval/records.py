@@ -7,6 +7,7 @@ steps.parquet     one row a step
 result.json       the figures
 report.md         the figures for people
 videos/           films of episodes, if asked for
+films.png         frames of the first film of each task
 """
 
 from __future__ import annotations

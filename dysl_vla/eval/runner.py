@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dysl_vla import provenance
-from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, Suite, get_suite
+from dysl_vla.envs import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.records import RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
 from dysl_vla.eval.rollout import EpisodeKey, run_episode, warm_up
-from dysl_vla.policies import Policy, load_policy
+from dysl_vla.policies import Policy, check_fingerprint, load_policy
+from dysl_vla.types import check_actions
 from dysl_vla.video import write_video
 from dysl_vla.workers import use_one_inference_thread, worker_pool
 
@@ -67,7 +68,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         policy.spec.check_world(env.world_spec)
         if env.horizon != suite.horizon:
             raise ConfigError(f"horizon: suite {suite.name} says {suite.horizon}, its environment {env.horizon}.")
-        env.reset(seed=0)  # renders: a machine that cannot is found out before anything is written
+        # A machine that cannot render, or a policy that answers NaN, is found out before anything is written.
+        observation, _ = env.reset(seed=0)
+        [chunk] = policy.infer([observation], [policy.reset()])
+        check_actions(chunk.actions, len(env.world_spec.action_names))
     folder = RunFolder(config.out, _identity(config, suite, tasks, policy))
     if folder.is_finished():
         return read_result(config.out)
@@ -157,7 +161,7 @@ def _episodes(
                 yield bench.run(folder, key, film=key.index < config.video)
         return
     with worker_pool(config.workers) as pool:
-        futures = [pool.submit(_run_in_worker, config, folder, key) for key in keys]
+        futures = [pool.submit(_run_in_worker, config, policy.fingerprint, folder, key) for key in keys]
         for future in as_completed(futures):
             yield future.result()
 
@@ -167,12 +171,16 @@ class _Bench:
 
     def __init__(self, policy: Policy, suite: Suite) -> None:
         self._policy = policy
-        self._suite = suite
-        self._env: ManipulationEnv | None = None
+        self._envs = TaskEnvs(suite, policy.spec.cameras)
+        self._is_warm = False
 
     def run(self, folder: RunFolder, key: EpisodeKey, *, film: bool) -> dict[str, Any]:
         """Run one episode and write its steps and film; the caller counts it as ended."""
-        rollout = run_episode(self._env_of(key.task), self._policy, key, film=film)
+        env = self._envs.env(key.task)
+        if not self._is_warm:
+            warm_up(self._policy, env)
+            self._is_warm = True
+        rollout = run_episode(env, self._policy, key, film=film)
         folder.write_part(key, rollout.steps)
         if film:
             write_video(folder.video(key, rollout.success), rollout.film, rollout.film_fps, crf=FILM_CRF)
@@ -185,28 +193,20 @@ class _Bench:
             "inferences": sum(row["total_ms"] is not None for row in rollout.steps),
         }
 
-    def _env_of(self, task: str) -> ManipulationEnv:
-        if self._env is None or self._env.task != task:
-            first = self._env is None
-            self.close()
-            self._env = self._suite.make(task, self._policy.spec.cameras)
-            if first:
-                warm_up(self._policy, self._env)
-        return self._env
-
     def close(self) -> None:
         """Free the environment's renderers."""
-        if self._env is not None:
-            self._env.close()
+        self._envs.close()
 
 
 @lru_cache(maxsize=1)
-def _worker_bench(policy: str, suite: str) -> _Bench:
-    bench = _Bench(load_policy(policy), get_suite(suite))
+def _worker_bench(name: str, fingerprint: str, suite: str) -> _Bench:
+    policy = load_policy(name)
+    check_fingerprint(policy, name, fingerprint)
+    bench = _Bench(policy, get_suite(suite))
     use_one_inference_thread()
     atexit.register(bench.close)
     return bench
 
 
-def _run_in_worker(config: EvalConfig, folder: RunFolder, key: EpisodeKey) -> dict[str, Any]:
-    return _worker_bench(config.policy, config.suite).run(folder, key, film=key.index < config.video)
+def _run_in_worker(config: EvalConfig, fingerprint: str, folder: RunFolder, key: EpisodeKey) -> dict[str, Any]:
+    return _worker_bench(config.policy, fingerprint, config.suite).run(folder, key, film=key.index < config.video)

@@ -5,11 +5,12 @@ Importing this room imports no torch; `load_policy` does, for the policies that 
 
 from __future__ import annotations
 
-from dysl_vla.checkpoint import find_checkpoint, read_policy_type
+from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_policy_type
+from dysl_vla.errors import CheckpointError
 from dysl_vla.extras import needs_extra
-from dysl_vla.policies.base import Policy, policies
+from dysl_vla.policies.base import Policy, check_fingerprint, policies
 
-__all__ = ["Policy", "load_policy", "policies"]
+__all__ = ["Policy", "check_fingerprint", "load_policy", "policies"]
 
 
 def load_policy(name: str) -> Policy:
@@ -31,4 +32,7 @@ def load_policy(name: str) -> Policy:
     policy_type = read_policy_type(folder)
     with needs_extra("policy"):
         import dysl_vla.policies.mini_vla  # noqa: F401 # it registers itself
+    if policy_type not in policies.names():
+        known = ", ".join(policies.names())
+        raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' is {policy_type!r}; this reads: {known}.")
     return policies.get(policy_type).from_pretrained(str(folder))

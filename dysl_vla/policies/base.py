@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from dysl_vla.errors import CheckpointError
 from dysl_vla.registry import Registry
 from dysl_vla.types import ActionChunk, EpisodeState, Observation, PolicySpec
 
@@ -53,6 +54,18 @@ class PolicyClass(Protocol):
     @classmethod
     def from_pretrained(cls, name: str) -> Policy:
         """Load a checkpoint from a shipped name, a folder or a Hugging Face hub id."""
+
+
+def check_fingerprint(policy: Policy, name: str, expected: str) -> None:
+    """Refuse weights that changed since the run began: a worker loads its own copy.
+
+    Raises:
+        CheckpointError: Its fingerprint does not begin as expected.
+    """
+    if not policy.fingerprint.startswith(expected):
+        raise CheckpointError(
+            f"{name}: was changed while it is in use; run again with a checkpoint that stays as it is."
+        )
 
 
 policies: Registry[PolicyClass] = Registry("policy type", "dysl_vla.policies")

@@ -4,15 +4,16 @@ NumPy alone: the same code guides training's replay, evaluation and the torch-fr
 remembered of an episode is one `GuideState`, which the caller owns.
 
 Section 3 of DySL-VLA (arXiv 2602.22896), with two changes. Its release ("one layer back when continuity rises by more
-than eta") leaves a steady trajectory without skipping for ever once continuity has fallen: here every inference that is
-no fall gives one layer back. Its continuity runs over one action an inference: here over all that were executed.
+than eta") leaves a steady trajectory without skipping for ever once continuity has fallen: here every inference at
+which continuity does not fall gives one layer back. Its continuity runs over one action an inference: here over all
+that were executed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,13 +50,15 @@ class GuideState:
         recent: The last executed actions, normalised, (at most WINDOW + 1, action).
         continuity: C of the last inference; None before the first two actions.
         allow_points: For each block, how many of its dynamic layers must run before skipping is allowed.
-        falling: The last predicted actions made continuity fall, so that their successors need no verification.
+        fell: The last inference's actions made continuity fall: its successors need no verification.
+        falls: This inference's do.
     """
 
     allow_points: NDArray[np.int64]
     recent: NDArray[np.float64]
     continuity: float | None = None
-    falling: bool = field(default=False)
+    fell: bool = False
+    falls: bool = False
 
 
 class Guide:
@@ -67,7 +70,7 @@ class Guide:
         thresholds: What counts as a fall.
 
     Raises:
-        ConfigError: A block without dynamic layers, or no dimension.
+        ConfigError: A negative length, or no dimension.
     """
 
     def __init__(self, block_lengths: Sequence[int], action_dim: int, thresholds: Thresholds) -> None:
@@ -94,6 +97,7 @@ class Guide:
             ActionError: Another dimension, NaN or infinity; the state is unchanged.
         """
         self._check(executed)
+        state.fell, state.falls = state.falls, False
         state.recent = np.concatenate([state.recent, executed])[-WINDOW - 1 :]
         before, state.continuity = state.continuity, continuity(state.recent)
         if state.continuity is None or before is None:
@@ -102,17 +106,18 @@ class Guide:
         if change < -self._thresholds.eta:
             kept = math.ceil(min(-change / self._thresholds.eta, float(self._lengths.max(initial=0))))
             state.allow_points = np.minimum(state.allow_points + kept, self._lengths)
-        else:
+        elif change >= 0:
             state.allow_points = np.maximum(state.allow_points - 1, 0)
 
     def verify(self, state: GuideState, predicted: NDArray[np.float32] | NDArray[np.float64]) -> bool:
-        """After an inference that skipped: must its actions be predicted again without skipping?
+        """After every inference: if it skipped, must its actions be predicted again without skipping?
 
         Yes when they make continuity fall and the last inference's did not: that is the first important action, which
-        the allow points, which follow the executed trajectory, could not foresee.
+        the allow points, which follow the executed trajectory, could not foresee. The fall that is remembered is that
+        of the actions that are executed: call this with the new ones after predicting again.
 
         Args:
-            state: The episode's; remembers the fall.
+            state: The episode's; remembers the fall until the next `observe`.
             predicted: (steps, action), normalised, those that are to be executed.
 
         Raises:
@@ -123,7 +128,7 @@ class Guide:
         if after is None or state.continuity is None:
             return False
         falls = after - state.continuity < -self._thresholds.eta_verify
-        first, state.falling = falls and not state.falling, falls
+        first, state.falls = falls and not state.fell, falls
         return first
 
     def _check(self, actions: NDArray[np.float32] | NDArray[np.float64]) -> None:

@@ -10,14 +10,17 @@ controller may jump to the block's static layer, over an adapter.
     with skipper.verify(step):
         exact = model(inputs_embeds=...)         # the full model's output, from the first skip on
 
-Not for choosing allow points (`guidance`) or training heads.
+The first layer always runs: models count cached tokens there, and it shows what a layer returns. Not for choosing allow
+points (`guidance`) or training heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,7 @@ from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.heads import SkipHeads
 from dysl_vla.skip_controller.plan import SkipPlan
 
-BATCH_FIRST = ("attention_mask", "position_ids", "position_embeddings", "encoder_hidden_states")
+BATCH_FIRST = ("attention_mask", "causal_mask", "position_ids", "position_embeddings", "encoder_hidden_states")
 """Arguments of a layer whose first dimension is the batch, or 1."""
 NOT_BATCHED = ("cache_position", "position_bias")
 """Arguments whose first dimension is something else."""
@@ -49,6 +52,10 @@ class Step:
         layers_run: (batch, layers): which layers ran in the deciding pass.
         first_skip: The first layer at which any row skipped; None when none did.
         first_hidden: What that layer got, (batch, tokens, hidden): the full model's, exactly.
+        tokens: Of the deciding pass.
+        cache: Keys and values of the step, where the model keeps them.
+        is_decided: The deciding pass has ended; later ones keep its decisions.
+        is_verified: The full model's output has been computed from it.
     """
 
     allow_points: NDArray[np.int64]
@@ -59,8 +66,10 @@ class Step:
     layers_run: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), np.bool_))
     first_skip: int | None = None
     first_hidden: Tensor | None = None
-    decided: bool = False
-    resume_at: list[int] = field(default_factory=list)
+    tokens: int = 0
+    cache: Any = None
+    is_decided: bool = False
+    is_verified: bool = False
 
 
 class Skipper:
@@ -71,17 +80,18 @@ class Skipper:
         self.plan = plan
         self.heads = heads
         self._step: Step | None = None
-        self._resumed: Step | None = None
-        self._returns_tuple: bool | None = None
+        self._verified: Step | None = None
+        self._landed: list[int] = []  # for each row of the running pass, the layer that it jumps to
+        self._returns: type | None = None  # the container in which a layer answers; None: no container
         self._block_of = {
             layer: (number, block.landing, layer - block.first)
             for number, block in enumerate(plan.blocks)
             for layer in range(block.first, block.landing)
         }
-        self._originals: list[Callable[..., Any]] = []
+        self._originals: list[Callable[..., Any]] = [layer.forward for layer in layers]
+        self._names = [list(inspect.signature(original).parameters) for original in self._originals]
         for index, layer in enumerate(layers):
-            self._originals.append(layer.forward)
-            layer.forward = self._wrap(index, layer.forward)
+            layer.forward = partial(self._run_layer, index)  # no closure: it survives a deep copy
         layers.__dict__["_skipper"] = self
 
     def detach(self) -> None:
@@ -108,8 +118,10 @@ class Skipper:
             mask: (batch, tokens) of the first forward.
 
         Raises:
-            ConfigError: Attached without heads, or allow points of another number of blocks.
+            ConfigError: Attached without heads, allow points of another number of blocks, within another step, or with
+                a cache that holds tokens of before the step.
         """
+        self._check_idle()
         if self.heads is None:
             raise ConfigError("heads: the decoder was attached without; skipping needs adapters and controllers.")
         if allow_points.ndim != 2 or allow_points.shape[1] != len(self.plan.blocks):
@@ -124,76 +136,108 @@ class Skipper:
 
     @contextmanager
     def verify(self, step: Step) -> Iterator[None]:
-        """Let one forward in the body, of the same inputs, be the full model's, going on from the first skip.
+        """Let the first forward in the body, of the step's inputs, be the full model's, going on from the first skip.
 
-        Bit for bit the full model's result: what ran before the first skip of any row was exact, and is kept.
+        Bit for bit the full model's result: what ran before the first skip of any row was exact, and is kept, the keys
+        and values of those layers included. Later forwards in the body, tokens of autoregressive decoding, run whole.
+
+        Args:
+            step: After its body has ended. It can be verified once.
+
+        Raises:
+            ConfigError: Within a step, a step that has not run or was verified, a cache that holds tokens, or one that
+                the step did not have.
         """
-        self._resumed = step
+        self._check_idle()
+        if not step.is_decided or step.is_verified:
+            raise ConfigError("verify: the step has not run, or was verified before.")
+        self._verified = step
         try:
             yield
         finally:
-            self._resumed = None
+            self._verified = None
 
-    def _wrap(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._step is not None:
-                return self._forward(index, original, hidden_states, args, kwargs)
-            if self._resumed is not None and self._resumed.first_skip is not None:
-                if index < self._resumed.first_skip:
-                    return self._like_a_layer(hidden_states)
-                if index == self._resumed.first_skip:
-                    assert self._resumed.first_hidden is not None
-                    hidden_states = self._resumed.first_hidden
-            return original(hidden_states, *args, **kwargs)
+    def _check_idle(self) -> None:
+        if self._step is not None or self._verified is not None:
+            raise ConfigError("step: another one is running; end it first.")
 
-        return forward
+    def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        original = self._originals[index]
+        if self._step is not None:
+            arguments = dict(zip(self._names[index], args, strict=False)) | kwargs
+            return self._skipping(index, original, self._step, arguments)
+        if self._verified is not None:
+            arguments = dict(zip(self._names[index], args, strict=False)) | kwargs
+            return self._verifying(index, original, self._verified, arguments)
+        return original(*args, **kwargs)
 
-    def _forward(
-        self, index: int, original: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        step = self._step
-        assert step is not None
+    def _verifying(self, index: int, original: Callable[..., Any], step: Step, arguments: dict[str, Any]) -> Any:
+        if step.first_skip is None or step.is_verified:
+            return original(**arguments)
+        name, cache = self._names[index][0], _cache(arguments)
+        if index < step.first_skip:
+            if cache is not None:
+                self._copy_cache(index, step, cache)
+            return self._answer(arguments[name])
+        if index == step.first_skip:
+            arguments[name], step.first_hidden = step.first_hidden, None
+        step.is_verified = index == len(self._layers) - 1
+        return original(**arguments)
+
+    def _copy_cache(self, index: int, step: Step, cache: Any) -> None:
+        """What a layer before the first skip wrote is the full model's too; its prompt's part goes to the new cache."""
+        if step.cache is None or (index == 0 and cache.get_seq_length() > 0):
+            raise ConfigError("past_key_values: begin with an empty cache, in the step and in its verification.")
+        written = step.cache.layers[index]
+        cache.update(written.keys[..., : step.tokens, :], written.values[..., : step.tokens, :], index)
+
+    def _skipping(self, index: int, original: Callable[..., Any], step: Step, arguments: dict[str, Any]) -> Any:
+        name = self._names[index][0]
+        hidden: Tensor = arguments[name]
         batch = hidden.shape[0]
         if index == 0:
-            self._begin_pass(step, batch)
-        if index in self._block_of:
-            hidden = self._maybe_skip(index, step, hidden, cached=_cache(kwargs) is not None)
-        active = [row for row in range(batch) if step.resume_at[row] <= index]
-        if not step.decided:
+            self._begin_pass(step, hidden, arguments)
+        elif index in self._block_of:
+            hidden = arguments[name] = self._maybe_skip(index, step, hidden)
+        active = [row for row, landed in enumerate(self._landed) if landed <= index]
+        if not step.is_decided:
             step.layers_run[active, index] = True
-            step.decided = index == len(self._layers) - 1
+            step.is_decided = index == len(self._layers) - 1
         if not active:
-            return self._like_a_layer(hidden)
-        if len(active) == batch:
-            output = original(hidden, *args, **kwargs)
-        else:
-            output = _run_rows(original, hidden, args, kwargs, active)
-        self._returns_tuple = isinstance(output, tuple)
+            return self._answer(hidden)
+        output = original(**arguments) if len(active) == batch else _run_rows(original, name, arguments, active)
+        if index == 0:
+            self._returns = type(output) if isinstance(output, (tuple, list)) else None
         return output
 
-    def _begin_pass(self, step: Step, batch: int) -> None:
-        if step.decided:
-            step.resume_at = [0] * batch
-            return
+    def _begin_pass(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        batch, tokens = hidden.shape[:2]
         if batch != len(step.allow_points):
             raise ConfigError(f"allow_points: {len(step.allow_points)} rows, the batch has {batch}.")
+        self._landed = [0] * batch
+        if step.is_decided:
+            return
+        cache = _cache(arguments)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ConfigError("past_key_values: holds tokens of before the step; begin a step with an empty cache.")
         step.landings = [{} for _ in range(batch)]
         step.outputs = [{} for _ in range(batch)]
         step.layers_run = np.zeros((batch, len(self._layers)), np.bool_)
-        step.resume_at = [0] * batch
+        step.first_skip = step.first_hidden = None
+        step.tokens, step.cache = tokens, cache
 
-    def _maybe_skip(self, index: int, step: Step, hidden: Tensor, *, cached: bool) -> Tensor:
-        if step.decided:
+    def _maybe_skip(self, index: int, step: Step, hidden: Tensor) -> Tensor:
+        if step.is_decided:
             rows = [row for row, landings in enumerate(step.landings) if index in landings]
         else:
-            rows = self._decide(index, step, hidden, cached=cached)
+            rows = self._decide(index, step, hidden)
         if not rows:
             return hidden
         assert self.heads is not None
         landing = self._block_of[index][1]
         for row in rows:
-            step.resume_at[row] = landing
-        if not step.decided:
+            self._landed[row] = landing
+        if not step.is_decided:
             for row in rows:
                 step.landings[row][index] = landing
             if step.first_skip is None:
@@ -203,18 +247,15 @@ class Skipper:
             bridged: Tensor = adapter(hidden)
             return bridged
         chosen = torch.tensor(rows, device=hidden.device)
-        return hidden.index_copy(0, chosen, adapter(hidden[chosen]))
+        return hidden.index_copy(0, chosen, adapter(hidden[chosen]).to(hidden.dtype))
 
-    def _decide(self, index: int, step: Step, hidden: Tensor, *, cached: bool) -> list[int]:
+    def _decide(self, index: int, step: Step, hidden: Tensor) -> list[int]:
         """Rows that skip at a dynamic layer."""
-        # A model counts its cached tokens in its first layer, and the shape of a layer's answer is learnt from one.
-        if (cached and index == 0) or self._returns_tuple is None:
-            return []
         block, _, offset = self._block_of[index]
         allowed = [
             row
-            for row in range(hidden.shape[0])
-            if step.resume_at[row] <= index and offset >= step.allow_points[row, block]
+            for row, landed in enumerate(self._landed)
+            if landed <= index and offset >= step.allow_points[row, block]
         ]
         if not allowed:
             return []
@@ -230,8 +271,9 @@ class Skipper:
             step.outputs[row][index] = value
         return [row for row, value in zip(allowed, values, strict=True) if value > step.threshold]
 
-    def _like_a_layer(self, hidden: Tensor) -> Any:
-        return (hidden, None) if self._returns_tuple else hidden
+    def _answer(self, hidden: Tensor) -> Any:
+        """A hidden state in the container in which this model's layers answer."""
+        return hidden if self._returns is None else self._returns((hidden, None))
 
 
 def attach(decoder: nn.Module, plan: SkipPlan, heads: SkipHeads | None = None) -> Skipper:
@@ -254,10 +296,19 @@ def attach(decoder: nn.Module, plan: SkipPlan, heads: SkipHeads | None = None) -
     if heads is not None:
         if heads.plan != plan:
             raise ConfigError(f"heads: were made for {heads.plan}, the plan is {plan}.")
-        width = getattr(getattr(decoder, "config", None), "hidden_size", heads.config.hidden_size)
-        if heads.config.hidden_size != width:
-            raise ConfigError(f"heads: were made for a width of {heads.config.hidden_size}, the decoder has {width}.")
+        _check_heads(heads, layers)
     return Skipper(layers, plan, heads)
+
+
+def _check_heads(heads: SkipHeads, layers: nn.ModuleList) -> None:
+    """Width, kind of numbers and device must be the layers'; their norms have exactly the width."""
+    mine, theirs = next(heads.parameters()), next(layers.parameters())
+    widths = {p.shape[0] for name, p in layers[0].named_parameters() if p.ndim == 1 and "norm" in name}
+    if widths and heads.config.hidden_size not in widths:
+        raise ConfigError(f"heads: were made for a width of {heads.config.hidden_size}, the decoder has {min(widths)}.")
+    for what, one, other in (("dtype", mine.dtype, theirs.dtype), ("device", mine.device, theirs.device)):
+        if one != other:
+            raise ConfigError(f"heads: are of {what} {one}, the decoder of {other}; move them with heads.to({other}).")
 
 
 def detach(decoder: nn.Module) -> None:
@@ -295,26 +346,31 @@ def find_layers(decoder: nn.Module, depth: int) -> nn.ModuleList:
     return fitting[0]
 
 
-def _cache(kwargs: dict[str, Any]) -> Any:
-    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+def _cache(arguments: Mapping[str, Any]) -> Any:
+    return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 
-def _run_rows(
-    original: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[int]
-) -> Any:
-    """A layer on some rows of a batch; the others keep their hidden state."""
-    batch, chosen = hidden.shape[0], torch.tensor(rows, device=hidden.device)
-    if args or not all(name in BATCH_FIRST + NOT_BATCHED or not _has_tensor(v) for name, v in kwargs.items()):
-        # Which dimension of these is the batch cannot be known: run all rows, and keep those that asked.
-        output = original(hidden, *args, **kwargs)
-        first = output[0] if isinstance(output, tuple) else output
-        kept = hidden.index_copy(0, chosen, first[chosen])
-    else:
-        few = {name: _rows(v, chosen, batch) if name in BATCH_FIRST else v for name, v in kwargs.items()}
-        output = original(hidden[chosen], **few)
-        first = output[0] if isinstance(output, tuple) else output
-        kept = hidden.index_copy(0, chosen, first)
-    return (kept, *output[1:]) if isinstance(output, tuple) else kept
+def _run_rows(original: Callable[..., Any], name: str, arguments: Mapping[str, Any], rows: list[int]) -> Any:
+    """A layer on some rows of a batch; the others keep their hidden state.
+
+    Args:
+        original: The layer's own forward.
+        name: Of its first argument, the hidden state.
+        arguments: All its arguments.
+        rows: Those that run.
+    """
+    hidden: Tensor = arguments[name]
+    others = {key: value for key, value in arguments.items() if key != name}
+    chosen = torch.tensor(rows, device=hidden.device)
+    if all(key in BATCH_FIRST + NOT_BATCHED or not _has_tensor(value) for key, value in others.items()):
+        few = {key: _rows(v, chosen, len(hidden)) if key in BATCH_FIRST else v for key, v in others.items()}
+        output = original(**{name: hidden[chosen]}, **few)
+        first = output[0] if isinstance(output, (tuple, list)) else output
+    else:  # which dimension of an unknown argument is the batch, nobody knows: run all rows, keep those that asked
+        output = original(**arguments)
+        first = (output[0] if isinstance(output, (tuple, list)) else output)[chosen]
+    kept = hidden.index_copy(0, chosen, first.to(hidden.dtype))
+    return type(output)((kept, *output[1:])) if isinstance(output, (tuple, list)) else kept
 
 
 def _has_tensor(value: Any) -> bool:

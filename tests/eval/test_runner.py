@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dysl_vla.envs.mock import MockEnv
-from dysl_vla.errors import ActionError, ConfigError
+from dysl_vla.errors import ActionError, CheckpointError, ConfigError
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
 from dysl_vla.eval.runner import EvalConfig, check_seed, evaluate
 from dysl_vla.files import claimed, read_lines
@@ -147,7 +147,6 @@ def test_workers_do_not_outlive_a_killed_run(tmp_path: Path) -> None:
     process.wait()
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert alive == []
-    assert [e for e in read_lines(tmp_path / "r/episodes.jsonl") if not e["steps"]] == []
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
@@ -203,7 +202,7 @@ def test_a_seed_of_the_training_data_is_refused_through_all_its_ancestors() -> N
             check_seed(seed, policy)
 
 
-def test_a_policy_that_answers_nan_is_stopped() -> None:
+def test_a_policy_that_answers_nan_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(MockPolicy):
         def infer(self, observations, states):  # type: ignore[no-untyped-def]
             [chunk] = super().infer(observations, states)
@@ -211,6 +210,18 @@ def test_a_policy_that_answers_nan_is_stopped() -> None:
 
     with pytest.raises(ActionError, match="not finite"):
         run_episode(MockEnv("reach"), Broken(), EpisodeKey("reach", 100_000, 0))
+    monkeypatch.setattr("dysl_vla.eval.runner.load_policy", lambda _: Broken())
+    with pytest.raises(ActionError, match="not finite"):
+        evaluate(config(tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_policy_that_changes_while_it_is_evaluated_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MockPolicy, "fingerprint", "before")
+    with pytest.raises(CheckpointError, match="was changed while it is in use"):
+        evaluate(config(tmp_path / "r", workers=2))  # the workers' own is "mock"
 
 
 def test_executed_actions_reach_the_episodes_state() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -45,19 +46,35 @@ def test_training_learns_a_demonstration_by_heart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("awaited", ["training_run.json", STATE_FILE])
 def test_a_killed_training_ends_in_the_same_weights(mock_demos: Path, tmp_path: Path, awaited: str) -> None:
     """SIGKILL before the first saved state, and after it; the same command then goes on."""
-    whole = train(config(mock_demos, tmp_path / "whole"))
+    longer = replace(FAST, steps=60)
+    whole = train(config(mock_demos, tmp_path / "whole", optimizer=longer))
     out = tmp_path / "killed"
-    arguments = f"--data {mock_demos} --out {out} --layers 2 --hidden 16 --chunk 4 --steps 12 --batch 8 --save-every 4"
+    arguments = f"--data {mock_demos} --out {out} --layers 2 --hidden 16 --chunk 4 --steps 60 --batch 8 --save-every 4"
     command = [sys.executable, "-m", "dysl_vla.cli", "train", *arguments.split(), "--threads", "1", "--warmup", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (out / awaited).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     process.kill()
-    process.wait()
-    train(config(mock_demos, out))
+    assert process.wait() == -signal.SIGKILL
+    train(config(mock_demos, out, optimizer=longer))
     assert MiniVLA.from_pretrained(str(out)).fingerprint == MiniVLA.from_pretrained(str(whole)).fingerprint
-    assert [point["step"] for point in read_lines(out / CURVE_FILE)] == [4, 8, 12]
+    assert [point["step"] for point in read_lines(out / CURVE_FILE)] == [*range(4, 61, 4)]
+
+
+def test_an_interruption_between_checkpoint_and_state_is_not_taken_for_the_end(
+    mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dysl_vla.policies.training.save_file", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(mock_demos, tmp_path / "p"))
+    assert (tmp_path / "p/config.json").exists()
+    train(config(mock_demos, tmp_path / "p"))
+    assert [point["step"] for point in read_lines(tmp_path / "p" / CURVE_FILE)] == [4, 8, 12]
 
 
 def test_a_resumed_training_takes_the_saved_steps_and_no_others(

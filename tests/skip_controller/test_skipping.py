@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,18 +125,16 @@ def test_a_skip_jumps_over_the_adapter_to_the_static_layer(name: str) -> None:
     model, heads = make(name), make_heads()
     ids = batch(1)
     with torch.no_grad():
-        inputs = model(input_ids=ids, output_hidden_states=True).hidden_states
+        inputs = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
         skipper = attach(model, PLAN, heads)
-        model(input_ids=ids)
+        model(input_ids=ids, use_cache=False)
         with skipper.step(np.array([[1, 99]]), threshold=-1.0) as step:
-            skipped = model(input_ids=ids).last_hidden_state
-        with skipper.verify(step):
-            pass
+            skipped = model(input_ids=ids, use_cache=False).last_hidden_state
         # Layers 0 and 1 ran, 2 was skipped: layer 3 got adapter_2 of layer 2's input.
         expected_input = heads.adapters["2"](inputs[2])
         step.first_skip, step.first_hidden = 3, expected_input
         with skipper.verify(step):
-            expected = model(input_ids=ids).last_hidden_state
+            expected = model(input_ids=ids, use_cache=False).last_hidden_state
     assert step.landings == [{2: 3}]
     assert step.layers_run.tolist() == [[True, True, False, True, True, True]]
     torch.testing.assert_close(skipped, expected)
@@ -231,6 +230,8 @@ def test_decoding_keeps_the_decisions_of_its_prefill() -> None:
             with skipper.step(points[one], threshold=-1.0):
                 alone = model.generate(ids[one], **greedy)
             assert torch.equal(alone[0], output.sequences[row])
+        with skipper.verify(step):
+            assert torch.equal(model.generate(ids, **greedy), plain)
     assert step.landings == [{1: 3, 4: 5}, {4: 5}, {}]
     written = [layer.keys.shape[0] if layer.is_initialized else 0 for layer in output.past_key_values.layers]
     assert written == [3, 2, 2, 3, 1, 3]
@@ -268,6 +269,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         attach(nn.Linear(2, 2), PLAN)
     with pytest.raises(ConfigError, match="not attached"):
         detach(model)
+    with pytest.raises(ConfigError, match="heads: are of dtype"):
+        attach(model, PLAN, make_heads().half())
     skipper = attach(model, PLAN)
     with pytest.raises(ConfigError, match="already attached"):
         attach(model, PLAN)
@@ -276,3 +279,55 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     detach(model)
     with pytest.raises(ConfigError, match="allow_points"), attach(model, PLAN, make_heads()).step(np.zeros((1, 3))):
         pass
+
+
+def test_misuse_of_a_step_is_refused_and_not_answered_wrongly() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**COMMON)).eval()
+    skipper = attach(model, PLAN, make_heads())
+    points, ids = np.zeros((1, 2), np.int64), batch(1)
+    with torch.inference_mode():
+        with skipper.step(points, threshold=-1.0) as step:
+            model(input_ids=ids, use_cache=False)
+            with pytest.raises(ConfigError, match="another one is running"), skipper.verify(step):
+                pass
+            with pytest.raises(ConfigError, match="another one is running"), skipper.step(points):
+                pass
+            with pytest.raises(ConfigError, match="1 rows, the batch has 2"):
+                model(input_ids=batch(2), use_cache=False)
+        with pytest.raises(ConfigError, match="past_key_values"), skipper.verify(step):
+            model(input_ids=ids, use_cache=True)
+        with skipper.verify(step):
+            model(input_ids=ids, use_cache=False)
+        with pytest.raises(ConfigError, match="was verified before"), skipper.verify(step):
+            pass
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        with pytest.raises(ConfigError, match="past_key_values"), skipper.step(points):
+            model(input_ids=ids, past_key_values=cache)
+        assert torch.isfinite(model(input_ids=ids).logits).all()  # nothing of it stays
+
+
+def test_a_deep_copy_runs_its_own_weights() -> None:
+    model = make("llama")
+    attach(model, PLAN, make_heads())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert not torch.equal(twin(input_ids=batch(1)).last_hidden_state, model(input_ids=batch(1)).last_hidden_state)
+
+
+@pytest.mark.parametrize("static", [(5,), (2, 5)])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_first_layer_that_is_dynamic_runs_all_the_same(name: str, static: tuple[int, ...]) -> None:
+    plan = SkipPlan(num_layers=DEPTH, static_layers=static)
+    model = make(name)
+    skipper = attach(model, plan, make_heads(plan))
+    with torch.inference_mode():
+        outputs = []
+        for _ in range(2):
+            with skipper.step(np.zeros((2, len(plan.blocks)), np.int64), threshold=-1.0) as step:
+                outputs.append(model(input_ids=batch(2), use_cache=True).last_hidden_state)
+        assert torch.equal(*outputs)
+    assert step.layers_run[:, 0].all()
+    assert step.landings == [{landing.first + (landing.first == 0): landing.landing for landing in plan.blocks}] * 2
