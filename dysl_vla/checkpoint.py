@@ -62,7 +62,7 @@ def find_checkpoint(name: str) -> Path:
             return folder
     if Path(name).is_dir():
         raise CheckpointError(f"{name}: is no checkpoint (there is no {CONFIG}).")
-    if name.count("/") == 1 and not name.startswith((".", "/")):
+    if name.count("/") == 1 and not Path(name).parent.exists():
         with needs_extra("policy"):
             from huggingface_hub import snapshot_download
         try:
@@ -70,7 +70,7 @@ def find_checkpoint(name: str) -> Path:
         except Exception as error:  # the hub client's errors are many, and all mean the same here
             raise CheckpointError(f"{name}: is no folder here, and could not be had from the hub ({error}).") from error
     shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("*") if path.is_dir()))
-    raise ConfigError(f"unknown policy {name!r}: it is no folder; shipped with the package: {shipped or 'none'}.")
+    raise ConfigError(f"unknown policy {name!r}: it is no folder; shipped with the package: {shipped or 'none'}, mock.")
 
 
 def read_policy_type(folder: Path) -> str:
@@ -159,7 +159,9 @@ def _check_manifest(folder: Path) -> None:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: is missing; get the checkpoint again.")
         if manifest.get(name) != sha256(folder / name):
-            raise CheckpointError(f"{folder / name}: is damaged or edited (its SHA-256 is not the manifest's).")
+            raise CheckpointError(
+                f"{folder / name}: is damaged or edited (its SHA-256 is not the manifest's); get it again."
+            )
 
 
 def _first_difference(left: Any, right: Any, path: str) -> str | None:

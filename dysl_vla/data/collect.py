@@ -7,7 +7,6 @@ step the expert takes over and finishes. Episodes that fail are dropped.
 
 from __future__ import annotations
 
-import atexit
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -152,9 +151,7 @@ def _collect_task(
 
 @lru_cache(maxsize=1)
 def _envs(suite: str, cameras: tuple[tuple[str, tuple[int, int]], ...]) -> TaskEnvs:
-    envs = TaskEnvs(get_suite(suite), dict(cameras))
-    atexit.register(envs.close)
-    return envs
+    return TaskEnvs(get_suite(suite), dict(cameras))
 
 
 @lru_cache(maxsize=1)

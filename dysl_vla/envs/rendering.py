@@ -7,9 +7,11 @@ multi-sampling a 128-pixel frame takes a tenth of the time. Not for windows: not
 
 from __future__ import annotations
 
+import atexit
 import ctypes.util
 import os
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from dysl_vla.types import ImageArray
 if TYPE_CHECKING:
     import mujoco
 
+_open: WeakSet[SceneRenderer] = WeakSet()
 MEND = "install one with: sudo apt-get install libegl1 libgl1-mesa-dri   (or libosmesa6, and set MUJOCO_GL=osmesa)"
 
 
@@ -58,6 +61,11 @@ def load_mujoco() -> Any:
     except (ImportError, RuntimeError, AttributeError) as error:  # what PyOpenGL and MuJoCo raise without a library
         raise RenderingError(f"MuJoCo cannot be imported with MUJOCO_GL={backend} ({error}); {MEND}") from error
     return mujoco
+
+
+def _close_all() -> None:
+    for renderer in list(_open):
+        renderer.close()
 
 
 class SceneRenderer:
@@ -113,6 +121,9 @@ class SceneRenderer:
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
             self._renderers[height, width] = renderer
+            if not _open:
+                atexit.register(_close_all)  # after MuJoCo's own hook was registered, so that it runs before that
+            _open.add(self)
         return self._renderers[height, width]
 
     def close(self) -> None:

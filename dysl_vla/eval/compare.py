@@ -101,12 +101,17 @@ def _ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, dict[str
     }
 
 
+def _p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def render_comparison(runs: Sequence[Path], comparisons: Sequence[Comparison]) -> str:
     """Comparisons as Markdown."""
     lines = [
         f"Against {runs[0]}:",
         "",
-        "| run | success difference, points (95 % interval) | won : lost | McNemar p | policy: mean, p50, p99 | LLM |",
+        "| run | its success, points more (95 % interval) | episodes it won : lost | McNemar p "
+        "| its policy is faster: mean, p50, p99 | its LLM |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for comparison in comparisons:
@@ -119,7 +124,7 @@ def render_comparison(runs: Sequence[Path], comparisons: Sequence[Comparison]) -
         ]
         lines.append(
             f"| {comparison.run} | {100 * pairs.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) "
-            f"| {pairs.only_second} : {pairs.only_first} | {pairs.mcnemar_p():.3f} | {shown[0]} | {shown[1]} |"
+            f"| {pairs.only_second} : {pairs.only_first} | {_p_value(pairs.mcnemar_p())} | {shown[0]} | {shown[1]} |"
         )
     if any(comparison.latency_ratio is None for comparison in comparisons):
         lines += [

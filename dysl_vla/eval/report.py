@@ -90,8 +90,9 @@ def render_report(result: Mapping[str, Any]) -> str:
     rate = result["control_rate_hz"]
     lines += [
         "",
-        f"The policy alone sustains {rate['p50']:.0f} actions a second by its median latency, {rate['p99']:.0f} by its "
-        f"p99. {result['machine']['cpu']}, one inference thread, {result['workers']} worker(s)"
+        f"With {result['execute_steps']} actions executed an inference, the policy alone sustains {rate['p50']:.0f} "
+        f"actions a second by its median latency, {rate['p99']:.0f} by its p99. {result['machine']['cpu']}, one inference "
+        f"thread, {result['workers']} worker(s)"
         + ("." if result["workers"] == 1 else ": latencies are only comparable with `--workers 1`."),
         "",
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from contextlib import closing
@@ -32,7 +31,7 @@ class EvalConfig:
     out: Path
     """Folder for records, figures and videos."""
     policy: str = "metaworld-mini"
-    """A shipped checkpoint's name, a checkpoint's folder, or a Hugging Face hub id."""
+    """A shipped checkpoint's name, a checkpoint's folder, a Hugging Face hub id, or mock (for the mock suite)."""
     suite: str = "metaworld-mt10"
     """What is evaluated: metaworld-mt10, metaworld-mt50, mock."""
     tasks: str = ""
@@ -204,7 +203,6 @@ def _worker_bench(name: str, fingerprint: str, suite: str) -> _Bench:
     check_fingerprint(policy, name, fingerprint)
     bench = _Bench(policy, get_suite(suite))
     use_one_inference_thread()
-    atexit.register(bench.close)
     return bench
 
 

@@ -191,7 +191,7 @@ class BehaviourCloning:
                             board.add_scalar(name, value, self.step)
                     self._save()
                     held_out = "" if validation is None else f", held-out {validation:.4f}"
-                    progress.write(f"step {self.step}: loss {point['loss']:.4f}{held_out}")
+                    progress.write(f"step {self.step}: training loss {point['loss']:.4f}{held_out}")
         board.close()
         (self._out / STATE_FILE).unlink()
 

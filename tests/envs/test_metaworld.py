@@ -52,6 +52,12 @@ def test_an_initial_state_is_the_same_in_another_process() -> None:
         assert done.stdout.split()[-1] == digest(env, 9, 4)
 
 
+def test_a_process_that_forgets_to_close_ends_quietly() -> None:
+    code = "from tests.envs.test_metaworld import *\nenv = MetaWorldEnv('push', SMALL); env.reset(seed=1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Exception" not in done.stderr, done.stderr
+
+
 def test_gymnasium_accepts_the_environment() -> None:
     with closing(MetaWorldEnv("drawer-open", SMALL)) as env:
         check_env(env, skip_close_check=True)
