@@ -91,8 +91,8 @@ def render_report(result: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"With {result['execute_steps']} actions executed an inference, the policy alone sustains {rate['p50']:.0f} "
-        f"actions a second by its median latency, {rate['p99']:.0f} by its p99. {result['machine']['cpu']}, one inference "
-        f"thread, {result['workers']} worker(s)"
+        f"actions a second by its median latency, {rate['p99']:.0f} by its p99. {result['machine']['cpu']}, one "
+        f"inference thread, {result['workers']} worker(s)"
         + ("." if result["workers"] == 1 else ": latencies are only comparable with `--workers 1`."),
         "",
     ]
