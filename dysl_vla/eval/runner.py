@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from dysl_vla import provenance
 from dysl_vla.envs import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite
 from dysl_vla.errors import ConfigError
@@ -136,8 +138,6 @@ def _identity(config: EvalConfig, suite: Suite, tasks: tuple[str, ...], policy: 
 
 
 def _run(config: EvalConfig, policy: Policy, folder: RunFolder, keys: list[EpisodeKey], total: int) -> None:
-    from tqdm import tqdm
-
     records = folder.episodes()
     successes = sum(record["success"] for record in records)
     with tqdm(total=total, initial=len(records), desc="evaluating", unit="episode") as progress:
@@ -159,8 +159,9 @@ def _episodes(
             for key in keys:
                 yield bench.run(folder, key, film=key.index < config.video)
         return
+    fingerprint = policy.fingerprint  # hashes all weights: once, not once an episode
     with worker_pool(config.workers) as pool:
-        futures = [pool.submit(_run_in_worker, config, policy.fingerprint, folder, key) for key in keys]
+        futures = [pool.submit(_run_in_worker, config, fingerprint, folder, key) for key in keys]
         for future in as_completed(futures):
             yield future.result()
 

@@ -193,8 +193,6 @@ class MiniVLA(nn.Module):
         self._state_std = torch.tensor(config.spec.state_normalisation.std)
         self._token_ids: dict[str, list[int]] = {}
 
-    # The network -------------------------------------------------------------------------------------------------
-
     def encode(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
         """Everything that the backbone reads.
 
@@ -224,8 +222,6 @@ class MiniVLA(nn.Module):
         """`encode`, backbone and `decode`: normalised actions, (batch, chunk, action)."""
         embeds = self.encode(images, state, token_ids)
         return self.decode(self.backbone(inputs_embeds=embeds).last_hidden_state)
-
-    # The policy protocol -----------------------------------------------------------------------------------------
 
     @property
     def spec(self) -> PolicySpec:
@@ -277,8 +273,6 @@ class MiniVLA(nn.Module):
                 self._token_ids.clear()
             self._token_ids[instruction] = self.tokenizer.encode(instruction).ids
         return self._token_ids[instruction]
-
-    # Checkpoints -------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a checkpoint: weights in half precision, configuration, tokenizer and provenance."""
