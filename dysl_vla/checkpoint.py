@@ -12,6 +12,7 @@ Nothing is ever unpickled. An edited configuration is found because it differs f
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,11 @@ def load_checkpoint(folder: Path, policy_type: str, config_class: type[Any]) -> 
     )
 
 
+def add_to_manifest(folder: Path, names: Sequence[str]) -> None:
+    """Have the manifest vouch for more files of a checkpoint, or for new versions of them."""
+    write_json(folder / MANIFEST, {**_read_json(folder / MANIFEST), **{name: sha256(folder / name) for name in names}})
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
@@ -155,7 +161,7 @@ def _check_unedited(path: Path, document: Any, written: Any) -> None:
 
 def _check_manifest(folder: Path) -> None:
     manifest = _read_json(folder / MANIFEST)
-    for name in (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE):
+    for name in {CONFIG: 0, WEIGHTS: 0, TOKENIZER: 0, PROVENANCE: 0, **manifest}:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: is missing; get the checkpoint again.")
         if manifest.get(name) != sha256(folder / name):

@@ -66,11 +66,17 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _eval(arguments: Sequence[str]) -> int:
+    from dysl_vla.eval.compare import compare, render_comparison
     from dysl_vla.eval.report import render_report
     from dysl_vla.eval.runner import EvalConfig, evaluate
 
     config = _parse(EvalConfig, arguments, "dysl eval")
-    print(render_report(evaluate(config)))
+    results = evaluate(config)
+    for result in results:
+        print(render_report(result))
+    if len(results) > 1:
+        runs = [config.out / result["way"] for result in results]
+        print(render_comparison(runs, compare(runs)))
     print(f"Records: {config.out}")
     return 0
 

@@ -195,16 +195,53 @@ class InferenceTiming:
 
 
 @dataclass(frozen=True)
+class SkipTrace:
+    """What layer skipping did in one inference of one episode.
+
+    Attributes:
+        layers_run: Which layers ran when it was decided, (layers,).
+        skips: Layer that a block was left at, to the layer landed on.
+        outputs: Layer to its controller's output, of those that were asked.
+        allow_points: For each block, the dynamic layers that had to run.
+        continuity: Of the trajectory, before the inference; None while it is not known.
+        is_verified: The full model predicted again.
+        resumed_from: The first layer that then ran once more.
+        controllers_s: Seconds in controllers, for the whole batch.
+        adapters_s: Seconds in adapters.
+        verify_s: Seconds in predicting again.
+    """
+
+    layers_run: NDArray[np.bool_]
+    skips: Mapping[int, int]
+    outputs: Mapping[int, float]
+    allow_points: tuple[int, ...]
+    continuity: float | None
+    is_verified: bool = False
+    resumed_from: int | None = None
+    controllers_s: float = 0.0
+    adapters_s: float = 0.0
+    verify_s: float = 0.0
+
+    @property
+    def layers(self) -> int:
+        """How many layers ran in all, verification included."""
+        again = len(self.layers_run) - self.resumed_from if self.resumed_from is not None else 0
+        return int(self.layers_run.sum()) + again
+
+
+@dataclass(frozen=True)
 class ActionChunk:
     """What one inference answers for one episode.
 
     Attributes:
         actions: (chunk, action) float32, in the world's units, in the order of execution.
         timing: Where the time went.
+        skips: What was skipped; None for a policy that skips nothing.
     """
 
     actions: FloatArray
     timing: InferenceTiming
+    skips: SkipTrace | None = None
 
 
 @dataclass

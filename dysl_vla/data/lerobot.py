@@ -9,7 +9,7 @@ in extra columns of the episodes' table. Not for the hub: nothing is downloaded 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -279,8 +279,12 @@ class Demonstrations:
                 raise DatasetError(f"{self.root}: {key} of episode {episode} has a value that is not finite.")
         return arrays | {name: table[name].to_numpy() for name in ("episode_index", "task_index")}
 
-    def frames(self, camera: str) -> Iterator[tuple[int, int, ImageArray]]:
+    def frames(self, camera: str, episodes: Container[int] | None = None) -> Iterator[tuple[int, int, ImageArray]]:
         """Decode a camera's videos, each file once.
+
+        Args:
+            camera: Its name.
+            episodes: Only these; None: all.
 
         Yields:
             Episode index, frame index, uint8 (height, width, 3).
@@ -291,11 +295,12 @@ class Demonstrations:
         size = (*self.spec.cameras[camera], 3)
         by_file: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(self.rows):
-            by_file.setdefault(row.video_files[camera], []).append(index)
-        for (chunk, file), episodes in by_file.items():
+            if episodes is None or index in episodes:
+                by_file.setdefault(row.video_files[camera], []).append(index)
+        for (chunk, file), inside in by_file.items():
             name = self.info["video_path"].format(video_key=IMAGE_PREFIX + camera, chunk_index=chunk, file_index=file)
-            starts = {e: round(self.rows[e].video_starts_s[camera] * self.spec.rate_hz) for e in episodes}
-            wanted = {starts[e] + i: (e, i) for e in episodes for i in range(self.rows[e].length)}
+            starts = {e: round(self.rows[e].video_starts_s[camera] * self.spec.rate_hz) for e in inside}
+            wanted = {starts[e] + i: (e, i) for e in inside for i in range(self.rows[e].length)}
             found = 0
             for position, image in enumerate(read_video(self.root / name)):
                 if position in wanted:

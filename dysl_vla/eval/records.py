@@ -42,6 +42,8 @@ RUN, EPISODES, PARTS, STEPS = "run.json", "episodes.jsonl", "parts", "steps.parq
 RESULT, REPORT, VIDEOS, FILMS = "result.json", "report.md", "videos", "films.png"
 
 TIMES = ("physics_ms", "render_ms", "encode_ms", "llm_ms", "decode_ms", "guidance_ms", "total_ms")
+SKIP_TIMES = ("controllers_ms", "adapters_ms", "verify_ms")
+"""Within `llm_ms`."""
 STEP_SCHEMA = pa.schema(
     [
         ("task", pa.string()),
@@ -51,6 +53,16 @@ STEP_SCHEMA = pa.schema(
         ("success", pa.bool_()),
         *((name, pa.float32()) for name in TIMES),
         ("action", pa.list_(pa.float32())),
+        ("layers", pa.int16()),
+        ("layers_run", pa.list_(pa.bool_())),
+        ("skipped_at", pa.list_(pa.int16())),
+        ("landed_on", pa.list_(pa.int16())),
+        ("controllers_asked", pa.list_(pa.int16())),
+        ("controller_outputs", pa.list_(pa.float32())),
+        ("allow_points", pa.list_(pa.int16())),
+        ("continuity", pa.float32()),
+        ("verified", pa.bool_()),
+        *((name, pa.float32()) for name in SKIP_TIMES),
     ]
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dysl_vla.envs import ManipulationEnv
 from dysl_vla.policies import Policy
-from dysl_vla.types import ImageArray, check_actions
+from dysl_vla.types import ImageArray, SkipTrace, check_actions
 
 WARM_UP_INFERENCES = 5
 FILM_FPS = 20.0
@@ -33,7 +33,7 @@ class Rollout:
     Attributes:
         success: The success flag was raised at some step.
         steps: One row a step, for `steps.parquet`. Times are in milliseconds; those of the policy are None at steps
-            that executed a chunk predicted before.
+            that executed a chunk predicted before. What was skipped is None likewise, and for policies that skip nothing.
         film: Frames for people, uint8 (256, 256, 3); empty unless asked for.
         film_fps: Their rate in real time.
     """
@@ -101,6 +101,7 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
                     "guidance_ms": 1e3 * timing.guidance_s if inferred else None,
                     "total_ms": 1e3 * timing.total_s if inferred else None,
                     "action": action.tolist(),
+                    **(_skipping(chunk.skips) if inferred and chunk.skips is not None else {}),
                 }
             )
             if info["success"] or truncated:
@@ -111,3 +112,21 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
         started = clock()
         observation = env.observe()
         render_s = clock() - started
+
+
+def _skipping(trace: SkipTrace) -> dict[str, Any]:
+    """Columns of `steps.parquet` that a policy that skips layers adds."""
+    return {
+        "layers": trace.layers,
+        "layers_run": trace.layers_run.tolist(),
+        "skipped_at": list(trace.skips),
+        "landed_on": list(trace.skips.values()),
+        "controllers_asked": list(trace.outputs),
+        "controller_outputs": list(trace.outputs.values()),
+        "allow_points": list(trace.allow_points),
+        "continuity": trace.continuity,
+        "verified": trace.is_verified,
+        "controllers_ms": 1e3 * trace.controllers_s,
+        "adapters_ms": 1e3 * trace.adapters_s,
+        "verify_ms": 1e3 * trace.verify_s,
+    }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
@@ -19,6 +20,7 @@ from dysl_vla.eval.records import RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
 from dysl_vla.eval.rollout import EpisodeKey, run_episode, warm_up
 from dysl_vla.policies import Policy, check_fingerprint, load_policy
+from dysl_vla.skip_controller.operating import VARIANTS, Switches
 from dysl_vla.types import check_actions
 from dysl_vla.video import write_video
 from dysl_vla.workers import use_one_inference_thread, worker_pool
@@ -46,13 +48,19 @@ class EvalConfig:
     """Processes that run episodes side by side, one inference thread each. Latencies are only comparable with 1."""
     video: int = 0
     """Film this many episodes of each task."""
+    skip: float | None = None
+    """How much a policy with adapters and controllers skips, from 0 (the full model, exactly) to 1; its checkpoint's
+    operating point when not given."""
+    skip_config: str = ""
+    """Comma-separated: run each episode once in each of these ways, in turn, each into its own folder under `out`, and
+    compare them with the first: full, dysl, no-guidance, no-verification, controllers (neither), random."""
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
+def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
     """Run what is missing of an evaluation, and write its figures.
 
     Returns:
-        `result.json`.
+        `result.json` of each way that `skip_config` names; of the one run when it names none.
 
     Raises:
         ConfigError: A value cannot work, the policy does not fit the suite, or `out` holds another run. Nothing was
@@ -63,40 +71,94 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
     suite = get_suite(config.suite)
     tasks = suite.choose(config.tasks)
-    policy = load_policy(config.policy)
-    check_seed(config.seed, policy)
-    with closing(suite.make(tasks[0], policy.spec.cameras)) as env:
-        policy.spec.check_world(env.world_spec)
+    ways = _ways(config)
+    policies = [way.load(config.policy) for way in ways]
+    for policy in policies:
+        check_seed(config.seed, policy)
+    with closing(suite.make(tasks[0], policies[0].spec.cameras)) as env:
+        policies[0].spec.check_world(env.world_spec)
         if env.horizon != suite.horizon:
             raise ConfigError(f"horizon: suite {suite.name} says {suite.horizon}, its environment {env.horizon}.")
         # A machine that cannot render, or a policy that answers NaN, is found out before anything is written.
         observation, _ = env.reset(seed=0)
-        [chunk] = policy.infer([observation], [policy.reset()])
-        check_actions(chunk.actions, len(env.world_spec.action_names))
-    folder = RunFolder(config.out, _identity(config, suite, tasks, policy))
+        for policy in policies:
+            [chunk] = policy.infer([observation], [policy.reset()])
+            check_actions(chunk.actions, len(env.world_spec.action_names))
+    entrants = [
+        _Entrant(way, policy, RunFolder(way.folder(config.out), _identity(config, way, suite, tasks, policy)))
+        for way, policy in zip(ways, policies, strict=True)
+    ]
+    if not all(entrant.folder.is_finished() for entrant in entrants):
+        keys = [EpisodeKey(task, config.seed, index) for task in tasks for index in range(config.episodes)]
+        with ExitStack() as claims:
+            for entrant in entrants:
+                claims.enter_context(entrant.folder.claimed())
+            _run(config, entrants, keys)
+            for entrant in entrants:
+                _finish(config, entrant, suite, tasks, keys)
+    return [read_result(entrant.folder.root) for entrant in entrants]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way of running a policy."""
+
+    name: str
+    skip: float | None
+    switches: Switches | None
+
+    def load(self, policy: str) -> Policy:
+        return load_policy(policy, skip=self.skip, switches=self.switches)
+
+    def folder(self, out: Path) -> Path:
+        return out / self.name
+
+
+@dataclass(frozen=True)
+class _Entrant:
+    way: _Way
+    policy: Policy
+    folder: RunFolder
+
+
+def _ways(config: EvalConfig) -> list[_Way]:
+    """One, into `out` itself, unless `skip_config` names several."""
+    if not config.skip_config:
+        return [_Way("", config.skip, None)]
+    ways = []
+    for name in map(str.strip, config.skip_config.split(",")):
+        if name != "full" and name not in VARIANTS:
+            raise ConfigError(f"skip_config: unknown {name!r}; there are: full, {', '.join(VARIANTS)}.")
+        ways.append(_Way(name, 0.0, None) if name == "full" else _Way(name, config.skip, VARIANTS[name]))
+    if len({way.name for way in ways}) < len(ways):
+        raise ConfigError(f"skip_config: {config.skip_config!r} names one twice.")
+    return ways
+
+
+def _finish(
+    config: EvalConfig, entrant: _Entrant, suite: Suite, tasks: tuple[str, ...], keys: Sequence[EpisodeKey]
+) -> None:
+    folder = entrant.folder
     if folder.is_finished():
-        return read_result(config.out)
-    keys = [EpisodeKey(task, config.seed, index) for task in tasks for index in range(config.episodes)]
+        return
     order = {(key.task, key.index): position for position, key in enumerate(keys)}
-    with folder.claimed():
-        ended = {(e["task"], e["episode_index"]) for e in folder.episodes()}
-        _run(config, policy, folder, [key for key in keys if (key.task, key.index) not in ended], len(keys))
-        episodes = sorted(folder.episodes(), key=lambda e: order[e["task"], e["episode_index"]])
-        steps = folder.steps(episodes)
-        result = {
-            "policy": config.policy,
-            "suite": config.suite,
-            "seed": config.seed,
-            **summarise(episodes, steps, tasks, policy.spec.execute_steps),
-            "horizon": suite.horizon,
-            "execute_steps": policy.spec.execute_steps,
-            "workers": config.workers,
-            "machine": provenance.machine(),
-            "config": {**asdict(config), "out": str(config.out)},
-            **provenance.record(),
-        }
-        folder.finish(steps, result, render_report(result))
-    return result
+    episodes = sorted(folder.episodes(), key=lambda e: order[e["task"], e["episode_index"]])
+    steps = folder.steps(episodes)
+    execute_steps = entrant.policy.spec.execute_steps
+    result = {
+        "policy": config.policy,
+        "way": entrant.way.name or None,
+        "suite": config.suite,
+        "seed": config.seed,
+        **summarise(episodes, steps, tasks, execute_steps),
+        "horizon": suite.horizon,
+        "execute_steps": execute_steps,
+        "workers": config.workers,
+        "machine": provenance.machine(),
+        "config": {**asdict(config), "out": str(config.out)},
+        **provenance.record(),
+    }
+    folder.finish(steps, result, render_report(result))
 
 
 def check_seed(seed: int, policy: Policy) -> None:
@@ -121,10 +183,14 @@ def _origins(record: Any) -> Iterator[dict[str, Any]]:
         yield from _origins(record.get("init"))
 
 
-def _identity(config: EvalConfig, suite: Suite, tasks: tuple[str, ...], policy: Policy) -> dict[str, Any]:
+def _identity(
+    config: EvalConfig, way: _Way, suite: Suite, tasks: tuple[str, ...], policy: Policy
+) -> dict[str, Any]:
     return {
         "policy": config.policy,
         "weights": policy.fingerprint,
+        "skip_config": config.skip_config,
+        "way": way.name,
         "suite": config.suite,
         "tasks": list(tasks),
         "episodes": config.episodes,
@@ -137,50 +203,59 @@ def _identity(config: EvalConfig, suite: Suite, tasks: tuple[str, ...], policy: 
     }
 
 
-def _run(config: EvalConfig, policy: Policy, folder: RunFolder, keys: list[EpisodeKey], total: int) -> None:
-    records = folder.episodes()
-    successes = sum(record["success"] for record in records)
-    with tqdm(total=total, initial=len(records), desc="evaluating", unit="episode") as progress:
-        for record in _episodes(config, policy, folder, keys):
-            folder.append(record)
-            records.append(record)
-            successes += record["success"]
+def _run(config: EvalConfig, entrants: Sequence[_Entrant], keys: Sequence[EpisodeKey]) -> None:
+    """Run the episodes that have not ended; every entrant runs one before any runs the next."""
+    records = {entrant.way.name: entrant.folder.episodes() for entrant in entrants}
+    ended = {(name, e["task"], e["episode_index"]) for name, ends in records.items() for e in ends}
+    todo = [(e, key) for key in keys for e in entrants if (e.way.name, key.task, key.index) not in ended]
+    total = len(keys) * len(entrants)
+    with tqdm(total=total, initial=total - len(todo), desc="evaluating", unit="episode") as progress:
+        for entrant, record in _episodes(config, todo):
+            entrant.folder.append(record)
+            ends = records[entrant.way.name]
+            ends.append(record)
             progress.update()
-            progress.set_postfix(task=record["task"], success=f"{100 * successes / len(records):.0f} %")
+            rates = {name: f"{100 * np.mean([e['success'] for e in ends]):.0f} %" for name, ends in records.items() if ends}
+            progress.set_postfix(task=record["task"], success=" ".join(f"{n} {r}".strip() for n, r in rates.items()))
 
 
 def _episodes(
-    config: EvalConfig, policy: Policy, folder: RunFolder, keys: list[EpisodeKey]
-) -> Iterator[dict[str, Any]]:
+    config: EvalConfig, todo: Sequence[tuple[_Entrant, EpisodeKey]]
+) -> Iterator[tuple[_Entrant, dict[str, Any]]]:
     """Records of episodes, in the order in which they end."""
     if config.workers == 1:
         use_one_inference_thread()
-        with closing(_Bench(policy, get_suite(config.suite))) as bench:
-            for key in keys:
-                yield bench.run(folder, key, film=key.index < config.video)
+        with closing(_Bench(get_suite(config.suite))) as bench:
+            for entrant, key in todo:
+                yield entrant, bench.run(entrant.policy, entrant.folder, key, film=key.index < config.video)
         return
-    fingerprint = policy.fingerprint  # hashes all weights: once, not once an episode
+    fingerprints = {entrant.way.name: entrant.policy.fingerprint for entrant, _ in todo}  # hashes all weights: once
     with worker_pool(config.workers) as pool:
-        futures = [pool.submit(_run_in_worker, config, fingerprint, folder, key) for key in keys]
+        futures = {
+            pool.submit(_run_in_worker, config, entrant.way, fingerprints[entrant.way.name], entrant.folder, key): entrant
+            for entrant, key in todo
+        }
         for future in as_completed(futures):
-            yield future.result()
+            yield futures[future], future.result()
 
 
 class _Bench:
-    """What one process keeps between episodes: the warm policy, and the environment of the last task."""
+    """What one process keeps between episodes: warm policies, and the environment of the last task."""
 
-    def __init__(self, policy: Policy, suite: Suite) -> None:
-        self._policy = policy
-        self._envs = TaskEnvs(suite, policy.spec.cameras)
-        self._is_warm = False
+    def __init__(self, suite: Suite) -> None:
+        self._suite = suite
+        self._envs: TaskEnvs | None = None
+        self._warm: list[Policy] = []
 
-    def run(self, folder: RunFolder, key: EpisodeKey, *, film: bool) -> dict[str, Any]:
+    def run(self, policy: Policy, folder: RunFolder, key: EpisodeKey, *, film: bool) -> dict[str, Any]:
         """Run one episode and write its steps and film; the caller counts it as ended."""
+        if self._envs is None:
+            self._envs = TaskEnvs(self._suite, policy.spec.cameras)
         env = self._envs.env(key.task)
-        if not self._is_warm:
-            warm_up(self._policy, env)
-            self._is_warm = True
-        rollout = run_episode(env, self._policy, key, film=film)
+        if policy not in self._warm:
+            warm_up(policy, env)
+            self._warm.append(policy)
+        rollout = run_episode(env, policy, key, film=film)
         folder.write_part(key, rollout.steps)
         if film:
             write_video(folder.video(key, rollout.success), rollout.film, rollout.film_fps, crf=FILM_CRF)
@@ -195,17 +270,26 @@ class _Bench:
 
     def close(self) -> None:
         """Free the environment's renderers."""
-        self._envs.close()
+        if self._envs is not None:
+            self._envs.close()
 
 
 @lru_cache(maxsize=1)
-def _worker_bench(name: str, fingerprint: str, suite: str) -> _Bench:
-    policy = load_policy(name)
-    check_fingerprint(policy, name, fingerprint)
-    bench = _Bench(policy, get_suite(suite))
+def _worker_bench(suite: str) -> _Bench:
     use_one_inference_thread()
-    return bench
+    return _Bench(get_suite(suite))
 
 
-def _run_in_worker(config: EvalConfig, fingerprint: str, folder: RunFolder, key: EpisodeKey) -> dict[str, Any]:
-    return _worker_bench(config.policy, fingerprint, config.suite).run(folder, key, film=key.index < config.video)
+@lru_cache(maxsize=16)
+def _worker_policy(name: str, way: _Way, fingerprint: str) -> Policy:
+    policy = way.load(name)
+    check_fingerprint(policy, name, fingerprint)
+    use_one_inference_thread()
+    return policy
+
+
+def _run_in_worker(
+    config: EvalConfig, way: _Way, fingerprint: str, folder: RunFolder, key: EpisodeKey
+) -> dict[str, Any]:
+    policy = _worker_policy(config.policy, way, fingerprint)
+    return _worker_bench(config.suite).run(policy, folder, key, film=key.index < config.video)

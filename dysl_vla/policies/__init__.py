@@ -5,29 +5,72 @@ Importing this room imports no torch; `load_policy` does, for the policies that 
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
 from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_policy_type
-from dysl_vla.errors import CheckpointError
+from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.policies.base import Policy, check_fingerprint, policies
+from dysl_vla.policies.base import BackbonePolicy, Policy, check_fingerprint, policies
 
-__all__ = ["Policy", "check_fingerprint", "load_policy", "policies"]
+if TYPE_CHECKING:
+    from dysl_vla.skip_controller.operating import Switches
+
+__all__ = ["BackbonePolicy", "Policy", "check_fingerprint", "load_backbone_policy", "load_policy", "policies"]
 
 
-def load_policy(name: str) -> Policy:
-    """Load a policy, ready to infer.
+def load_policy(name: str, *, skip: float | None = None, switches: Switches | None = None) -> Policy:
+    """Load a policy, ready to infer. One whose checkpoint has adapters and controllers skips layers.
 
     Args:
         name: A shipped name ("metaworld-mini"), a checkpoint's folder, a Hugging Face hub id, or "mock".
+        skip: How much to skip, from 0, the full model, exactly, to 1; None: the checkpoint's operating point.
+        switches: Parts of the method to leave out.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is none of that name, or it cannot skip.
         CheckpointError: It is damaged, foreign or edited.
         MissingExtraError: torch or transformers are not installed.
     """
     if name == "mock":
         from dysl_vla.policies.mock import MockPolicy
 
+        _check_full(name, skip, switches)
         return MockPolicy()
+    policy, folder = _load(name)
+    if skip == 0:
+        return policy
+    if not (folder / "skip.json").exists():
+        _check_full(name, skip, switches)
+        return policy
+    from dysl_vla.policies.dysl import load_dysl
+
+    return load_dysl(_with_backbone(name, policy), folder, skip, switches)
+
+
+def load_backbone_policy(name: str) -> BackbonePolicy:
+    """Load a policy, without its skipping, whose backbone's layers can be skipped.
+
+    Raises:
+        ConfigError: There is none of that name, or it is not built around a backbone.
+        CheckpointError: It is damaged, foreign or edited.
+    """
+    return _with_backbone(name, load_policy(name, skip=0))
+
+
+def _check_full(name: str, skip: float | None, switches: Switches | None) -> None:
+    if skip or switches is not None:
+        raise ConfigError(f"skip: policy {name!r} has no adapters and controllers; train them with dysl distill.")
+
+
+def _with_backbone(name: str, policy: Policy) -> BackbonePolicy:
+    missing = [part for part in ("encode", "backbone", "decode", "save_pretrained") if not hasattr(policy, part)]
+    if missing:
+        raise ConfigError(f"policy: {name!r} offers no {missing[0]!r}; layer skipping needs a policies.BackbonePolicy.")
+    return cast("BackbonePolicy", policy)
+
+
+def _load(name: str) -> tuple[Policy, Path]:
     folder = find_checkpoint(name)
     policy_type = read_policy_type(folder)
     with needs_extra("policy"):
@@ -35,4 +78,4 @@ def load_policy(name: str) -> Policy:
     if policy_type not in policies.names():
         known = ", ".join(policies.names())
         raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' is {policy_type!r}; this reads: {known}.")
-    return policies.get(policy_type).from_pretrained(str(folder))
+    return policies.get(policy_type).from_pretrained(str(folder)), folder

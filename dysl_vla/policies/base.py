@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dysl_vla.errors import CheckpointError
 from dysl_vla.registry import Registry
 from dysl_vla.types import ActionChunk, EpisodeState, Observation, PolicySpec
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @runtime_checkable
@@ -46,6 +51,30 @@ class Policy(Protocol):
         Raises:
             ObservationError: An observation does not fit the spec.
         """
+
+
+class BackbonePolicy(Policy, Protocol):
+    """A policy in three parts, around a Hugging Face decoder: what layer skipping needs to know of it.
+
+    `decode(backbone(**encode(observations)).last_hidden_state)` are its actions, normalised.
+    """
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The decoder, with one list of layers; its forward answers `last_hidden_state`."""
+
+    def encode(self, observations: Sequence[Observation]) -> dict[str, Tensor]:
+        """What the backbone's forward gets: arguments by name, each with the batch first.
+
+        Raises:
+            ObservationError: An observation does not fit the spec.
+        """
+
+    def decode(self, hidden: Tensor) -> Tensor:
+        """The backbone's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a checkpoint that the class of its type loads."""
 
 
 class PolicyClass(Protocol):

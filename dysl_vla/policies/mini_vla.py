@@ -147,7 +147,7 @@ class CameraEncoder(nn.Module):
 
 
 class MiniVLA(nn.Module):
-    """The policy; see the module. Implements `Policy`.
+    """The policy; see the module. Implements `BackbonePolicy`.
 
     Args:
         config: Its shape.
@@ -193,7 +193,16 @@ class MiniVLA(nn.Module):
         self._state_std = torch.tensor(config.spec.state_normalisation.std)
         self._token_ids: dict[str, list[int]] = {}
 
-    def encode(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
+    def encode(self, observations: Sequence[Observation]) -> dict[str, Tensor]:
+        """What the backbone's forward gets for these observations; see `BackbonePolicy.encode`."""
+        for observation in observations:
+            self.spec.check_observation(observation)
+        images = {name: self._images(name, observations) for name in self.spec.cameras}
+        state = torch.from_numpy(np.stack([observation[STATE_KEY] for observation in observations]))
+        token_ids = torch.tensor([self.token_ids(observation[TASK_KEY]) for observation in observations])
+        return {"inputs_embeds": self.embed(images, state.float(), token_ids)}
+
+    def embed(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
         """Everything that the backbone reads.
 
         Args:
@@ -219,8 +228,8 @@ class MiniVLA(nn.Module):
         return actions.view(len(actions), self.config.spec.chunk_length, -1)
 
     def forward(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
-        """`encode`, backbone and `decode`: normalised actions, (batch, chunk, action)."""
-        embeds = self.encode(images, state, token_ids)
+        """`embed`, backbone and `decode`: normalised actions, (batch, chunk, action)."""
+        embeds = self.embed(images, state, token_ids)
         return self.decode(self.backbone(inputs_embeds=embeds).last_hidden_state)
 
     @property
@@ -245,14 +254,9 @@ class MiniVLA(nn.Module):
     def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
         """Predict a chunk for each episode of a batch; see `Policy.infer`."""
         started = time.perf_counter()
-        for observation in observations:
-            self.spec.check_observation(observation)
-        images = {name: self._images(name, observations) for name in self.spec.cameras}
-        state = torch.from_numpy(np.stack([observation[STATE_KEY] for observation in observations]))
-        token_ids = torch.tensor([self.token_ids(observation[TASK_KEY]) for observation in observations])
-        embeds = self.encode(images, state.float(), token_ids)
+        inputs = self.encode(observations)
         encoded = time.perf_counter()
-        hidden = self.backbone(inputs_embeds=embeds).last_hidden_state
+        hidden = self.backbone(**inputs).last_hidden_state
         thought = time.perf_counter()
         actions = self.spec.action_normalisation.undo(self.decode(hidden).numpy())
         decoded = time.perf_counter()

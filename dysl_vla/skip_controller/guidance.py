@@ -3,10 +3,11 @@
 NumPy alone: the same code guides training's replay, evaluation and the torch-free robot runtime. Everything that is
 remembered of an episode is one `GuideState`, which the caller owns.
 
-Section 3 of DySL-VLA (arXiv 2602.22896), with two changes. Its release ("one layer back when continuity rises by more
-than eta") leaves a steady trajectory without skipping for ever once continuity has fallen: here every inference at
+Section 3 of DySL-VLA (arXiv 2602.22896), with three changes. Its release ("one layer back when continuity rises by
+more than eta") leaves a steady trajectory without skipping for ever once continuity has fallen: here every inference at
 which continuity does not fall gives one layer back. Its continuity runs over one action an inference: here over all
-that were executed.
+that were executed. And it knows the past alone: here the window may end in the actions that the last chunk plans
+(`Guide.foresight`), so that a grasp is protected before it begins.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What counts as a fall of continuity. Derived from demonstrations, never set by hand.
+    """What counts as a fall of continuity. Quantiles of what happens on demonstrations, never set by hand.
 
     Attributes:
         eta: Change of continuity, between two inferences, that moves the allow points by one layer.
@@ -47,16 +48,20 @@ class GuideState:
     """What guidance remembers of one running episode.
 
     Attributes:
-        recent: The last executed actions, normalised, (at most WINDOW + 1, action).
-        continuity: C of the last inference; None before the first two actions.
         allow_points: For each block, how many of its dynamic layers must run before skipping is allowed.
+        recent: The last executed actions, normalised, (at most WINDOW + 1, action).
+        planned: Actions of the last chunk that were not executed yet, normalised, (actions, action).
+        continuity: C at the last inference; None before two actions are known.
+        change: C minus that of the inference before; None before there are two.
         fell: The last inference's actions made continuity fall: its successors need no verification.
         falls: This inference's do.
     """
 
     allow_points: NDArray[np.int64]
     recent: NDArray[np.float64]
+    planned: NDArray[np.float64]
     continuity: float | None = None
+    change: float | None = None
     fell: bool = False
     falls: bool = False
 
@@ -68,68 +73,88 @@ class Guide:
         block_lengths: Dynamic layers of each block.
         action_dim: Dimensions of an action.
         thresholds: What counts as a fall.
+        foresight: Planned actions at which the window of continuity ends; 0: it ends with the last executed one.
 
     Raises:
-        ConfigError: A negative length, or no dimension.
+        ConfigError: A negative length or foresight, or no dimension.
     """
 
-    def __init__(self, block_lengths: Sequence[int], action_dim: int, thresholds: Thresholds) -> None:
+    def __init__(
+        self, block_lengths: Sequence[int], action_dim: int, thresholds: Thresholds, *, foresight: int = 0
+    ) -> None:
         if action_dim < 1:
             raise ConfigError(f"action_dim: {action_dim} must be at least 1.")
         if any(length < 0 for length in block_lengths):
             raise ConfigError(f"block_lengths: {list(block_lengths)} must not be negative.")
+        if foresight < 0:
+            raise ConfigError(f"foresight: {foresight} must not be negative.")
         self._lengths = np.asarray(block_lengths, np.int64)
         self._action_dim = action_dim
         self._thresholds = thresholds
+        self._foresight = foresight
 
     def reset(self) -> GuideState:
-        """An episode that begins: nothing is known, so nothing is skipped."""
-        return GuideState(self._lengths.copy(), np.empty((0, self._action_dim)))
+        """An episode that begins: at rest, so that skipping is allowed until continuity falls."""
+        nothing = np.empty((0, self._action_dim))
+        return GuideState(np.zeros_like(self._lengths), nothing, nothing)
 
     def observe(self, state: GuideState, executed: NDArray[np.float32] | NDArray[np.float64]) -> None:
-        """Before an inference: take in what was executed since the last one, and move the allow points.
+        """Before an inference: take in what has been executed, and move the allow points.
 
         Args:
             state: The episode's; changed in place.
-            executed: (steps, action), normalised, oldest first.
+            executed: (steps, action), normalised, oldest first: the episode's latest, at least WINDOW + 1 of them where
+                there are as many.
 
         Raises:
             ActionError: Another dimension, NaN or infinity; the state is unchanged.
         """
         self._check(executed)
         state.fell, state.falls = state.falls, False
-        state.recent = np.concatenate([state.recent, executed])[-WINDOW - 1 :]
-        before, state.continuity = state.continuity, continuity(state.recent)
-        if state.continuity is None or before is None:
+        state.recent = np.asarray(executed[-WINDOW - 1 :], np.float64)
+        before, state.continuity = state.continuity, self._continuity(state.recent, state.planned)
+        state.change = None if state.continuity is None or before is None else state.continuity - before
+        if state.change is None:
             return
-        change = state.continuity - before
-        if change < -self._thresholds.eta:
-            kept = math.ceil(min(-change / self._thresholds.eta, float(self._lengths.max(initial=0))))
+        if state.change < -self._thresholds.eta:
+            kept = math.ceil(min(-state.change / self._thresholds.eta, float(self._lengths.max(initial=0))))
             state.allow_points = np.minimum(state.allow_points + kept, self._lengths)
-        elif change >= 0:
+        elif state.change >= 0:
             state.allow_points = np.maximum(state.allow_points - 1, 0)
 
-    def verify(self, state: GuideState, predicted: NDArray[np.float32] | NDArray[np.float64]) -> bool:
+    def verify(
+        self, state: GuideState, predicted: NDArray[np.float32] | NDArray[np.float64], execute_steps: int
+    ) -> bool:
         """After every inference: if it skipped, must its actions be predicted again without skipping?
 
         Yes when they make continuity fall and the last inference's did not: that is the first important action, which
-        the allow points, which follow the executed trajectory, could not foresee. The fall that is remembered is that
-        of the actions that are executed: call this with the new ones after predicting again.
+        the allow points, which were moved before, could not know of. The fall that is remembered is that of the actions
+        that are executed: call this with the new ones after predicting again.
 
         Args:
-            state: The episode's; remembers the fall until the next `observe`.
-            predicted: (steps, action), normalised, those that are to be executed.
+            state: The episode's; remembers the fall and the plan until the next `observe`.
+            predicted: (chunk, action), normalised.
+            execute_steps: How many of them are to be executed.
 
         Raises:
             ActionError: Another dimension, NaN or infinity; the state is unchanged.
         """
         self._check(predicted)
-        after = continuity(np.concatenate([state.recent, predicted])[-WINDOW - 1 :])
-        if after is None or state.continuity is None:
-            return False
-        falls = after - state.continuity < -self._thresholds.eta_verify
-        first, state.falls = falls and not state.fell, falls
-        return first
+        state.planned = np.asarray(predicted[execute_steps:], np.float64)
+        fall = self.fall(state, predicted, execute_steps)
+        state.falls = fall is not None and fall > self._thresholds.eta_verify
+        return state.falls and not state.fell
+
+    def fall(
+        self, state: GuideState, predicted: NDArray[np.float32] | NDArray[np.float64], execute_steps: int
+    ) -> float | None:
+        """By how much predicted actions make continuity fall; None before it is known. Arguments as of `verify`."""
+        seen = max(self._foresight, execute_steps)
+        after = continuity(np.concatenate([state.recent, predicted[:seen]])[-WINDOW - 1 :])
+        return None if after is None or state.continuity is None else state.continuity - after
+
+    def _continuity(self, recent: NDArray[np.float64], planned: NDArray[np.float64]) -> float | None:
+        return continuity(np.concatenate([recent, planned[: self._foresight]])[-WINDOW - 1 :])
 
     def _check(self, actions: NDArray[np.float32] | NDArray[np.float64]) -> None:
         if actions.ndim != 2 or actions.shape[1] != self._action_dim:

@@ -9,15 +9,20 @@ controller may jump to the block's static layer, over an adapter.
         output = model(inputs_embeds=...)        # or model.generate(...)
     with skipper.verify(step):
         exact = model(inputs_embeds=...)         # the full model's output, from the first skip on
+    with skipper.record() as inputs:
+        output = model(inputs_embeds=...)        # the full model; what each of its layers got
+    with skipper.bridge(places) as bridged:
+        output = model(inputs_embeds=...)        # skips where it is told to, with gradients, to train the heads
 
 The first layer always runs: models count cached tokens there, and it shows what a layer returns. Not for choosing allow
-points (`guidance`) or training heads.
+points (`guidance`) or optimising heads (`distill`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,12 +52,15 @@ class Step:
         allow_points: (batch, blocks): dynamic layers of each block that must run before skipping is allowed.
         threshold: A controller's output above it skips.
         mask: (batch, tokens), 1 for tokens and 0 for padding; None: no padding.
+        is_decreed: Rows skip at their allow points, and no controller is asked.
         landings: For each row, the layer to land on after each skip: {layer skipped at: landing}.
         outputs: For each row, the controllers' outputs by layer.
         layers_run: (batch, layers): which layers ran in the deciding pass.
         first_skip: The first layer at which any row skipped; None when none did.
         first_hidden: What that layer got, (batch, tokens, hidden): the full model's, exactly.
         tokens: Of the deciding pass.
+        controllers_s: Seconds in controllers, reading their answers included.
+        adapters_s: Seconds in adapters.
         cache: Keys and values of the step, where the model keeps them.
         is_decided: The deciding pass has ended; later ones keep its decisions.
         is_verified: The full model's output has been computed from it.
@@ -61,15 +69,36 @@ class Step:
     allow_points: NDArray[np.int64]
     threshold: float
     mask: Tensor | None
+    is_decreed: bool = False
     landings: list[dict[int, int]] = field(default_factory=list)
     outputs: list[dict[int, float]] = field(default_factory=list)
     layers_run: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), np.bool_))
     first_skip: int | None = None
     first_hidden: Tensor | None = None
     tokens: int = 0
+    controllers_s: float = 0.0
+    adapters_s: float = 0.0
     cache: Any = None
     is_decided: bool = False
     is_verified: bool = False
+
+
+@dataclass
+class Bridged:
+    """One forward for training: where it skipped, and what came of it.
+
+    Attributes:
+        places: For each block, the dynamic layer that it is left at; None: it runs whole.
+        is_mixture: Landings get c adapter(x) + (1 - c) layers(x) (DySL-VLA, section 3.4) instead of the adapter's alone.
+        outputs: Block to the controller's output at its place, (batch,).
+        landings: Block to what its landing got, (batch, tokens, hidden).
+    """
+
+    places: tuple[int | None, ...]
+    is_mixture: bool
+    mask: Tensor | None
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    landings: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Skipper:
@@ -81,6 +110,8 @@ class Skipper:
         self.heads = heads
         self._step: Step | None = None
         self._verified: Step | None = None
+        self._inputs: list[Tensor] | None = None
+        self._bridged: Bridged | None = None
         self._landed: list[int] = []  # for each row of the running pass, the layer that it jumps to
         self._returns: type | None = None  # the container in which a layer answers; None: no container
         self._block_of = {
@@ -88,6 +119,7 @@ class Skipper:
             for number, block in enumerate(plan.blocks)
             for layer in range(block.first, block.landing)
         }
+        self._landing_of = {block.landing: number for number, block in enumerate(plan.blocks)}
         self._originals: list[Callable[..., Any]] = [layer.forward for layer in layers]
         self._names = [list(inspect.signature(original).parameters) for original in self._originals]
         for index, layer in enumerate(layers):
@@ -105,7 +137,12 @@ class Skipper:
 
     @contextmanager
     def step(
-        self, allow_points: NDArray[np.int64], *, threshold: float = 0.5, mask: Tensor | None = None
+        self,
+        allow_points: NDArray[np.int64],
+        *,
+        threshold: float = 0.5,
+        mask: Tensor | None = None,
+        is_decreed: bool = False,
     ) -> Iterator[Step]:
         """Let the forwards in the body skip layers.
 
@@ -116,6 +153,7 @@ class Skipper:
             allow_points: (batch, blocks).
             threshold: A controller's output above it skips.
             mask: (batch, tokens) of the first forward.
+            is_decreed: Skip at the allow points without asking controllers; a point at a block's end: not at all.
 
         Raises:
             ConfigError: Attached without heads, allow points of another number of blocks, within another step, or with
@@ -128,7 +166,7 @@ class Skipper:
             raise ConfigError(
                 f"allow_points: shape {allow_points.shape} is not (batch, {len(self.plan.blocks)}), a value a block."
             )
-        self._step = Step(allow_points, threshold, mask)
+        self._step = Step(allow_points, threshold, mask, is_decreed)
         try:
             yield self._step
         finally:
@@ -157,8 +195,49 @@ class Skipper:
         finally:
             self._verified = None
 
+    @contextmanager
+    def record(self) -> Iterator[list[Tensor]]:
+        """Let the forward in the body, the full model's, also tell what each layer got, (batch, tokens, hidden)."""
+        self._check_idle()
+        self._inputs = []
+        try:
+            yield self._inputs
+        finally:
+            self._inputs = None
+
+    @contextmanager
+    def bridge(
+        self, places: Sequence[int | None], *, is_mixture: bool = False, mask: Tensor | None = None
+    ) -> Iterator[Bridged]:
+        """Let the forward in the body skip where it is told to, with gradients for adapters and controllers.
+
+        A controller's own input is cut from the graph: it judges hidden states, and does not bend them.
+
+        Args:
+            places: For each block the dynamic layer, above 0, that all rows leave it at; None: it runs whole.
+            is_mixture: See `Bridged`.
+            mask: (batch, tokens).
+
+        Raises:
+            ConfigError: Attached without heads, or a place that is not of its block.
+        """
+        self._check_idle()
+        if self.heads is None:
+            raise ConfigError("heads: the decoder was attached without; skipping needs adapters and controllers.")
+        blocks = self.plan.blocks
+        if len(places) != len(blocks):
+            raise ConfigError(f"places: {len(places)}, the plan has {len(blocks)} blocks.")
+        for place, block in zip(places, blocks, strict=True):
+            if place is not None and not max(1, block.first) <= place < block.landing:
+                raise ConfigError(f"places: {place} is not a dynamic layer of {block} above 0.")
+        self._bridged = Bridged(tuple(places), is_mixture, mask)
+        try:
+            yield self._bridged
+        finally:
+            self._bridged = None
+
     def _check_idle(self) -> None:
-        if self._step is not None or self._verified is not None:
+        if any(running is not None for running in (self._step, self._verified, self._inputs, self._bridged)):
             raise ConfigError("step: another one is running; end it first.")
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +248,11 @@ class Skipper:
         if self._verified is not None:
             arguments = dict(zip(self._names[index], args, strict=False)) | kwargs
             return self._verifying(index, original, self._verified, arguments)
+        if self._inputs is not None:
+            self._inputs.append(args[0] if args else kwargs[self._names[index][0]])
+        elif self._bridged is not None:
+            arguments = dict(zip(self._names[index], args, strict=False)) | kwargs
+            return self._bridging(index, original, self._bridged, arguments)
         return original(*args, **kwargs)
 
     def _verifying(self, index: int, original: Callable[..., Any], step: Step, arguments: dict[str, Any]) -> Any:
@@ -183,6 +267,33 @@ class Skipper:
             arguments[name], step.first_hidden = step.first_hidden, None
         step.is_verified = index == len(self._layers) - 1
         return original(**arguments)
+
+    def _bridging(self, index: int, original: Callable[..., Any], bridged: Bridged, arguments: dict[str, Any]) -> Any:
+        name = self._names[index][0]
+        hidden: Tensor = arguments[name]
+        if index in self._landing_of:
+            arguments[name] = hidden = self._land(self._landing_of[index], bridged, hidden)
+        elif index in self._block_of:
+            block = self._block_of[index][0]
+            place = bridged.places[block]
+            if place == index:
+                assert self.heads is not None
+                bridged.landings[block] = self.heads.adapters[str(index)](hidden)
+                bridged.outputs[block] = self.heads.controllers[str(index)](hidden.detach(), bridged.mask)
+            if place is not None and place <= index and not bridged.is_mixture:
+                return self._answer(hidden)
+        output = original(**arguments)
+        if index == 0:
+            self._returns = type(output) if isinstance(output, (tuple, list)) else None
+        return output
+
+    def _land(self, block: int, bridged: Bridged, hidden: Tensor) -> Tensor:
+        if bridged.places[block] is None:
+            bridged.landings[block] = hidden
+        elif bridged.is_mixture:
+            share = bridged.outputs[block][:, None, None]
+            bridged.landings[block] = share * bridged.landings[block] + (1 - share) * hidden
+        return bridged.landings[block]
 
     def _copy_cache(self, index: int, step: Step, cache: Any) -> None:
         """What a layer before the first skip wrote is the full model's too; its prompt's part goes to the new cache."""
@@ -243,11 +354,14 @@ class Skipper:
             if step.first_skip is None:
                 step.first_skip, step.first_hidden = index, hidden
         adapter = self.heads.adapters[str(index)]
+        started = time.perf_counter()
         if len(rows) == hidden.shape[0]:
-            bridged: Tensor = adapter(hidden)
-            return bridged
-        chosen = torch.tensor(rows, device=hidden.device)
-        return hidden.index_copy(0, chosen, adapter(hidden[chosen]).to(hidden.dtype))
+            hidden = adapter(hidden)
+        else:
+            chosen = torch.tensor(rows, device=hidden.device)
+            hidden = hidden.index_copy(0, chosen, adapter(hidden[chosen]).to(hidden.dtype))
+        step.adapters_s += time.perf_counter() - started
+        return hidden
 
     def _decide(self, index: int, step: Step, hidden: Tensor) -> list[int]:
         """Rows that skip at a dynamic layer."""
@@ -257,9 +371,10 @@ class Skipper:
             for row, landed in enumerate(self._landed)
             if landed <= index and offset >= step.allow_points[row, block]
         ]
-        if not allowed:
-            return []
+        if not allowed or step.is_decreed:
+            return allowed
         assert self.heads is not None
+        started = time.perf_counter()
         controller = self.heads.controllers[str(index)]
         if len(allowed) == hidden.shape[0]:
             outputs = controller(hidden, step.mask)
@@ -267,6 +382,7 @@ class Skipper:
             chosen = torch.tensor(allowed, device=hidden.device)
             outputs = controller(hidden[chosen], None if step.mask is None else step.mask[chosen])
         values = outputs.tolist()
+        step.controllers_s += time.perf_counter() - started
         for row, value in zip(allowed, values, strict=True):
             step.outputs[row][index] = value
         return [row for row, value in zip(allowed, values, strict=True) if value > step.threshold]

@@ -1,0 +1,265 @@
+"""`dysl distill`: from a policy and demonstrations to a checkpoint that skips layers.
+
+Encodes the demonstrations once, hands batches to the distillation of `skip_controller`, keeps curves and a state that
+is resumed exactly, and writes the policy with its heads, their statistics on held-out demonstrations included.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dysl_vla import provenance
+from dysl_vla.data.calibrating import calibrated_plan
+from dysl_vla.data.cloning import describe
+from dysl_vla.data.encoding import Encoded, choose_frames, encode
+from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.replay import Replay, measure_statistics
+from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.extras import needs_extra
+from dysl_vla.files import append_line, check_same_run, claimed, is_unused, read_lines, replacing, write_json, write_lines
+from dysl_vla.policies import BackbonePolicy, load_backbone_policy
+from dysl_vla.workers import use_training_threads
+
+with needs_extra("policy"):
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    from dysl_vla.policies.dysl import FORESIGHT, SkipSettings, save_skips
+    from dysl_vla.skip_controller.distill import DistillConfig, Distillation, Target
+    from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
+    from dysl_vla.skip_controller.plan import SkipPlan
+    from dysl_vla.skip_controller.skipping import attach
+
+RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
+REPORT_EVERY = 50
+SAVE_EVERY = 500
+
+
+@dataclass(frozen=True)
+class DistillRunConfig:
+    """Train adapters and controllers for a policy, whose own weights stay as they are. Resumes where it was stopped."""
+
+    data: Path
+    """Folder of demonstrations, a LeRobotDataset v3."""
+    out: Path
+    """Folder for the checkpoint, the state, the curves and the TensorBoard log."""
+    policy: str = "metaworld-mini"
+    """The policy to make faster: a shipped name, a checkpoint's folder or a hub id."""
+    plan: Path | None = None
+    """A plan written by `dysl calibrate`; calibrated with its defaults when not given."""
+    frames: int = 32_000
+    """Frames to train on, evenly spread; kept encoded in memory."""
+    adapter_size: int = 0
+    """Width of an adapter's bottleneck; 0: the backbone's up to 128, less where that were over 1.5 % of its weights."""
+    controller_size: int = 16
+    """Width of a controller's hidden layer."""
+    training: DistillConfig = field(default_factory=DistillConfig)
+
+
+def distill(config: DistillRunConfig) -> Path:
+    """Train, and write the checkpoint.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        ConfigError: A value cannot work, or `out` holds something else.
+        DatasetError: The demonstrations are damaged or too few.
+        CheckpointError: The policy or the state is damaged.
+    """
+    if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
+        raise ConfigError(f"out: {config.out} is not empty and holds no distillation; give a new folder.")
+    demonstrations = Demonstrations(config.data)
+    policy = load_backbone_policy(config.policy)
+    policy.spec.check_world(demonstrations.spec)
+    settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
+    del settings["training"]
+    identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
+    if (config.out / RUN_FILE).exists():
+        check_same_run(config.out / RUN_FILE, identity)
+        if _is_finished(config):
+            return config.out
+    use_training_threads(config.training.threads)
+    with claimed(config.out):
+        write_json(config.out / RUN_FILE, identity)
+        _Run(config, policy, demonstrations).run()
+    return config.out
+
+
+def _is_finished(config: DistillRunConfig) -> bool:
+    points = read_lines(config.out / CURVE_FILE)
+    reached = points[-1]["step"] if points else 0
+    return reached == config.training.steps and not (config.out / STATE_FILE).exists()
+
+
+class _Run:
+    """One distillation, from its demonstrations to its checkpoint."""
+
+    def __init__(self, config: DistillRunConfig, policy: BackbonePolicy, demonstrations: Demonstrations) -> None:
+        self._config, self._policy, self._demonstrations = config, policy, demonstrations
+        plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
+        backbone = policy.backbone
+        for parameter in (*backbone.parameters(), *policy.parameters()):
+            parameter.requires_grad_(False)
+        torch.manual_seed(config.training.seed)
+        hidden = backbone.get_input_embeddings().weight.shape[-1]
+        weights = sum(p.numel() for p in backbone.parameters())
+        size = config.adapter_size or default_adapter_size(hidden, weights, len(plan.dynamic_layers))
+        self._heads = SkipHeads(plan, HeadsConfig(hidden, size, config.controller_size))
+        self._skipper = attach(backbone, plan, self._heads)
+        self._distillation = Distillation(
+            self._skipper,
+            lambda inputs: backbone(**inputs).last_hidden_state,
+            policy.decode,
+            policy.spec.execute_steps,
+            config.training,
+        )
+
+    def run(self) -> None:
+        config, distillation = self._config, self._distillation
+        seconds = self._resume()
+        chosen = choose_frames(self._demonstrations, config.frames, held_out=False)
+        frames = encode(self._policy, self._demonstrations, chosen, "frames")
+        targets: Target | None = None
+        board = SummaryWriter(str(config.out / "tensorboard"), purge_step=distillation.step + 1)
+        started = time.monotonic() - seconds
+        figures: list[dict[str, float]] = []
+        with tqdm(total=config.training.steps, initial=distillation.step, desc="distilling", unit="step") as progress:
+            while distillation.step < config.training.steps:
+                if targets is None and not distillation.is_first_stage:
+                    targets = self._targets(frames)
+                rng = distillation.rng()
+                rows = np.sort(rng.integers(0, len(frames.indices), config.training.batch))
+                figures.append(distillation.update(frames.batch(rows), targets and _rows(targets, rows), rng))
+                progress.update()
+                stage_ends = distillation.step in (config.training.adapter_steps, config.training.steps)
+                if distillation.step % REPORT_EVERY == 0 or stage_ends:
+                    point = {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
+                    figures.clear()
+                    seconds = time.monotonic() - started
+                    append_line(
+                        config.out / CURVE_FILE, {"step": distillation.step, **point, "seconds": round(seconds, 1)}
+                    )
+                    for name, value in point.items():
+                        board.add_scalar(name, value, distillation.step)
+                    shown = {name: f"{value:.4f}" for name, value in point.items() if "/" not in name}
+                    progress.set_postfix(shown)
+                if distillation.step % SAVE_EVERY == 0 or stage_ends:
+                    self._save_state(seconds)
+        board.close()
+        self._finish(seconds)
+
+    def _targets(self, frames: Encoded) -> Target:
+        """The full model's answer to every frame, once."""
+        actions, landings = [], []
+        with tqdm(total=len(frames.indices), desc="asking the full model", unit="frame") as progress:
+            for rows, inputs in frames.batches():
+                target = self._distillation.target(inputs)
+                actions.append(target.actions)
+                landings.append(target.landings)
+                progress.update(rows.stop - rows.start)
+        return Target(torch.cat(actions), [torch.cat(parts) for parts in zip(*landings, strict=True)])
+
+    def _finish(self, seconds: float) -> None:
+        config = self._config
+        replay = Replay(self._policy, self._demonstrations)
+        statistics = measure_statistics(replay, self._skipper)
+        self._skipper.detach()
+        self._policy.save_pretrained(config.out)
+        save_skips(
+            config.out,
+            self._heads,
+            SkipSettings(
+                plan=self._heads.plan,
+                heads=self._heads.config,
+                teacher=self._policy.fingerprint,
+                action_dim=len(self._policy.spec.action_names),
+                statistics=statistics,
+                foresight=min(FORESIGHT, self._policy.spec.chunk_length - self._policy.spec.execute_steps),
+            ),
+            {
+                "method": "dynamic-static layer skipping",
+                **provenance.record(),
+                "config": json.loads(json.dumps(asdict(config), default=str)),
+                "data": describe(self._demonstrations),
+                "seconds": round(seconds, 1),
+            },
+        )
+        (config.out / STATE_FILE).unlink(missing_ok=True)
+
+    def _save_state(self, seconds: float) -> None:
+        distillation = self._distillation
+        state = {f"weights.{name}": p.detach() for name, p in distillation.parameters.items()}
+        for name, parameter in distillation.parameters.items():
+            for key, value in distillation.optimizer.state.get(parameter, {}).items():
+                state[f"adam.{name}.{key}"] = value
+        metadata = {
+            "step": str(distillation.step),
+            "seconds": str(seconds),
+            "tolerance": distillation.tolerance.hex(),
+        }
+        with replacing(self._config.out / STATE_FILE) as temporary:
+            save_file(state, temporary, metadata=metadata)
+
+    @torch.no_grad()
+    def _resume(self) -> float:
+        """Read the state, if there is one; seconds spent so far."""
+        path, distillation = self._config.out / STATE_FILE, self._distillation
+        seconds = 0.0
+        if path.exists():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    metadata = file.metadata()
+                    names = set(file.keys())
+                    for name, parameter in distillation.parameters.items():
+                        parameter.copy_(file.get_tensor(f"weights.{name}"))
+                        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{name}.{key}" in names]
+                        if keys:
+                            moments = {key: file.get_tensor(f"adam.{name}.{key}") for key in keys}
+                            distillation.optimizer.state[parameter] = moments
+                distillation.step = int(metadata["step"])
+                distillation.tolerance = float.fromhex(metadata["tolerance"])
+                seconds = float(metadata["seconds"])
+            except (SafetensorError, KeyError, RuntimeError) as error:
+                raise CheckpointError(f"{path}: is damaged ({error}); remove it to train from the start.") from error
+        curve = self._config.out / CURVE_FILE
+        write_lines(curve, [point for point in read_lines(curve) if point["step"] <= distillation.step])
+        return seconds
+
+
+def _rows(target: Target, rows: Any) -> Target:
+    chosen = torch.from_numpy(rows)
+    return Target(target.actions[chosen], [landing[chosen] for landing in target.landings])
+
+
+def default_adapter_size(hidden_size: int, weights: int, dynamic_layers: int) -> int:
+    """Bottleneck of an adapter: small beside a wide backbone (1.5 % of its weights in all), 128 beside a narrow one."""
+    if hidden_size <= 1024:
+        return min(hidden_size, 128)
+    return max(8, min(128, int(0.015 * weights / dynamic_layers / (2 * hidden_size + 1)) // 8 * 8))
+
+
+def read_plan(path: Path) -> SkipPlan:
+    """A plan as `dysl calibrate` writes it, perhaps edited.
+
+    Raises:
+        ConfigError: It is no plan, or cannot work.
+    """
+    from dysl_vla.files import read_json
+
+    document = read_json(path).get("plan")
+    if not isinstance(document, dict) or set(document) != {"num_layers", "static_layers"}:
+        raise ConfigError(f"plan: {path} has no field 'plan' with num_layers and static_layers.")
+    try:
+        return SkipPlan(int(document["num_layers"]), tuple(map(int, document["static_layers"])))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"plan: {path}: num_layers and static_layers must be whole numbers ({error}).") from error

@@ -1,0 +1,143 @@
+"""Demonstrations as a policy's backbone reads them, and what the full model makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.errors import DatasetError
+from dysl_vla.extras import needs_extra
+from dysl_vla.policies import BackbonePolicy
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation
+
+with needs_extra("policy"):
+    import torch
+    from torch import Tensor
+
+HELD_OUT_EVERY = 20
+"""One episode in so many is held out, as in `dysl train`."""
+BATCH = 32
+
+
+def observations(
+    demonstrations: Demonstrations, chosen: NDArray[np.int64]
+) -> Iterator[tuple[int, Observation]]:
+    """Chosen frames as a policy sees them.
+
+    Args:
+        demonstrations: Where from.
+        chosen: Indices of frames, rising.
+
+    Yields:
+        Index, observation.
+
+    Raises:
+        DatasetError: A file is damaged, or the cameras' videos are not in one order.
+    """
+    columns = demonstrations.columns()
+    wanted = set(chosen.tolist())
+    episodes = set(columns["episode_index"][chosen].tolist())
+    cameras = list(demonstrations.spec.cameras)
+    for views in zip(*(demonstrations.frames(camera, episodes) for camera in cameras), strict=True):
+        if len({view[:2] for view in views}) > 1:
+            raise DatasetError(f"{demonstrations.root}: its cameras' videos hold episodes in different orders.")
+        episode, frame, _ = views[0]
+        index = demonstrations.rows[episode].start + frame
+        if index in wanted:
+            yield (
+                index,
+                {
+                    **{IMAGE_PREFIX + camera: view[2] for camera, view in zip(cameras, views, strict=True)},
+                    STATE_KEY: columns["states"][index],
+                    TASK_KEY: demonstrations.instructions[columns["task_index"][index]],
+                },
+            )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Frames, encoded; the first dimension of everything counts them.
+
+    Attributes:
+        indices: (frames,) of the dataset, rising.
+        inputs: The backbone's arguments, each (frames, ...).
+    """
+
+    indices: NDArray[np.int64]
+    inputs: dict[str, Tensor]
+
+    def batch(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The backbone's arguments for some rows."""
+        chosen = torch.from_numpy(rows)
+        return {name: value[chosen] for name, value in self.inputs.items()}
+
+    def batches(self, size: int = BATCH) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """All frames in order, as views."""
+        for start in range(0, len(self.indices), size):
+            rows = slice(start, min(start + size, len(self.indices)))
+            yield rows, {name: value[rows] for name, value in self.inputs.items()}
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def encode(policy: BackbonePolicy, demonstrations: Demonstrations, chosen: NDArray[np.int64], what: str) -> Encoded:
+    """Encode chosen frames.
+
+    Args:
+        policy: Its encoder.
+        demonstrations: Of a world that the policy fits.
+        chosen: Indices of frames, rising.
+        what: Names them on the progress bar.
+
+    Raises:
+        DatasetError: A file is damaged.
+        ObservationError: The frames do not fit the policy.
+    """
+    inputs: dict[str, Tensor] = {}
+    pending: list[Observation] = []
+    done = 0
+    with tqdm(total=len(chosen), desc=f"encoding {what}", unit="frame") as progress:
+
+        def flush() -> None:
+            nonlocal done
+            for name, value in policy.encode(pending).items():
+                if name not in inputs:
+                    inputs[name] = value.new_empty((len(chosen), *value.shape[1:]))
+                inputs[name][done : done + len(pending)] = value
+            done += len(pending)
+            progress.update(len(pending))
+            pending.clear()
+
+        for _, observation in observations(demonstrations, chosen):
+            pending.append(observation)
+            if len(pending) == BATCH:
+                flush()
+        if pending:
+            flush()
+    return Encoded(chosen, inputs)
+
+
+def choose_frames(demonstrations: Demonstrations, count: int, *, held_out: bool) -> NDArray[np.int64]:
+    """About `count` frames, evenly spread over the episodes that are, or are not, held out.
+
+    Raises:
+        DatasetError: There is none.
+    """
+    kept = [row for index, row in enumerate(demonstrations.rows) if is_held_out(index) == held_out]
+    frames = np.concatenate([np.arange(row.start, row.start + row.length) for row in kept] or [np.empty(0, np.int64)])
+    if not len(frames):
+        raise DatasetError(
+            f"{demonstrations.root}: {len(demonstrations.rows)} episodes, and one in {HELD_OUT_EVERY} is held out; "
+            "collect more."
+        )
+    return np.asarray(frames[:: max(1, len(frames) // count)], np.int64)
+
+
+def is_held_out(episode: int) -> bool:
+    """Is an episode kept away from training?"""
+    return episode % HELD_OUT_EVERY == HELD_OUT_EVERY - 1

@@ -1,0 +1,118 @@
+"""Demonstrations played to a policy as if it had acted them: what would it skip, and how far from the full model?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from dysl_vla.data.encoding import Encoded, encode, is_held_out
+from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.errors import DatasetError
+from dysl_vla.extras import needs_extra
+from dysl_vla.policies import BackbonePolicy
+from dysl_vla.types import FloatArray, SkipTrace
+
+with needs_extra("policy"):
+    import torch
+
+    from dysl_vla.policies.dysl import DyslPolicy
+    from dysl_vla.skip_controller.guidance import Guide, Thresholds
+    from dysl_vla.skip_controller.operating import SkipStatistics
+    from dysl_vla.skip_controller.skipping import Skipper
+
+EPISODES = 60
+"""Held-out episodes that are replayed, at most."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a policy did on the replayed moments.
+
+    Attributes:
+        traces: One a moment.
+        errors: Mean distance of the executed actions from the full model's, normalised, (moments,).
+        llm_s: Median time of the backbone, alone with each moment.
+    """
+
+    traces: list[SkipTrace]
+    errors: FloatArray
+    llm_s: float
+
+
+class Replay:
+    """Held-out demonstrations, encoded at each moment at which the policy would look.
+
+    Args:
+        policy: Without skipping.
+        demonstrations: Of a world that it fits.
+
+    Raises:
+        DatasetError: None is held out.
+    """
+
+    def __init__(self, policy: BackbonePolicy, demonstrations: Demonstrations) -> None:
+        self._policy = policy
+        held_out = [row for index, row in enumerate(demonstrations.rows) if is_held_out(index)]
+        rows = held_out[:: max(1, len(held_out) // EPISODES)]
+        if not rows:
+            raise DatasetError(f"{demonstrations.root}: has no held-out episode (one in 20 is); collect more.")
+        step = policy.spec.execute_steps
+        self._episodes = [np.arange(row.start, row.start + row.length, step) for row in rows]
+        self.encoded: Encoded = encode(policy, demonstrations, np.concatenate(self._episodes), "held-out episodes")
+        self._executed = policy.spec.action_normalisation.apply(demonstrations.columns()["actions"])
+        self._actions = demonstrations.columns()["actions"]
+        self._targets = np.concatenate([
+            policy.decode(policy.backbone(**inputs).last_hidden_state).detach().float().numpy()
+            for _, inputs in self.encoded.batches()
+        ])
+
+    def statistics(self, skipper: Skipper, foresight: int) -> SkipStatistics:
+        """What controllers and continuity say: of everything that may be skipped, skipped at once."""
+        spec = self._policy.spec
+        plan = skipper.plan
+        guide = Guide([block.length for block in plan.blocks], len(spec.action_names), Thresholds(1, 1), foresight=foresight)
+        outputs: list[float] = []
+        falls: list[float] = []
+        surprises: list[float] = []
+        row = 0
+        with torch.inference_mode(), tqdm(total=len(self.encoded.indices), desc="measuring", unit="inference") as bar:
+            for moments in self._episodes:
+                state = guide.reset()
+                for moment in moments:
+                    inputs = self.encoded.batch(np.array([row]))
+                    guide.observe(state, self._executed[max(moments[0], moment - 8) : moment])
+                    points = np.zeros((1, len(plan.blocks)), np.int64)
+                    with skipper.step(points, threshold=-1.0, mask=inputs.get("attention_mask")) as step:
+                        hidden = self._policy.backbone(**inputs).last_hidden_state
+                    predicted = self._policy.decode(hidden).float().cpu().numpy()[0]
+                    outputs.extend(step.outputs[0].values())
+                    if state.change is not None and state.change < 0:
+                        falls.append(-state.change)
+                    surprise = guide.fall(state, predicted, spec.execute_steps)
+                    if surprise is not None:
+                        surprises.append(surprise)
+                    guide.verify(state, predicted, spec.execute_steps)
+                    row += 1
+                    bar.update()
+        return SkipStatistics.measured(outputs, falls, surprises)
+
+    def play(self, policy: DyslPolicy) -> Replayed:
+        """Let a policy predict at each moment, with the demonstrated actions as those executed."""
+        traces, errors, times = [], [], []
+        row = 0
+        for moments in self._episodes:
+            state = policy.reset()
+            for moment in moments:
+                state.executed.clear()
+                state.executed.extend(self._actions[max(moments[0], moment - 8) : moment])
+                [chunk] = policy.act(self.encoded.batch(np.array([row])), [state])
+                assert chunk.skips is not None
+                steps = policy.spec.execute_steps
+                predicted = policy.spec.action_normalisation.apply(chunk.actions[:steps])
+                errors.append(np.abs(predicted - self._targets[row][:steps]).mean())
+                traces.append(chunk.skips)
+                times.append(chunk.timing.llm_s)
+                row += 1
+        return Replayed(traces, np.array(errors, np.float32), float(np.median(times)))

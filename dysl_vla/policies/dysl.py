@@ -1,0 +1,350 @@
+"""DySL: a policy whose backbone skips layers, as far as the action allows it, and the files that this adds to it.
+
+    skip.json           plan, sizes of the heads, statistics, operating point
+    skip.safetensors    adapters and controllers; what they were trained for in the metadata
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dysl_vla.checkpoint import add_to_manifest
+from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.files import read_json, replacing, write_json
+from dysl_vla.policies.base import BackbonePolicy
+from dysl_vla.skip_controller.guidance import Guide, GuideState
+from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
+from dysl_vla.skip_controller.operating import SkipStatistics, Switches, random_rate
+from dysl_vla.skip_controller.plan import SkipPlan
+from dysl_vla.skip_controller.skipping import Step, attach
+from dysl_vla.types import ActionChunk, EpisodeState, FloatArray, InferenceTiming, Observation, PolicySpec, SkipTrace
+
+SETTINGS, HEADS = "skip.json", "skip.safetensors"
+FORESIGHT = 4
+"""Planned actions that continuity looks ahead."""
+
+
+@dataclass(frozen=True)
+class SkipSettings:
+    """Everything about skipping that a checkpoint holds beside the heads' weights.
+
+    Attributes:
+        plan: Which layers may be skipped.
+        heads: Sizes of adapters and controllers.
+        teacher: Fingerprint of the policy that they were trained for.
+        action_dim: Dimensions of the actions that guidance was measured on.
+        statistics: From which the knob gets its thresholds.
+        foresight: Planned actions that continuity looks ahead.
+        skip: The operating point.
+        mean_layers: Layers run an inference at the operating point, on held-out demonstrations.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    plan: SkipPlan
+    heads: HeadsConfig
+    teacher: str
+    action_dim: int
+    statistics: SkipStatistics
+    foresight: int = FORESIGHT
+    skip: float = 0.8
+    mean_layers: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.skip <= 1:
+            raise ConfigError(f"skip: {self.skip} must be above 0 and at most 1.")
+
+
+@dataclass
+class DyslState(EpisodeState):
+    """What a DySL policy remembers of an episode.
+
+    Attributes:
+        guide: Of guidance.
+        random: Draws places for the switch `random`; the same in every episode.
+    """
+
+    guide: GuideState | None = None
+    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+
+class DyslPolicy:
+    """A policy and its skipping. Implements `Policy`.
+
+    Args:
+        policy: Whose backbone skips; it is attached to the heads, and must not be used otherwise meanwhile.
+        heads: Adapters and controllers.
+        settings: The checkpoint's.
+        skip: The knob, above 0 to 1; None: the checkpoint's operating point.
+        switches: Parts to leave out.
+
+    Raises:
+        ConfigError: The heads do not fit the backbone, or the guide not the actions.
+        CheckpointError: They were trained for other weights.
+    """
+
+    def __init__(
+        self,
+        policy: BackbonePolicy,
+        heads: SkipHeads,
+        settings: SkipSettings,
+        *,
+        skip: float | None = None,
+        switches: Switches | None = None,
+    ) -> None:
+        if settings.teacher != policy.fingerprint:
+            raise CheckpointError(
+                f"teacher: the heads were trained for a policy of fingerprint {settings.teacher[:12]}, this one's is "
+                f"{policy.fingerprint[:12]}; distill it again."
+            )
+        action_dim = len(policy.spec.action_names)
+        if settings.action_dim != action_dim:
+            raise ConfigError(
+                f"action_dim: guidance was measured on actions of {settings.action_dim} dimensions, the policy has "
+                f"{action_dim}; distill it again."
+            )
+        self._policy = policy
+        self._settings = settings
+        self._switches = switches or Switches()
+        self.skip = settings.skip if skip is None else skip
+        self._point = settings.statistics.point(self.skip)
+        self._skipper = attach(policy.backbone, settings.plan, heads)
+        self._lengths = np.array([block.length for block in settings.plan.blocks], np.int64)
+        self._guide = Guide(
+            self._lengths.tolist(), action_dim, self._point.thresholds, foresight=settings.foresight
+        )
+        if self._switches.random:
+            if settings.mean_layers is None:
+                raise ConfigError("random: the checkpoint does not say how many layers to run; tune it first.")
+            static = settings.plan.num_layers - len(settings.plan.dynamic_layers)
+            self._rate = random_rate(self._lengths.tolist(), settings.mean_layers - static)
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What the policy expects of a world, and how it answers."""
+        return self._policy.spec
+
+    @property
+    def settings(self) -> SkipSettings:
+        """The checkpoint's."""
+        return self._settings
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Of the policy that skips."""
+        return self._policy.provenance
+
+    @property
+    def fingerprint(self) -> str:
+        """Of weights, settings and switches."""
+        import hashlib
+
+        digest = hashlib.sha256(f"{self._settings}{self.skip}{self._switches}".encode())
+        assert self._skipper.heads is not None
+        for name, value in sorted(self._skipper.heads.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().numpy().tobytes())
+        return f"{self._settings.teacher[:32]}{digest.hexdigest()[:32]}"
+
+    def reset(self) -> DyslState:
+        """The state of an episode that begins."""
+        return DyslState(guide=self._guide.reset())
+
+    @torch.inference_mode()
+    def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
+        """Predict a chunk for each episode of a batch; see `Policy.infer`."""
+        started = time.perf_counter()
+        inputs = self._policy.encode(observations)
+        return self.act(inputs, states, time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def act(
+        self, inputs: Mapping[str, Tensor], states: Sequence[EpisodeState], encode_s: float = 0.0
+    ) -> list[ActionChunk]:
+        """What `infer` does after encoding.
+
+        Args:
+            inputs: Of the policy's `encode`.
+            states: Of `reset`, one an episode.
+            encode_s: What encoding took.
+        """
+        clock = time.perf_counter
+        spec = self._policy.spec
+        started = clock()
+        guides = [self._observe(state) for state in states]
+        points = np.stack([self._points(guide, state) for guide, state in zip(guides, states, strict=True)])
+        observed = clock()
+        with self._skipper.step(
+            points,
+            threshold=self._point.threshold,
+            mask=inputs.get("attention_mask"),
+            is_decreed=self._switches.random,
+        ) as step:
+            hidden = self._policy.backbone(**inputs).last_hidden_state
+        thought = clock()
+        actions: FloatArray = self._policy.decode(hidden).float().cpu().numpy()
+        decoded = clock()
+        asked = [
+            self._guide.verify(guide, row, spec.execute_steps) and bool(step.landings[index])
+            for index, (guide, row) in enumerate(zip(guides, actions, strict=True))
+        ]
+        verified = [self._switches.verification and ask for ask in asked]
+        judged = clock()
+        verify_s = again_s = 0.0
+        first_skip = step.first_skip
+        if any(verified):
+            with self._skipper.verify(step):
+                exact = self._policy.backbone(**inputs).last_hidden_state
+            verify_s = clock() - judged
+            actions = np.where(
+                np.array(verified)[:, None, None], self._policy.decode(exact).float().cpu().numpy(), actions
+            )
+            again_s = clock() - judged - verify_s
+            for guide, row, is_verified in zip(guides, actions, verified, strict=True):
+                if is_verified:
+                    self._guide.verify(guide, row, spec.execute_steps)
+        ended = clock()
+        timing = InferenceTiming(
+            encode_s=encode_s,
+            llm_s=thought - observed + verify_s,
+            decode_s=decoded - thought + again_s,
+            guidance_s=observed - started + (ended - decoded) - verify_s - again_s,
+        )
+        world = spec.action_normalisation.undo(actions)
+        return [
+            ActionChunk(
+                actions=world[row],
+                timing=timing,
+                skips=_trace(step, row, guide, first_skip if verified[row] else None, verify_s),
+            )
+            for row, guide in enumerate(guides)
+        ]
+
+    def _observe(self, state: EpisodeState) -> GuideState:
+        guide = getattr(state, "guide", None)
+        if not isinstance(guide, GuideState):
+            raise TypeError("states: must be made by this policy's reset().")
+        dim = self._settings.action_dim
+        executed = np.stack(list(state.executed)[-8:]) if state.executed else np.empty((0, dim), np.float32)
+        self._guide.observe(guide, self._policy.spec.action_normalisation.apply(executed))
+        return guide
+
+    def _points(self, guide: GuideState, state: EpisodeState) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if self._switches.random:
+            assert isinstance(state, DyslState)
+            return np.minimum(state.random.geometric(self._rate, len(self._lengths)) - 1, self._lengths)
+        return guide.allow_points if self._switches.guidance else np.zeros_like(self._lengths)
+
+
+def _trace(step: Step, row: int, guide: GuideState, resumed_from: int | None, verify_s: float) -> SkipTrace:
+    return SkipTrace(
+        layers_run=step.layers_run[row],
+        skips=step.landings[row],
+        outputs=step.outputs[row],
+        allow_points=tuple(step.allow_points[row].tolist()),
+        continuity=guide.continuity,
+        is_verified=resumed_from is not None,
+        resumed_from=resumed_from,
+        controllers_s=step.controllers_s,
+        adapters_s=step.adapters_s,
+        verify_s=verify_s,
+    )
+
+
+def has_skips(folder: Path) -> bool:
+    """Does a checkpoint hold skipping?"""
+    return (folder / SETTINGS).exists()
+
+
+def save_skips(folder: Path, heads: SkipHeads, settings: SkipSettings, provenance: Mapping[str, Any]) -> None:
+    """Add skipping to the checkpoint of a policy."""
+    made_for = {"plan": asdict(settings.plan), "heads": asdict(settings.heads), "teacher": settings.teacher}
+    tensors = {name: value.detach().half().contiguous() for name, value in heads.state_dict().items()}
+    with replacing(folder / HEADS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "made_for": json.dumps(made_for)})
+    write_json(folder / SETTINGS, {**asdict(settings), "provenance": dict(provenance)})
+    add_to_manifest(folder, (HEADS, SETTINGS))
+
+
+def save_operating_point(folder: Path, skip: float, mean_layers: float, measured: Mapping[str, Any]) -> None:
+    """Change a checkpoint's operating point.
+
+    Args:
+        folder: The checkpoint's.
+        skip: The knob.
+        mean_layers: Layers run an inference.
+        measured: How it was chosen; kept beside it.
+    """
+    settings, document = read_skips(folder)
+    provenance = {**document["provenance"], "operating_point": dict(measured)}
+    write_json(
+        folder / SETTINGS, {**asdict(replace(settings, skip=skip, mean_layers=mean_layers)), "provenance": provenance}
+    )
+    add_to_manifest(folder, (SETTINGS,))
+
+
+def read_skips(folder: Path) -> tuple[SkipSettings, dict[str, Any]]:
+    """A checkpoint's settings, and the document that they come from.
+
+    Raises:
+        CheckpointError: Naming the field.
+    """
+    try:
+        document = read_json(folder / SETTINGS)
+        values = {key: value for key, value in document.items() if key != "provenance"}
+        settings: SkipSettings = TypeAdapter(SkipSettings).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{folder / SETTINGS}: field {place!r}: {first['msg']}.") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / SETTINGS}: {error}") from error
+    return settings, document
+
+
+def load_dysl(
+    policy: BackbonePolicy, folder: Path, skip: float | None = None, switches: Switches | None = None
+) -> DyslPolicy:
+    """Give a policy the skipping of its checkpoint.
+
+    Args:
+        policy: Loaded from the folder.
+        folder: The checkpoint.
+        skip: See `DyslPolicy`.
+        switches: See `DyslPolicy`.
+
+    Raises:
+        CheckpointError: Damaged, edited, or made for another policy.
+        ConfigError: A value of `skip` that cannot work.
+    """
+    settings, document = read_skips(folder)
+    heads = SkipHeads(settings.plan, settings.heads)
+    expected = heads.state_dict()
+    try:
+        with safe_open(folder / HEADS, framework="pt") as file:
+            made_for = json.loads((file.metadata() or {}).get("made_for", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # it is no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / HEADS}: is missing or damaged ({error}); get it again.") from error
+    for name in ("plan", "heads", "teacher"):
+        if made_for.get(name) != document[name]:
+            raise CheckpointError(
+                f"{folder / SETTINGS}: field {name!r} is not what the heads were trained for; distill anew with it."
+            )
+    for name, value in expected.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            raise CheckpointError(f"{folder / HEADS}: tensor {name!r} is missing or not {tuple(value.shape)}.")
+    heads.load_state_dict({name: tensors[name].float() for name in expected})
+    return DyslPolicy(policy, heads.eval(), settings, skip=skip, switches=switches)

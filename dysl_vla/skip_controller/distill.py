@@ -1,0 +1,253 @@
+"""Training of adapters and controllers against the frozen decoder that they belong to (DySL-VLA, section 3.4).
+
+Stage 1, adapters alone: each learns to predict what its landing gets in the full model, all from one forward of it.
+Stage 2, adapters and controllers: each block is left at one dynamic layer, drawn with probability ~ 1/rank, and what
+counts is the action that comes out. Two objectives for stage 2:
+
+`tolerance` (default): the forward really skips, which costs the layers that run. Adapters get the loss of the action;
+a controller learns the probability that leaving at its layer, into a landing, keeps the executed actions within a
+tolerance of the full model's; the tolerance is a running quantile of the errors themselves.
+`mixture`, the paper's: landings get c adapter(x) + (1 - c) layers(x), with lambda (1 - c) (s - i) for what still runs.
+The full model's action is the target, so that the action's loss is about e c, with e the error of the skip, and the sum
+is least at c = 1 where e < lambda (s - i), at 0 elsewhere: the same question, asked with a fixed tolerance a layer and
+at the price of the full model.
+
+Every step is a function of (seed, step). Knows no policy, no file and no environment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller.skipping import Skipper
+
+Backbone = Callable[[Mapping[str, Tensor]], Tensor]
+"""The decoder's arguments to its output, (batch, tokens, hidden)."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How adapters and controllers are trained."""
+
+    adapter_steps: int = 1000
+    """Steps of stage 1, adapters alone; 0: one-stage training."""
+    skip_steps: int = 9000
+    """Steps of stage 2, adapters and controllers."""
+    objective: Literal["tolerance", "mixture"] = "tolerance"
+    """Of stage 2: skip really and learn what stays within a tolerance, or mix and weigh (the paper's)."""
+    batch: int = 32
+    """Frames a step."""
+    learning_rate: float = 2e-3
+    """Peak of the cosine schedule."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    hidden_weight: float = 0.2
+    """Weight of the landings' relative error in stage 2."""
+    whole: float = 0.15
+    """Share of blocks that run whole in stage 2, so that others are also seen behind exact layers."""
+    quantile: float = 0.7
+    """Objective `tolerance`: share of skips whose error counts as harmless."""
+    layer_weight: float = 0.004
+    """Objective `mixture`: lambda, the price of a layer."""
+    seed: int = 0
+    """Decides batches and places."""
+    threads: int = 0
+    """Threads of PyTorch; 0: one a core."""
+
+    def __post_init__(self) -> None:
+        for name in ("adapter_steps", "skip_steps", "warmup", "hidden_weight", "layer_weight", "seed", "threads"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: {getattr(self, name)} must not be negative.")
+        if self.batch < 1 or self.skip_steps < 1:
+            raise ConfigError(f"batch, skip_steps: {self.batch}, {self.skip_steps} must be at least 1.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate: {self.learning_rate} must be above zero and finite.")
+        if self.objective not in ("tolerance", "mixture"):
+            raise ConfigError(f"objective: {self.objective!r} is neither 'tolerance' nor 'mixture'.")
+        if not 0 <= self.whole < 1 or not 0 < self.quantile < 1:
+            raise ConfigError(f"whole, quantile: {self.whole}, {self.quantile} must be shares below 1.")
+
+    @property
+    def steps(self) -> int:
+        """Of both stages."""
+        return self.adapter_steps + self.skip_steps
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the full model makes of a batch.
+
+    Attributes:
+        actions: (batch, chunk, action), normalised.
+        landings: What each block's landing gets, (batch, tokens, hidden).
+    """
+
+    actions: Tensor
+    landings: list[Tensor]
+
+
+class Distillation:
+    """Trains the heads of an attached decoder, a step at a time.
+
+    Args:
+        skipper: The decoder, attached with heads; its own weights are frozen while this lives.
+        decode: Its output to normalised actions, (batch, chunk, action).
+        run: Its forward.
+        execute_steps: Actions of a chunk that are executed.
+        config: How.
+
+    Attributes:
+        step: Steps done.
+        tolerance: The running quantile of errors.
+    """
+
+    def __init__(
+        self,
+        skipper: Skipper,
+        run: Backbone,
+        decode: Callable[[Tensor], Tensor],
+        execute_steps: int,
+        config: DistillConfig,
+    ) -> None:
+        if skipper.heads is None:
+            raise ConfigError("heads: the decoder was attached without; there is nothing to train.")
+        self._skipper, self._run, self._decode = skipper, run, decode
+        self._heads: nn.Module = skipper.heads
+        self._execute = execute_steps
+        self._config = config
+        self.step = 0
+        self.tolerance = 0.0
+        self.parameters = dict(self._heads.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
+
+    @torch.no_grad()
+    def target(self, inputs: Mapping[str, Tensor]) -> Target:
+        """What the full model makes of a batch; the same for every step, so it can be kept."""
+        with self._skipper.record() as layers:
+            hidden = self._run(inputs)
+        landings = [layers[block.landing] for block in self._skipper.plan.blocks]
+        return Target(self._decode(hidden), landings)
+
+    def rng(self) -> np.random.Generator:
+        """Of the step that comes; draw the batch from it, then hand it to `update`."""
+        return np.random.default_rng([self._config.seed, self.step])
+
+    @property
+    def is_first_stage(self) -> bool:
+        """The step that comes trains adapters alone."""
+        return self.step < self._config.adapter_steps
+
+    def update(self, inputs: Mapping[str, Tensor], target: Target | None, rng: np.random.Generator) -> dict[str, float]:
+        """One optimizer step.
+
+        Args:
+            inputs: A batch of the decoder's arguments.
+            target: Of `target`, needed in stage 2.
+            rng: Of `rng`.
+
+        Returns:
+            Figures by name.
+
+        Raises:
+            ConfigError: The loss is not finite any more.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
+        if self.is_first_stage:
+            loss, figures = self._adapter_loss(inputs)
+        else:
+            assert target is not None
+            loss, figures = self._skip_loss(inputs, target, rng)
+        if not math.isfinite(loss.item()):
+            raise ConfigError(f"learning_rate: the loss is {loss.item()} at step {self.step}; start with a lower one.")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return figures
+
+    def _rate(self) -> float:
+        """Cosine over each stage, with a warm-up."""
+        first, config = self.is_first_stage, self._config
+        done = self.step if first else self.step - config.adapter_steps
+        total = config.adapter_steps if first else config.skip_steps
+        warm = min(1.0, (done + 1) / max(1, config.warmup))
+        return config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / total)))
+
+    def _adapter_loss(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad(), self._skipper.record() as layers:
+            self._run(inputs)
+        assert self._skipper.heads is not None
+        errors = {
+            layer: relative_error(self._skipper.heads.adapters[str(layer)](layers[layer]), layers[block.landing])
+            for block in self._skipper.plan.blocks
+            for layer in range(block.first, block.landing)
+        }
+        loss = torch.stack(list(errors.values())).mean()
+        return loss, {"loss": loss.item()} | {f"adapter_error/{layer}": e.item() for layer, e in errors.items()}
+
+    def _skip_loss(
+        self, inputs: Mapping[str, Tensor], target: Target, rng: np.random.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        config, plan = self._config, self._skipper.plan
+        is_mixture = config.objective == "mixture"
+        places = self._draw(rng)
+        with self._skipper.bridge(places, is_mixture=is_mixture, mask=inputs.get("attention_mask")) as bridged:
+            actions = self._decode(self._run(inputs))
+        chosen = list(bridged.outputs)
+        distance = (actions - target.actions).abs().mean(dim=2)
+        error = distance[:, : self._execute].mean(dim=1)
+        task = 0.5 * distance.mean() + 0.5 * error.mean()
+        hidden = torch.stack([relative_error(bridged.landings[b], target.landings[b]) for b in chosen]).mean()
+        outputs = torch.stack([bridged.outputs[b] for b in chosen])  # (blocks, batch)
+        if is_mixture:
+            kept = torch.tensor([float(plan.blocks[b].landing - (places[b] or 0)) for b in chosen])
+            controllers = config.layer_weight * ((1 - outputs) * kept[:, None]).sum(dim=0).mean()
+        else:
+            self._follow(error.detach())
+            label = (error.detach() < self.tolerance).to(outputs.dtype).expand_as(outputs)
+            controllers = nn.functional.binary_cross_entropy(outputs.float(), label.float())
+        loss = task + config.hidden_weight * hidden + controllers
+        return loss, {
+            "loss": loss.item(),
+            "task_loss": task.item(),
+            "landing_error": hidden.item(),
+            "controller_loss": controllers.item(),
+            "skip_rate": outputs.detach().mean().item(),
+            "tolerance": self.tolerance,
+        }
+
+    def _draw(self, rng: np.random.Generator) -> list[int | None]:
+        """Where each block is left: earlier layers more often; one block at least is left."""
+        places: list[int | None] = []
+        for block in self._skipper.plan.blocks:
+            layers = np.arange(max(1, block.first), block.landing)
+            shares = 1 / np.arange(1, len(layers) + 1)
+            place = int(rng.choice(layers, p=shares / shares.sum())) if len(layers) else None
+            places.append(place)
+        whole = rng.random(len(places)) < self._config.whole
+        whole[rng.choice([block for block, place in enumerate(places) if place is not None])] = False
+        return [None if keep else place for place, keep in zip(places, whole, strict=True)]
+
+    def _follow(self, error: Tensor) -> None:
+        quantile = float(error.float().quantile(self._config.quantile))
+        begun = self.tolerance > 0
+        self.tolerance = 0.99 * self.tolerance + 0.01 * quantile if begun else quantile
+
+
+def relative_error(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over tokens of the distance, relative to the wanted vectors' length; () ."""
+    distance = torch.linalg.vector_norm(predicted - wanted, dim=-1)
+    return (distance / torch.linalg.vector_norm(wanted, dim=-1).clamp_min(1e-6)).mean()

@@ -1,0 +1,133 @@
+"""How much to skip: one knob, turned into thresholds by what happened on demonstrations. NumPy alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller.guidance import Thresholds
+
+VERIFIED_AT_MOST = 0.01
+"""Share of inferences that the knob, at 0, lets be verified: a verified one costs more than the full model, and the tail
+of the latency is what a control loop is built for."""
+SMALLEST = 1e-6
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Attributes:
+    threshold: A controller's output above it skips.
+    thresholds: Of continuity.
+    """
+
+    threshold: float
+    thresholds: Thresholds
+
+
+@dataclass(frozen=True)
+class SkipStatistics:
+    """What controllers and continuity said over held-out demonstrations: evenly spaced quantiles, from least to most.
+
+    Attributes:
+        outputs: Of controllers, at the first dynamic layer of each block.
+        falls: Of continuity from one inference to the next, where it fell.
+        surprises: Of continuity by newly predicted actions; at or below zero where it did not fall.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    outputs: tuple[float, ...]
+    falls: tuple[float, ...]
+    surprises: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("outputs", "falls", "surprises"):
+            values = getattr(self, name)
+            if len(values) < 2 or not np.isfinite(values).all() or (np.diff(values) < 0).any():
+                raise ConfigError(f"statistics.{name}: must be at least two finite values that do not fall.")
+
+    @classmethod
+    def measured(
+        cls, outputs: Sequence[float], falls: Sequence[float], surprises: Sequence[float]
+    ) -> SkipStatistics:
+        """From single values.
+
+        Raises:
+            ConfigError: One of them has none.
+        """
+        tables = []
+        for name, values in (("outputs", outputs), ("falls", falls), ("surprises", surprises)):
+            if not len(values):
+                raise ConfigError(f"statistics.{name}: no values; give longer demonstrations.")
+            tables.append(tuple(map(float, np.quantile(np.asarray(values, np.float64), np.linspace(0, 1, 1001)))))
+        return cls(*tables)
+
+    def point(self, skip: float) -> OperatingPoint:
+        """The thresholds of a setting of the knob.
+
+        Args:
+            skip: Above 0, where nothing is skipped, to 1, where everything is that may be. In between: the share of
+                controllers' outputs that skip, and of falls of continuity that are too small to move an allow point.
+
+        Raises:
+            ConfigError: Out of range.
+        """
+        if not 0 < skip <= 1:
+            raise ConfigError(f"skip: {skip} must be above 0, where nothing is skipped, and at most 1.")
+        everything = skip == 1
+        return OperatingPoint(
+            threshold=-1.0 if everything else _at(self.outputs, 1 - skip),
+            thresholds=Thresholds(
+                eta=max(SMALLEST, 2 * self.falls[-1] if everything else _at(self.falls, skip)),
+                eta_verify=max(
+                    SMALLEST,
+                    2 * abs(self.surprises[-1]) if everything else _at(self.surprises, 1 - VERIFIED_AT_MOST * (1 - skip)),
+                ),
+            ),
+        )
+
+
+def _at(quantiles: Sequence[float], share: float) -> float:
+    return float(np.interp(share, np.linspace(0, 1, len(quantiles)), quantiles))
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Parts of the method, each of which can be left out to see what it is worth.
+
+    Attributes:
+        guidance: Allow points move; off: controllers are always asked, from each block's first layer on.
+        verification: Surprising actions are predicted again by the full model.
+        random: Blocks are left at random places, no controller is asked and nothing is protected.
+    """
+
+    guidance: bool = True
+    verification: bool = True
+    random: bool = False
+
+
+VARIANTS = {
+    "dysl": Switches(),
+    "no-guidance": Switches(guidance=False),
+    "no-verification": Switches(verification=False),
+    "controllers": Switches(guidance=False, verification=False),
+    "random": Switches(guidance=False, verification=False, random=True),
+}
+"""Names for the command line."""
+
+
+def random_rate(block_lengths: Sequence[int], dynamic_layers: float) -> float:
+    """How likely a random choice must leave a block at each layer so that so many dynamic layers run on average.
+
+    Layer j of a block, counted from 1, runs with probability (1 - p)^j.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        run = sum((1 - middle) ** j for length in block_lengths for j in range(1, length + 1))
+        low, high = (middle, high) if run > dynamic_layers else (low, middle)
+    return (low + high) / 2
