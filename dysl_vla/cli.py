@@ -65,6 +65,25 @@ def _train(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _calibrate(arguments: Sequence[str]) -> int:
+    from dysl_vla.data.calibrating import CalibrateConfig, calibrate, read_plan
+
+    path = calibrate(_parse(CalibrateConfig, arguments, "dysl calibrate"))
+    plan = read_plan(path)
+    print(f"{path}: static layers {', '.join(map(str, plan.static_layers))} of {plan.num_layers}.")
+    return 0
+
+
+def _distill(arguments: Sequence[str]) -> int:
+    from dysl_vla.data.distilling import DistillRunConfig, distill
+
+    out = distill(_parse(DistillRunConfig, arguments, "dysl distill"))
+    print(
+        f"Distilled: {out}. Full and skipping, side by side: dysl eval --policy {out} --skip-config full,dysl --out DIR"
+    )
+    return 0
+
+
 def _eval(arguments: Sequence[str]) -> int:
     from dysl_vla.eval.compare import compare, render_comparison
     from dysl_vla.eval.report import render_report
@@ -105,6 +124,8 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "demos collect": (_demos_collect, "collect demonstrations in simulation, from experts or corrected policies"),
     "demos info": (_demos_info, "show what a dataset holds"),
     "train": (_train, "train a policy on demonstrations"),
+    "calibrate": (_calibrate, "measure which layers a policy cannot do without, and plan what may be skipped"),
+    "distill": (_distill, "train adapters and controllers, so that a policy skips layers"),
     "eval": (_eval, "evaluate a policy: success, latency, videos"),
     "eval compare": (_eval_compare, "compare evaluations, paired by episode"),
 }

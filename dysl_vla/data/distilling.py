@@ -7,8 +7,10 @@ is resumed exactly, and writes the policy with its heads, their statistics on he
 from __future__ import annotations
 
 import json
+import os
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,24 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.data.calibrating import calibrated_plan
+from dysl_vla.data.calibrating import calibrated_plan, read_plan
 from dysl_vla.data.cloning import describe
 from dysl_vla.data.encoding import Encoded, choose_frames, encode
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.replay import Replay, measure_statistics
+from dysl_vla.data.replay import Replay
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import append_line, check_same_run, claimed, is_unused, read_lines, replacing, write_json, write_lines
+from dysl_vla.files import (
+    append_line,
+    check_same_run,
+    claimed,
+    is_unused,
+    read_lines,
+    replacing,
+    write_json,
+    write_lines,
+)
 from dysl_vla.policies import BackbonePolicy, load_backbone_policy
-from dysl_vla.workers import use_training_threads
 
 with needs_extra("policy"):
     import torch
@@ -33,10 +43,9 @@ with needs_extra("policy"):
     from safetensors.torch import save_file
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from dysl_vla.policies.dysl import FORESIGHT, SkipSettings, save_skips
-    from dysl_vla.skip_controller.distill import DistillConfig, Distillation, Target
+    from dysl_vla.policies.dysl import FORESIGHT, DyslPolicy, SkipSettings, save_skips
+    from dysl_vla.skip_controller.distill import Distillation, DistillConfig, Target
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
-    from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
@@ -88,7 +97,7 @@ def distill(config: DistillRunConfig) -> Path:
         check_same_run(config.out / RUN_FILE, identity)
         if _is_finished(config):
             return config.out
-    use_training_threads(config.training.threads)
+    torch.set_num_threads(config.training.threads or len(os.sched_getaffinity(0)))
     with claimed(config.out):
         write_json(config.out / RUN_FILE, identity)
         _Run(config, policy, demonstrations).run()
@@ -108,10 +117,10 @@ class _Run:
         self._config, self._policy, self._demonstrations = config, policy, demonstrations
         plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
         backbone = policy.backbone
-        for parameter in (*backbone.parameters(), *policy.parameters()):
+        for parameter in _parameters(policy):
             parameter.requires_grad_(False)
         torch.manual_seed(config.training.seed)
-        hidden = backbone.get_input_embeddings().weight.shape[-1]
+        hidden = int(backbone.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
         weights = sum(p.numel() for p in backbone.parameters())
         size = config.adapter_size or default_adapter_size(hidden, weights, len(plan.dynamic_layers))
         self._heads = SkipHeads(plan, HeadsConfig(hidden, size, config.controller_size))
@@ -171,29 +180,31 @@ class _Run:
 
     def _finish(self, seconds: float) -> None:
         config = self._config
+        spec = self._policy.spec
+        foresight = min(FORESIGHT, spec.chunk_length - spec.execute_steps)
         replay = Replay(self._policy, self._demonstrations)
-        statistics = measure_statistics(replay, self._skipper)
+        statistics = replay.statistics(self._skipper, foresight)
         self._skipper.detach()
-        self._policy.save_pretrained(config.out)
-        save_skips(
-            config.out,
-            self._heads,
-            SkipSettings(
-                plan=self._heads.plan,
-                heads=self._heads.config,
-                teacher=self._policy.fingerprint,
-                action_dim=len(self._policy.spec.action_names),
-                statistics=statistics,
-                foresight=min(FORESIGHT, self._policy.spec.chunk_length - self._policy.spec.execute_steps),
-            ),
-            {
-                "method": "dynamic-static layer skipping",
-                **provenance.record(),
-                "config": json.loads(json.dumps(asdict(config), default=str)),
-                "data": describe(self._demonstrations),
-                "seconds": round(seconds, 1),
-            },
+        settings = SkipSettings(
+            plan=self._heads.plan,
+            heads=self._heads.config,
+            teacher=self._policy.fingerprint,
+            action_dim=len(spec.action_names),
+            statistics=statistics,
+            foresight=foresight,
         )
+        policy = DyslPolicy(self._policy, self._heads.eval(), settings)
+        settings = replace(settings, mean_layers=replay.play(policy).mean_layers)
+        policy.close()
+        self._policy.save_pretrained(config.out)
+        record = {
+            "method": "dynamic-static layer skipping",
+            **provenance.record(),
+            "config": json.loads(json.dumps(asdict(config), default=str)),
+            "data": describe(self._demonstrations),
+            "seconds": round(seconds, 1),
+        }
+        save_skips(config.out, self._heads, settings, record)
         (config.out / STATE_FILE).unlink(missing_ok=True)
 
     def _save_state(self, seconds: float) -> None:
@@ -236,6 +247,11 @@ class _Run:
         return seconds
 
 
+def _parameters(policy: BackbonePolicy) -> Iterator[torch.nn.Parameter]:
+    """All that a policy learned: what must stay as it is."""
+    yield from (policy if isinstance(policy, torch.nn.Module) else policy.backbone).parameters()
+
+
 def _rows(target: Target, rows: Any) -> Target:
     chosen = torch.from_numpy(rows)
     return Target(target.actions[chosen], [landing[chosen] for landing in target.landings])
@@ -246,20 +262,3 @@ def default_adapter_size(hidden_size: int, weights: int, dynamic_layers: int) ->
     if hidden_size <= 1024:
         return min(hidden_size, 128)
     return max(8, min(128, int(0.015 * weights / dynamic_layers / (2 * hidden_size + 1)) // 8 * 8))
-
-
-def read_plan(path: Path) -> SkipPlan:
-    """A plan as `dysl calibrate` writes it, perhaps edited.
-
-    Raises:
-        ConfigError: It is no plan, or cannot work.
-    """
-    from dysl_vla.files import read_json
-
-    document = read_json(path).get("plan")
-    if not isinstance(document, dict) or set(document) != {"num_layers", "static_layers"}:
-        raise ConfigError(f"plan: {path} has no field 'plan' with num_layers and static_layers.")
-    try:
-        return SkipPlan(int(document["num_layers"]), tuple(map(int, document["static_layers"])))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"plan: {path}: num_layers and static_layers must be whole numbers ({error}).") from error

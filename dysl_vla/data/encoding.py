@@ -24,9 +24,7 @@ HELD_OUT_EVERY = 20
 BATCH = 32
 
 
-def observations(
-    demonstrations: Demonstrations, chosen: NDArray[np.int64]
-) -> Iterator[tuple[int, Observation]]:
+def observations(demonstrations: Demonstrations, chosen: NDArray[np.int64]) -> Iterator[tuple[int, Observation]]:
     """Chosen frames as a policy sees them.
 
     Args:

@@ -40,6 +40,11 @@ class Replayed:
     errors: FloatArray
     llm_s: float
 
+    @property
+    def mean_layers(self) -> float:
+        """Layers run an inference, verification included."""
+        return float(np.mean([trace.layers for trace in self.traces]))
+
 
 class Replay:
     """Held-out demonstrations, encoded at each moment at which the policy would look.
@@ -63,16 +68,20 @@ class Replay:
         self.encoded: Encoded = encode(policy, demonstrations, np.concatenate(self._episodes), "held-out episodes")
         self._executed = policy.spec.action_normalisation.apply(demonstrations.columns()["actions"])
         self._actions = demonstrations.columns()["actions"]
-        self._targets = np.concatenate([
-            policy.decode(policy.backbone(**inputs).last_hidden_state).detach().float().numpy()
-            for _, inputs in self.encoded.batches()
-        ])
+        self._targets = np.concatenate(
+            [
+                policy.decode(policy.backbone(**inputs).last_hidden_state).detach().float().numpy()
+                for _, inputs in self.encoded.batches()
+            ]
+        )
 
     def statistics(self, skipper: Skipper, foresight: int) -> SkipStatistics:
         """What controllers and continuity say: of everything that may be skipped, skipped at once."""
         spec = self._policy.spec
         plan = skipper.plan
-        guide = Guide([block.length for block in plan.blocks], len(spec.action_names), Thresholds(1, 1), foresight=foresight)
+        guide = Guide(
+            [block.length for block in plan.blocks], len(spec.action_names), Thresholds(1, 1), foresight=foresight
+        )
         outputs: list[float] = []
         falls: list[float] = []
         surprises: list[float] = []

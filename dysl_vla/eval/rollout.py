@@ -33,7 +33,8 @@ class Rollout:
     Attributes:
         success: The success flag was raised at some step.
         steps: One row a step, for `steps.parquet`. Times are in milliseconds; those of the policy are None at steps
-            that executed a chunk predicted before. What was skipped is None likewise, and for policies that skip nothing.
+            that executed a chunk predicted before. What was skipped is None likewise, and for
+            policies that skip nothing.
         film: Frames for people, uint8 (256, 256, 3); empty unless asked for.
         film_fps: Their rate in real time.
     """

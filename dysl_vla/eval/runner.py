@@ -183,9 +183,7 @@ def _origins(record: Any) -> Iterator[dict[str, Any]]:
         yield from _origins(record.get("init"))
 
 
-def _identity(
-    config: EvalConfig, way: _Way, suite: Suite, tasks: tuple[str, ...], policy: Policy
-) -> dict[str, Any]:
+def _identity(config: EvalConfig, way: _Way, suite: Suite, tasks: tuple[str, ...], policy: Policy) -> dict[str, Any]:
     return {
         "policy": config.policy,
         "weights": policy.fingerprint,
@@ -215,7 +213,9 @@ def _run(config: EvalConfig, entrants: Sequence[_Entrant], keys: Sequence[Episod
             ends = records[entrant.way.name]
             ends.append(record)
             progress.update()
-            rates = {name: f"{100 * np.mean([e['success'] for e in ends]):.0f} %" for name, ends in records.items() if ends}
+            rates = {
+                name: f"{100 * np.mean([e['success'] for e in ends]):.0f} %" for name, ends in records.items() if ends
+            }
             progress.set_postfix(task=record["task"], success=" ".join(f"{n} {r}".strip() for n, r in rates.items()))
 
 
@@ -232,7 +232,9 @@ def _episodes(
     fingerprints = {entrant.way.name: entrant.policy.fingerprint for entrant, _ in todo}  # hashes all weights: once
     with worker_pool(config.workers) as pool:
         futures = {
-            pool.submit(_run_in_worker, config, entrant.way, fingerprints[entrant.way.name], entrant.folder, key): entrant
+            pool.submit(
+                _run_in_worker, config, entrant.way, fingerprints[entrant.way.name], entrant.folder, key
+            ): entrant
             for entrant, key in todo
         }
         for future in as_completed(futures):

@@ -10,7 +10,6 @@ from dysl_vla.errors import CheckpointError
 from dysl_vla.registry import Registry
 from dysl_vla.types import ActionChunk, EpisodeState, Observation, PolicySpec
 
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
 

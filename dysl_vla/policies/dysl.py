@@ -1,7 +1,7 @@
 """DySL: a policy whose backbone skips layers, as far as the action allows it, and the files that this adds to it.
 
-    skip.json           plan, sizes of the heads, statistics, operating point
-    skip.safetensors    adapters and controllers; what they were trained for in the metadata
+skip.json           plan, sizes of the heads, statistics, operating point
+skip.safetensors    adapters and controllers; what they were trained for in the metadata
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ class DyslPolicy:
         self._point = settings.statistics.point(self.skip)
         self._skipper = attach(policy.backbone, settings.plan, heads)
         self._lengths = np.array([block.length for block in settings.plan.blocks], np.int64)
-        self._guide = Guide(
-            self._lengths.tolist(), action_dim, self._point.thresholds, foresight=settings.foresight
-        )
+        self._guide = Guide(self._lengths.tolist(), action_dim, self._point.thresholds, foresight=settings.foresight)
         if self._switches.random:
             if settings.mean_layers is None:
                 raise ConfigError("random: the checkpoint does not say how many layers to run; tune it first.")
@@ -157,6 +155,10 @@ class DyslPolicy:
             digest.update(name.encode())
             digest.update(value.detach().cpu().numpy().tobytes())
         return f"{self._settings.teacher[:32]}{digest.hexdigest()[:32]}"
+
+    def close(self) -> None:
+        """Take the skipping off the policy again."""
+        self._skipper.detach()
 
     def reset(self) -> DyslState:
         """The state of an episode that begins."""

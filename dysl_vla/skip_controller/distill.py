@@ -24,7 +24,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dysl_vla.errors import ConfigError
@@ -248,6 +247,7 @@ class Distillation:
 
 
 def relative_error(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over tokens of the distance, relative to the wanted vectors' length; () ."""
+    """Mean over tokens of the distance, relative to the wanted vectors' length."""
     distance = torch.linalg.vector_norm(predicted - wanted, dim=-1)
-    return (distance / torch.linalg.vector_norm(wanted, dim=-1).clamp_min(1e-6)).mean()
+    error: Tensor = (distance / torch.linalg.vector_norm(wanted, dim=-1).clamp_min(1e-6)).mean()
+    return error

@@ -12,16 +12,17 @@ from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.guidance import Thresholds
 
 VERIFIED_AT_MOST = 0.01
-"""Share of inferences that the knob, at 0, lets be verified: a verified one costs more than the full model, and the tail
-of the latency is what a control loop is built for."""
+"""Share of inferences that the knob, near 0, lets be verified: one that is costs more than the full model."""
 SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Attributes:
-    threshold: A controller's output above it skips.
-    thresholds: Of continuity.
+    """What decides.
+
+    Attributes:
+        threshold: A controller's output above it skips.
+        thresholds: Of continuity.
     """
 
     threshold: float
@@ -51,9 +52,7 @@ class SkipStatistics:
                 raise ConfigError(f"statistics.{name}: must be at least two finite values that do not fall.")
 
     @classmethod
-    def measured(
-        cls, outputs: Sequence[float], falls: Sequence[float], surprises: Sequence[float]
-    ) -> SkipStatistics:
+    def measured(cls, outputs: Sequence[float], falls: Sequence[float], surprises: Sequence[float]) -> SkipStatistics:
         """From single values.
 
         Raises:
@@ -79,13 +78,14 @@ class SkipStatistics:
         if not 0 < skip <= 1:
             raise ConfigError(f"skip: {skip} must be above 0, where nothing is skipped, and at most 1.")
         everything = skip == 1
+        verified = 1 - VERIFIED_AT_MOST * (1 - skip)
         return OperatingPoint(
             threshold=-1.0 if everything else _at(self.outputs, 1 - skip),
             thresholds=Thresholds(
                 eta=max(SMALLEST, 2 * self.falls[-1] if everything else _at(self.falls, skip)),
                 eta_verify=max(
                     SMALLEST,
-                    2 * abs(self.surprises[-1]) if everything else _at(self.surprises, 1 - VERIFIED_AT_MOST * (1 - skip)),
+                    2 * abs(self.surprises[-1]) if everything else _at(self.surprises, verified),
                 ),
             ),
         )

@@ -89,7 +89,7 @@ class Bridged:
 
     Attributes:
         places: For each block, the dynamic layer that it is left at; None: it runs whole.
-        is_mixture: Landings get c adapter(x) + (1 - c) layers(x) (DySL-VLA, section 3.4) instead of the adapter's alone.
+        is_mixture: Landings get c adapter(x) + (1 - c) layers(x) (DySL-VLA, section 3.4), not the adapter's alone.
         outputs: Block to the controller's output at its place, (batch,).
         landings: Block to what its landing got, (batch, tokens, hidden).
     """
@@ -112,6 +112,7 @@ class Skipper:
         self._verified: Step | None = None
         self._inputs: list[Tensor] | None = None
         self._bridged: Bridged | None = None
+        self._jump_to = 0  # the layer before which no row of the running pass has anything to run
         self._landed: list[int] = []  # for each row of the running pass, the layer that it jumps to
         self._returns: type | None = None  # the container in which a layer answers; None: no container
         self._block_of = {
@@ -243,6 +244,8 @@ class Skipper:
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
         original = self._originals[index]
         if self._step is not None:
+            if 0 < index < self._jump_to:  # all rows are on their way to a landing: nothing to do, as fast as can be
+                return self._answer(args[0] if args else kwargs[self._names[index][0]])
             arguments = dict(zip(self._names[index], args, strict=False)) | kwargs
             return self._skipping(index, original, self._step, arguments)
         if self._verified is not None:
@@ -326,6 +329,7 @@ class Skipper:
         if batch != len(step.allow_points):
             raise ConfigError(f"allow_points: {len(step.allow_points)} rows, the batch has {batch}.")
         self._landed = [0] * batch
+        self._jump_to = 0
         if step.is_decided:
             return
         cache = _cache(arguments)
@@ -361,6 +365,7 @@ class Skipper:
             chosen = torch.tensor(rows, device=hidden.device)
             hidden = hidden.index_copy(0, chosen, adapter(hidden[chosen]).to(hidden.dtype))
         step.adapters_s += time.perf_counter() - started
+        self._jump_to = min(self._landed)
         return hidden
 
     def _decide(self, index: int, step: Step, hidden: Tensor) -> list[int]:
@@ -447,12 +452,7 @@ def find_layers(decoder: nn.Module, depth: int) -> nn.ModuleList:
     Raises:
         ConfigError: There is none, or more than one.
     """
-    lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = [
-        module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists if other)
-    ]
-    if not outermost:
-        raise ConfigError(f"decoder: {type(decoder).__name__} has no list of layers (torch.nn.ModuleList).")
+    outermost = _outermost_lists(decoder)
     fitting = [module for module in outermost if len(module) == depth]
     if not fitting:
         depths = sorted(len(module) for module in outermost)
@@ -460,6 +460,25 @@ def find_layers(decoder: nn.Module, depth: int) -> nn.ModuleList:
     if len(fitting) > 1:
         raise ConfigError(f"decoder: {len(fitting)} lists of {depth} layers; pass the language model alone.")
     return fitting[0]
+
+
+def find_all_layers(decoder: nn.Module) -> nn.ModuleList:
+    """The decoder's only, or longest, list of layers.
+
+    Raises:
+        ConfigError: There is none, or two are equally long.
+    """
+    return find_layers(decoder, max(map(len, _outermost_lists(decoder))))
+
+
+def _outermost_lists(decoder: nn.Module) -> list[nn.ModuleList]:
+    lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = [
+        module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists if other)
+    ]
+    if not outermost:
+        raise ConfigError(f"decoder: {type(decoder).__name__} has no list of layers (torch.nn.ModuleList).")
+    return outermost
 
 
 def _cache(arguments: Mapping[str, Any]) -> Any:

@@ -14,16 +14,32 @@ from dysl_vla.skip_controller.guidance import WINDOW, continuity
 
 BLOCKS = (3, 13)
 GUIDE = Guide(BLOCKS, 2, Thresholds(eta=0.1, eta_verify=0.2))
+
+
+class Episode:
+    """An episode that is guided: remembers all that was executed."""
+
+    def __init__(self, guide: Guide = GUIDE) -> None:
+        self.guide = guide
+        self.state = guide.reset()
+        self.executed = np.empty((0, 2))
+
+    def observe(self, chunk: np.ndarray) -> None:
+        self.executed = np.concatenate([self.executed, chunk])
+        self.guide.observe(self.state, self.executed)
+
+
 VALUES = st.floats(-3, 3, width=32)
 CHUNKS = st.lists(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.just(2)), elements=VALUES), max_size=12)
 
 
 @given(CHUNKS)
 def test_falling_continuity_never_allows_more_skipping(chunks: list[np.ndarray]) -> None:
-    state = GUIDE.reset()
+    episode = Episode()
+    state = episode.state
     for chunk in chunks:
         points, before = state.allow_points, state.continuity
-        GUIDE.observe(state, chunk)
+        episode.observe(chunk)
         if before is None or state.continuity is None or state.continuity >= before:
             continue
         assert (state.allow_points >= points).all()
@@ -33,10 +49,11 @@ def test_falling_continuity_never_allows_more_skipping(chunks: list[np.ndarray])
 
 @given(CHUNKS)
 def test_protection_is_at_once_and_release_is_gradual(chunks: list[np.ndarray]) -> None:
-    state = GUIDE.reset()
+    episode = Episode()
+    state = episode.state
     for chunk in chunks:
         points, before = state.allow_points, state.continuity
-        GUIDE.observe(state, chunk)
+        episode.observe(chunk)
         assert (points - state.allow_points <= 1).all()
         if before is None or state.continuity is None:
             continue
@@ -48,57 +65,73 @@ def test_protection_is_at_once_and_release_is_gradual(chunks: list[np.ndarray]) 
 
 @given(CHUNKS, hnp.arrays(np.float32, 2, elements=VALUES))
 def test_a_constant_trajectory_ends_at_full_skipping(chunks: list[np.ndarray], action: np.ndarray) -> None:
-    state = GUIDE.reset()
+    episode = Episode()
     for chunk in chunks:
-        GUIDE.observe(state, chunk)
+        episode.observe(chunk)
     for _ in range(WINDOW + 2 + max(BLOCKS)):
-        GUIDE.observe(state, action[None])
-    assert (state.allow_points == 0).all()
+        episode.observe(action[None])
+    assert (episode.state.allow_points == 0).all()
 
 
 @given(st.lists(CHUNKS, min_size=1, max_size=4))
 def test_episodes_do_not_touch_each_other(episodes: list[list[np.ndarray]]) -> None:
     alone = []
     for chunks in episodes:
-        state = GUIDE.reset()
+        episode = Episode()
         for chunk in chunks:
-            GUIDE.observe(state, chunk)
-        alone.append(state)
-    together = [GUIDE.reset() for _ in episodes]
+            episode.observe(chunk)
+        alone.append(episode.state)
+    together = [Episode() for _ in episodes]
     for turn in range(max(map(len, episodes))):
-        for state, chunks in zip(together, episodes, strict=True):
+        for episode, chunks in zip(together, episodes, strict=True):
             if turn < len(chunks):
-                GUIDE.observe(state, chunks[turn])
-    for one, other in zip(alone, together, strict=True):
+                episode.observe(chunks[turn])
+    for one, other in zip(alone, (episode.state for episode in together), strict=True):
         np.testing.assert_array_equal(one.allow_points, other.allow_points)
         assert one.continuity == other.continuity
 
 
-def test_nothing_is_skipped_before_anything_is_known() -> None:
-    np.testing.assert_array_equal(GUIDE.reset().allow_points, BLOCKS)
+def test_an_episode_begins_at_rest_and_may_skip() -> None:
+    np.testing.assert_array_equal(GUIDE.reset().allow_points, 0)
 
 
 def test_only_the_first_fall_is_verified() -> None:
-    state = GUIDE.reset()
+    episode = Episode()
     for _ in range(4):
-        GUIDE.observe(state, np.zeros((2, 2)))
+        episode.observe(np.zeros((2, 2)))
     still, jump = np.zeros((1, 2)), np.array([[1.0, 1.0]])
     asked = []
     for predicted in (still, jump, jump, still, jump):
-        asked.append(GUIDE.verify(state, predicted))
-        GUIDE.observe(state, still)  # what was executed stays smooth
+        asked.append(GUIDE.verify(episode.state, predicted, 1))
+        episode.observe(still)  # what was executed stays smooth
     assert asked == [False, True, False, False, True]
 
 
 def test_a_verified_prediction_replaces_the_verdict_on_the_first() -> None:
-    state = GUIDE.reset()
+    episode = Episode()
     still, jump = np.zeros((1, 2)), np.array([[1.0, 1.0]])
     for _ in range(4):
-        GUIDE.observe(state, still)
-    assert GUIDE.verify(state, jump)
-    assert not GUIDE.verify(state, still)  # predicted again: no fall after all
-    GUIDE.observe(state, still)
-    assert GUIDE.verify(state, jump)
+        episode.observe(still)
+    assert GUIDE.verify(episode.state, jump, 1)
+    assert not GUIDE.verify(episode.state, still, 1)  # predicted again: no fall after all
+    episode.observe(still)
+    assert GUIDE.verify(episode.state, jump, 1)
+
+
+@pytest.mark.parametrize(("foresight", "protected_after"), [(0, 8), (4, 4)])
+def test_foresight_protects_before_the_fall(foresight: int, protected_after: int) -> None:
+    """A chunk of six, two executed at a time; the gripper closes at action 8."""
+    guide = Guide((3,), 2, Thresholds(0.1, 0.2), foresight=foresight)
+    trajectory = np.zeros((30, 2))
+    trajectory[8:, 1] = 1.0
+    state = guide.reset()
+    for executed in range(0, 20, 2):
+        guide.observe(state, trajectory[:executed])
+        if state.allow_points.any():
+            assert executed == protected_after + 2
+            return
+        assert not guide.verify(state, trajectory[executed : executed + 6], 2) or foresight == 0
+    pytest.fail("never protected")
 
 
 @given(st.sampled_from([np.nan, np.inf, -np.inf]))
@@ -106,9 +139,10 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(value: float) -> None
     state = GUIDE.reset()
     GUIDE.observe(state, np.zeros((3, 2)))
     before = copy.deepcopy(state)
-    for call in (GUIDE.observe, GUIDE.verify):
-        with pytest.raises(ActionError, match="not finite"):
-            call(state, np.array([[0.0, value]]))
+    with pytest.raises(ActionError, match="not finite"):
+        GUIDE.observe(state, np.array([[0.0, value]]))
+    with pytest.raises(ActionError, match="not finite"):
+        GUIDE.verify(state, np.array([[0.0, value]]), 1)
     with pytest.raises(ActionError, match="built for 2 dimensions"):
         GUIDE.observe(state, np.zeros((1, 3)))
     np.testing.assert_array_equal(state.recent, before.recent)

@@ -1,0 +1,97 @@
+"""Which layers are static? Those whose output differs most from their input (DySL-VLA, section 3.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller.skipping import find_all_layers
+
+
+def similarities(decoder: nn.Module, inputs: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    """Mean cosine similarity of each layer's input and output.
+
+    Args:
+        decoder: With one list of layers.
+        inputs: Its arguments; with an `attention_mask`, (batch, tokens), padding does not count.
+
+    Returns:
+        (layers,), in [-1, 1].
+
+    Raises:
+        ConfigError: It has no list of layers.
+    """
+    layers = find_all_layers(decoder)
+    means: list[float] = []
+    mask = inputs.get("attention_mask")
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: object) -> None:
+        before = args[0] if args else next(iter(kwargs.values()))
+        after = output[0] if isinstance(output, (tuple, list)) else output
+        assert isinstance(after, Tensor)
+        cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        weight = torch.ones_like(cosine) if mask is None else mask.to(cosine.dtype)
+        means.append(float((cosine * weight).sum() / weight.sum()))
+
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    try:
+        with torch.no_grad():
+            decoder(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return np.array(means)
+
+
+def choose_static_layers(similarity: NDArray[np.float64], ratio: float, longest_block: int = 0) -> tuple[int, ...]:
+    """The least similar layers, so that no block between them is too long.
+
+    The first layer and the last are always among them: what comes before the first or behind the last static layer has
+    to run in any case.
+
+    Args:
+        similarity: (layers,).
+        ratio: Share of layers that are static.
+        longest_block: Most dynamic layers between two static ones; 0: any number.
+
+    Returns:
+        Indices, rising.
+
+    Raises:
+        ConfigError: So few static layers make longer blocks, or none is left to skip.
+    """
+    depth = len(similarity)
+    if not 0 < ratio < 1:
+        raise ConfigError(f"static_ratio: {ratio} must be above 0 and below 1.")
+    if longest_block < 0:
+        raise ConfigError(f"longest_block: {longest_block} must not be negative.")
+    count = max(2, round(ratio * depth))
+    longest = longest_block or depth
+    if depth < 3 or count >= depth:
+        raise ConfigError(f"static_ratio: {ratio} of {depth} layers leaves none to skip.")
+    if count + (count - 1) * longest < depth:
+        least = math.ceil((depth + longest) / (longest + 1))
+        raise ConfigError(
+            f"longest_block: {count} static layers of {depth} leave blocks longer than {longest}; "
+            f"take a static_ratio of at least {least / depth:.2f}."
+        )
+    # best[m][j]: the least sum of similarities of m + 1 static layers, the first at 0 and the last at j.
+    best = np.full((count, depth), np.inf)
+    came_from = np.zeros((count, depth), np.int64)
+    best[0, 0] = similarity[0]
+    for used in range(1, count):
+        for layer in range(used, depth):
+            earliest = max(0, layer - longest - 1)
+            before = best[used - 1, earliest:layer]
+            came_from[used, layer] = earliest + int(before.argmin())
+            best[used, layer] = before.min() + similarity[layer]
+    chosen = [depth - 1]
+    for used in range(count - 1, 0, -1):
+        chosen.append(int(came_from[used, chosen[-1]]))
+    return tuple(reversed(chosen))

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.policies import load_policy
+from dysl_vla.policies.dysl import DyslPolicy, SkipSettings, load_dysl, save_operating_point, save_skips
+from dysl_vla.policies.mini_vla import MiniVLA
+from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan
+from dysl_vla.skip_controller.operating import SkipStatistics, Switches, random_rate
+from tests.conftest import MOCK_INSTRUCTIONS, make_tiny_policy
+
+PLAN = SkipPlan(6, (0, 3, 5))
+STATISTICS = SkipStatistics(outputs=(0.0, 0.5, 1.0), falls=(0.1, 0.2, 0.3), surprises=(-0.1, 0.05, 0.1))
+
+
+def make_parts(seed: int = 0) -> tuple[MiniVLA, SkipHeads, SkipSettings]:
+    policy = make_tiny_policy(seed, num_layers=6)
+    torch.manual_seed(1)
+    heads = SkipHeads(PLAN, HeadsConfig(16, adapter_size=4, controller_size=4)).eval()
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.5)
+        parameter.data = parameter.data.half().float()  # as they are saved
+    return policy, heads, SkipSettings(PLAN, heads.config, policy.fingerprint, 3, STATISTICS, 2, 0.9, 4.5)
+
+
+def make_dysl(**options: Any) -> DyslPolicy:
+    return DyslPolicy(*make_parts(), **options)
+
+
+def observe(number: int) -> dict[str, Any]:
+    rng = np.random.default_rng(number)
+    return {
+        "observation.images.top": rng.integers(0, 256, (32, 32, 3), np.uint8),
+        "observation.images.wrist": rng.integers(0, 256, (16, 16, 3), np.uint8),
+        "observation.state": rng.normal(size=2).astype(np.float32),
+        "task": MOCK_INSTRUCTIONS[0],
+    }
+
+
+def play(policy: Any, numbers: range, executed: float = 0.0) -> list[Any]:
+    state = policy.reset()
+    chunks = []
+    for number in numbers:
+        [chunk] = policy.infer([observe(number)], [state])
+        chunks.append(chunk)
+        for action in chunk.actions[:2]:
+            state.executed.append(action + np.float32(executed))
+    return chunks
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    policy, heads, settings = make_parts()
+    policy.save_pretrained(tmp_path)
+    saved = MiniVLA.from_pretrained(str(tmp_path))
+    settings = SkipSettings(**{**settings.__dict__, "teacher": saved.fingerprint})
+    save_skips(tmp_path, heads, settings, {"made": "here"})
+    return tmp_path
+
+
+def test_skip_0_is_the_full_model(checkpoint: Path) -> None:
+    full, named = MiniVLA.from_pretrained(str(checkpoint)), load_policy(str(checkpoint), skip=0)
+    assert isinstance(named, MiniVLA)
+    for one, other in zip(play(full, range(4)), play(named, range(4)), strict=True):
+        np.testing.assert_array_equal(one.actions, other.actions)
+        assert other.skips is None
+
+
+def test_skip_1_skips_all_that_may_be_skipped() -> None:
+    for chunk in play(make_dysl(skip=1), range(6)):
+        assert np.flatnonzero(chunk.skips.layers_run).tolist() == [0, 3, 5]
+        assert chunk.skips.skips == {1: 3, 4: 5}
+        assert not chunk.skips.is_verified
+
+
+def test_more_skip_runs_no_more_layers() -> None:
+    means = [np.mean([c.skips.layers for c in play(make_dysl(skip=s), range(40))]) for s in (0.05, 0.5, 1.0)]
+    assert means[0] > means[1] > means[2] == 3
+
+
+def test_a_verified_chunk_is_the_full_models_exactly() -> None:
+    policy = make_dysl(skip=0.5)
+    policy._guide.verify = lambda *_: True  # type: ignore[method-assign]
+    full = make_tiny_policy(num_layers=6)
+    verified = [c for c in play(policy, range(30)) if c.skips.is_verified]
+    assert verified
+    for number, chunk in enumerate(play(policy, range(30))):
+        if chunk.skips.is_verified:
+            [expected] = full.infer([observe(number)], [full.reset()])
+            np.testing.assert_array_equal(chunk.actions, expected.actions)
+            assert chunk.skips.layers == chunk.skips.layers_run.sum() + 6 - chunk.skips.resumed_from
+            assert chunk.timing.llm_s >= chunk.skips.verify_s > 0
+
+
+def test_switches_leave_parts_out() -> None:
+    unguided = play(make_dysl(skip=0.9, switches=Switches(guidance=False)), range(20), executed=3.0)
+    assert all(chunk.skips.allow_points == (0, 0) for chunk in unguided)
+    asking = make_dysl(skip=0.5, switches=Switches(verification=False))
+    asking._guide.verify = lambda *_: True  # type: ignore[method-assign]
+    assert not any(chunk.skips.is_verified for chunk in play(asking, range(20)))
+    random = play(make_dysl(switches=Switches(False, False, True)), range(400))
+    assert all(not chunk.skips.outputs for chunk in random)
+    assert np.mean([chunk.skips.layers for chunk in random]) == pytest.approx(4.5, abs=0.15)
+
+
+def test_rows_of_a_batch_have_their_own_history() -> None:
+    policy = make_dysl(skip=0.6)
+    alone = [play(policy, range(start, start + 8)) for start in (0, 10, 20)]
+    states = [policy.reset() for _ in range(3)]
+    for turn in range(8):
+        chunks = policy.infer([observe(start + turn) for start in (0, 10, 20)], states)
+        for row, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
+            np.testing.assert_allclose(chunk.actions, alone[row][turn].actions, atol=1e-5)
+            assert chunk.skips.skips == alone[row][turn].skips.skips
+            assert chunk.skips.allow_points == alone[row][turn].skips.allow_points
+            state.executed.extend(chunk.actions[:2])
+
+
+def test_a_saved_policy_skips_as_before(checkpoint: Path) -> None:
+    before = play(make_dysl(skip=0.9), range(5))
+    after = play(load_policy(str(checkpoint)), range(5))
+    for one, other in zip(before, after, strict=True):
+        assert one.skips.skips == other.skips.skips
+        np.testing.assert_allclose(one.actions, other.actions, atol=2e-3)  # half precision
+
+
+def test_an_operating_point_is_kept(checkpoint: Path) -> None:
+    before = load_policy(str(checkpoint)).fingerprint
+    save_operating_point(checkpoint, 0.4, 5.0, {"by": "test"})
+    policy = load_policy(str(checkpoint))
+    assert isinstance(policy, DyslPolicy)
+    assert (policy.skip, policy.settings.mean_layers) == (0.4, 5.0)
+    assert policy.fingerprint != before
+    assert json.loads((checkpoint / "skip.json").read_text())["provenance"]["operating_point"] == {"by": "test"}
+
+
+def test_heads_of_other_weights_are_refused() -> None:
+    _, heads, settings = make_parts()
+    with pytest.raises(CheckpointError, match="trained for a policy of fingerprint"):
+        DyslPolicy(make_parts(seed=5)[0], heads, settings)
+
+
+def test_a_guide_for_other_actions_is_refused() -> None:
+    policy, heads, settings = make_parts()
+    with pytest.raises(ConfigError, match="actions of 7 dimensions"):
+        DyslPolicy(policy, heads, SkipSettings(**{**settings.__dict__, "action_dim": 7}))
+
+
+@pytest.mark.parametrize("skip", [-0.1, 1.1, float("nan")])
+def test_a_knob_out_of_range_is_refused(checkpoint: Path, skip: float) -> None:
+    with pytest.raises(ConfigError, match="skip"):
+        load_policy(str(checkpoint), skip=skip)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("plan", {"num_layers": 6, "static_layers": [0, 2, 5]}), ("teacher", "other"), ("skip", 2.0), ("foresight", "x")],
+)
+def test_an_edited_file_is_refused(checkpoint: Path, field: str, value: object) -> None:
+    path = checkpoint / "skip.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    policy = make_tiny_policy(num_layers=6)
+    with pytest.raises(CheckpointError, match=field):
+        load_dysl(policy, checkpoint)
+    with pytest.raises(CheckpointError):
+        load_policy(str(checkpoint))
+
+
+def test_a_policy_without_heads_cannot_be_told_to_skip() -> None:
+    with pytest.raises(ConfigError, match="dysl distill"):
+        load_policy("mock", skip=0.5)
+    assert load_policy("mock", skip=0).fingerprint == "mock"
+
+
+def test_a_random_rate_runs_so_many_layers() -> None:
+    rng = np.random.default_rng(0)
+    for lengths, wanted in (((7, 7, 6), 5.0), ((2, 1), 2.0), ((22,), 11.0)):
+        rate = random_rate(lengths, wanted)
+        runs = np.minimum(rng.geometric(rate, (20_000, len(lengths))) - 1, lengths).sum(axis=1)
+        assert runs.mean() == pytest.approx(wanted, rel=0.03)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach
+from dysl_vla.skip_controller.distill import DistillConfig, Distillation
+
+PLAN = SkipPlan(num_layers=6, static_layers=(0, 3, 5))
+
+
+def make(
+    objective: str = "tolerance", adapter_steps: int = 30, skip_steps: int = 60
+) -> tuple[Distillation, LlamaModel]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=10, hidden_size=16, num_hidden_layers=6, num_attention_heads=2, intermediate_size=32
+    )
+    model = LlamaModel(config).eval().requires_grad_(False)
+    read_out = torch.nn.Linear(16, 8).requires_grad_(False)
+    skipper = attach(model, PLAN, SkipHeads(PLAN, HeadsConfig(16, adapter_size=16, controller_size=8)))
+    return (
+        Distillation(
+            skipper,
+            lambda inputs: model(**inputs).last_hidden_state,
+            lambda hidden: read_out(hidden[:, -1]).view(-1, 4, 2),
+            execute_steps=2,
+            config=DistillConfig(adapter_steps, skip_steps, objective, batch=16, warmup=5, learning_rate=1e-2),
+        ),
+        model,
+    )
+
+
+def run(distillation: Distillation, steps: int) -> list[dict[str, float]]:
+    data = torch.randn(64, 5, 16, generator=torch.Generator().manual_seed(1))
+    target = distillation.target({"inputs_embeds": data})
+    figures = []
+    for _ in range(steps):
+        rng = distillation.rng()
+        rows = torch.from_numpy(rng.integers(0, len(data), 16))
+        some = type(target)(target.actions[rows], [landing[rows] for landing in target.landings])
+        figures.append(distillation.update({"inputs_embeds": data[rows]}, some, rng))
+    return figures
+
+
+@pytest.mark.parametrize("objective", ["tolerance", "mixture"])
+def test_both_stages_learn_and_leave_the_backbone_alone(objective: str) -> None:
+    distillation, model = make(objective)
+    before = copy.deepcopy(model.state_dict())
+    figures = run(distillation, 90)
+    first, second = figures[:30], figures[30:]
+    assert np.mean([f["loss"] for f in first[-5:]]) < 0.8 * np.mean([f["loss"] for f in first[:5]])
+    assert np.mean([f["landing_error"] for f in second[-20:]]) < np.mean([f["landing_error"] for f in second[:20]])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_first_stage_leaves_controllers_alone() -> None:
+    distillation, _ = make()
+    before = {n: p.detach().clone() for n, p in distillation.parameters.items()}
+    run(distillation, 5)
+    for name, value in distillation.parameters.items():
+        assert torch.equal(value, before[name]) == name.startswith("controllers"), name
+
+
+def test_the_second_stage_skips_one_layer_of_a_block_at_most_and_of_one_block_at_least() -> None:
+    distillation, _ = make(adapter_steps=0)
+    seen = set()
+    for seed in range(200):
+        places = distillation._draw(np.random.default_rng(seed))
+        for place, block in zip(places, PLAN.blocks, strict=True):
+            assert place is None or block.first <= place < block.landing
+        assert places != [None, None]
+        seen.add(tuple(places))
+    assert len(seen) == 5  # left at 1, 2 or not at all, at 4 or not at all, but not both whole
+
+
+def test_a_mixture_that_never_skips_is_the_full_model() -> None:
+    distillation, model = make()
+    skipper = distillation._skipper
+    data = torch.randn(3, 5, 16)
+    full = model(inputs_embeds=data).last_hidden_state
+    with torch.no_grad():
+        for controller in skipper.heads.controllers.values():
+            controller.out.bias.fill_(-100.0)
+    with skipper.bridge([1, 4], is_mixture=True):
+        mixed = model(inputs_embeds=data).last_hidden_state
+    torch.testing.assert_close(mixed, full)
+
+
+def test_training_runs_what_inference_runs() -> None:
+    distillation, model = make()
+    run(distillation, 40)
+    data = torch.randn(3, 5, 16)
+    with torch.no_grad(), distillation._skipper.bridge([2, 4]):
+        trained = model(inputs_embeds=data).last_hidden_state
+    with torch.no_grad(), distillation._skipper.step(np.array([[1, 0]] * 3), is_decreed=True) as step:
+        decreed = model(inputs_embeds=data).last_hidden_state
+    assert step.landings == [{2: 3, 4: 5}] * 3
+    assert step.outputs == [{}] * 3
+    torch.testing.assert_close(trained, decreed)
+
+
+@pytest.mark.parametrize("places", [[0, None], [3, None], [1, 5], [1]])
+def test_places_that_are_not_of_their_block_are_refused(places: list[int | None]) -> None:
+    distillation, _ = make()
+    with pytest.raises(ConfigError, match="places"), distillation._skipper.bridge(places):
+        pass
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": 0.0}, {"batch": 0}, {"quantile": 1.0}, {"objective": "x"}, {"layer_weight": -1.0}]
+)
+def test_values_that_cannot_work_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        DistillConfig(**changes)
