@@ -84,17 +84,51 @@ def _distill(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _tune(arguments: Sequence[str]) -> int:
+    from dysl_vla.eval.tuning import TuneConfig, render_curve, tune
+
+    config = _parse(TuneConfig, arguments, "dysl tune")
+    curve, chosen = tune(config)
+    print(render_curve(curve, chosen))
+    print(f"Stored in {config.policy}: skip {chosen.skip}, {chosen.layers:.1f} layers an inference.")
+    return 0
+
+
+def _bench_backbone(arguments: Sequence[str]) -> int:
+    from dysl_vla.eval.bench import BackboneBenchConfig, bench_backbone, render_backbone
+
+    config = _parse(BackboneBenchConfig, arguments, "dysl bench backbone")
+    print(render_backbone(config, bench_backbone(config)))
+    return 0
+
+
+def _plot(arguments: Sequence[str]) -> int:
+    from dysl_vla.eval.plot import plot
+
+    def draw(folder: tyro.conf.Positional[Path]) -> int:
+        """Draw an evaluation: layers over the task's progress, and the curve of speed and success.
+
+        Args:
+            folder: Of `dysl eval`, one run or several (`--skip-config`).
+        """
+        for path in plot(folder):
+            print(path)
+        return 0
+
+    return tyro.cli(draw, args=arguments, prog="dysl plot")
+
+
 def _eval(arguments: Sequence[str]) -> int:
     from dysl_vla.eval.compare import compare, render_comparison
     from dysl_vla.eval.report import render_report
     from dysl_vla.eval.runner import EvalConfig, evaluate
 
     config = _parse(EvalConfig, arguments, "dysl eval")
-    results = evaluate(config)
-    for result in results:
-        print(render_report(result))
-    if len(results) > 1:
-        runs = [config.out / result["way"] for result in results]
+    result = evaluate(config)
+    for one in result.get("ways", {"": result}).values():
+        print(render_report(one))
+    if len(result.get("ways", ())) > 1:
+        runs = [config.out / name for name in result["ways"]]
         print(render_comparison(runs, compare(runs)))
     print(f"Records: {config.out}")
     return 0
@@ -126,6 +160,9 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a policy on demonstrations"),
     "calibrate": (_calibrate, "measure which layers a policy cannot do without, and plan what may be skipped"),
     "distill": (_distill, "train adapters and controllers, so that a policy skips layers"),
+    "tune": (_tune, "choose how much a policy skips, by time or by success"),
+    "bench backbone": (_bench_backbone, "measure what skipping costs beside what it saves, on a decoder of any size"),
+    "plot": (_plot, "draw where an evaluation's layers went"),
     "eval": (_eval, "evaluate a policy: success, latency, videos"),
     "eval compare": (_eval_compare, "compare evaluations, paired by episode"),
 }

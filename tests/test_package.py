@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "envs": {"skip_controller"},
     "policies": {"skip_controller"},
     "data": {"skip_controller", "envs", "policies"},
-    "eval": {"skip_controller", "envs", "policies"},
+    "eval": {"skip_controller", "envs", "policies", "data"},  # tuning replays demonstrations and runs episodes
     "deploy": {"skip_controller", "envs", "policies"},
 }
 

@@ -45,7 +45,7 @@ with needs_extra("policy"):
 
     from dysl_vla.policies.dysl import FORESIGHT, DyslPolicy, SkipSettings, save_skips
     from dysl_vla.skip_controller.distill import Distillation, DistillConfig, Target
-    from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
+    from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.skipping import attach
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
@@ -255,10 +255,3 @@ def _parameters(policy: BackbonePolicy) -> Iterator[torch.nn.Parameter]:
 def _rows(target: Target, rows: Any) -> Target:
     chosen = torch.from_numpy(rows)
     return Target(target.actions[chosen], [landing[chosen] for landing in target.landings])
-
-
-def default_adapter_size(hidden_size: int, weights: int, dynamic_layers: int) -> int:
-    """Bottleneck of an adapter: small beside a wide backbone (1.5 % of its weights in all), 128 beside a narrow one."""
-    if hidden_size <= 1024:
-        return min(hidden_size, 128)
-    return max(8, min(128, int(0.015 * weights / dynamic_layers / (2 * hidden_size + 1)) // 8 * 8))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from dysl_vla.data.encoding import Encoded, encode, is_held_out
+from dysl_vla.data.encoding import Encoded, choose_frames, encode, is_held_out, observations
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
@@ -24,6 +25,8 @@ with needs_extra("policy"):
 
 EPISODES = 60
 """Held-out episodes that are replayed, at most."""
+TIMED = 100
+"""Observations whose encoding is timed."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,14 @@ class Replayed:
     Attributes:
         traces: One a moment.
         errors: Mean distance of the executed actions from the full model's, normalised, (moments,).
-        llm_s: Median time of the backbone, alone with each moment.
+        llm_s: Mean time of the backbone, with all that skipping adds to it.
+        rest_s: Mean time of decoding and guidance.
     """
 
     traces: list[SkipTrace]
     errors: FloatArray
     llm_s: float
+    rest_s: float
 
     @property
     def mean_layers(self) -> float:
@@ -65,6 +70,7 @@ class Replay:
             raise DatasetError(f"{demonstrations.root}: has no held-out episode (one in 20 is); collect more.")
         step = policy.spec.execute_steps
         self._episodes = [np.arange(row.start, row.start + row.length, step) for row in rows]
+        self.encode_s = _encoding_time(policy, demonstrations)
         self.encoded: Encoded = encode(policy, demonstrations, np.concatenate(self._episodes), "held-out episodes")
         self._executed = policy.spec.action_normalisation.apply(demonstrations.columns()["actions"])
         self._actions = demonstrations.columns()["actions"]
@@ -109,7 +115,8 @@ class Replay:
 
     def play(self, policy: DyslPolicy) -> Replayed:
         """Let a policy predict at each moment, with the demonstrated actions as those executed."""
-        traces, errors, times = [], [], []
+        traces: list[SkipTrace] = []
+        errors, llm, rest = [], [], []
         row = 0
         for moments in self._episodes:
             state = policy.reset()
@@ -122,6 +129,19 @@ class Replay:
                 predicted = policy.spec.action_normalisation.apply(chunk.actions[:steps])
                 errors.append(np.abs(predicted - self._targets[row][:steps]).mean())
                 traces.append(chunk.skips)
-                times.append(chunk.timing.llm_s)
+                llm.append(chunk.timing.llm_s)
+                rest.append(chunk.timing.decode_s + chunk.timing.guidance_s)
                 row += 1
-        return Replayed(traces, np.array(errors, np.float32), float(np.median(times)))
+        return Replayed(traces, np.array(errors, np.float32), float(np.mean(llm)), float(np.mean(rest)))
+
+
+def _encoding_time(policy: BackbonePolicy, demonstrations: Demonstrations) -> float:
+    """Median seconds of encoding one observation."""
+    times = []
+    first = choose_frames(demonstrations, TIMED, held_out=True)[:TIMED]
+    with torch.inference_mode():
+        for _, observation in observations(demonstrations, first):
+            started = time.perf_counter()
+            policy.encode([observation])
+            times.append(time.perf_counter() - started)
+    return float(np.median(times))

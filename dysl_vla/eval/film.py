@@ -1,4 +1,4 @@
-"""Films of episodes on one picture, so that a run can be looked at in a second."""
+"""What is drawn on films, and films of episodes on one picture, so that a run can be looked at in a second."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import replacing
+from dysl_vla.types import ImageArray, SkipTrace
 from dysl_vla.video import read_video
 
 with needs_extra("sim"):
@@ -17,6 +18,8 @@ with needs_extra("sim"):
 COLUMNS = 6
 SIDE = 144
 CAPTION = 14
+STRIP = 48
+"""Pixels under a frame."""
 
 
 def write_contact_sheet(films: Sequence[Path], path: Path) -> None:
@@ -26,14 +29,46 @@ def write_contact_sheet(films: Sequence[Path], path: Path) -> None:
         films: MP4 files.
         path: Ends in `.png`.
     """
-    sheet = Image.new("RGB", (COLUMNS * SIDE, len(films) * (SIDE + CAPTION)), "white")
+    read = [list(read_video(film)) for film in films]
+    height = max(round(SIDE * frames[0].shape[0] / frames[0].shape[1]) for frames in read)
+    sheet = Image.new("RGB", (COLUMNS * SIDE, len(films) * (height + CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, film in enumerate(films):
-        frames = list(read_video(film))
-        top = row * (SIDE + CAPTION)
+    for row, (film, frames) in enumerate(zip(films, read, strict=True)):
+        top = row * (height + CAPTION)
         draw.text((2, top), film.stem, fill="black")
         for column, index in enumerate(np.linspace(0, len(frames) - 1, COLUMNS).round().astype(int)):
-            frame = Image.fromarray(frames[index]).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            frame = Image.fromarray(frames[index]).resize((SIDE, height), Image.Resampling.LANCZOS)
             sheet.paste(frame, (column * SIDE, top + CAPTION))
     with replacing(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
+
+
+def draw_skipping(frame: ImageArray, trace: SkipTrace, continuities: Sequence[float | None]) -> ImageArray:
+    """Put under a frame what layer skipping does there.
+
+    A cell a layer, green if it ran, grey if it was skipped; the continuity of the trajectory so far, the latest on the
+    right; a red frame where the full model predicted again.
+
+    Args:
+        frame: uint8, (height, width, 3).
+        trace: Of the inference whose actions are being executed.
+        continuities: Of the episode's inferences until now.
+
+    Returns:
+        uint8, (height + STRIP, width, 3).
+    """
+    height, width = frame.shape[:2]
+    canvas = Image.new("RGB", (width, height + STRIP), "white")
+    canvas.paste(Image.fromarray(frame), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    edges = np.linspace(2, width - 2, len(trace.layers_run) + 1)
+    for ran, left, right in zip(trace.layers_run, edges[:-1], edges[1:], strict=True):
+        draw.rectangle((left, height + 3, right - 2, height + 12), fill="#2a9d4a" if ran else "#d0d0d0")
+    known = [value for value in continuities if value is not None][-width // 4 :]
+    if len(known) > 1:
+        low = min(*known, -0.5)
+        points = [(width - 4 * (len(known) - i), height + 16 + (STRIP - 20) * v / low) for i, v in enumerate(known)]
+        draw.line(points, fill="#1f5fbf", width=2)
+    if trace.is_verified:
+        draw.rectangle((0, 0, width - 1, height + STRIP - 1), outline="red", width=3)
+    return np.asarray(canvas)

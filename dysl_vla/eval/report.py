@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dysl_vla.eval.statistics import wilson
+from dysl_vla.types import PolicySpec
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -16,7 +18,7 @@ LATENCY_PARTS = ("total", "encode", "llm", "decode", "guidance")
 
 
 def summarise(
-    episodes: Sequence[Mapping[str, Any]], steps: pa.Table, tasks: Sequence[str], execute_steps: int
+    episodes: Sequence[Mapping[str, Any]], steps: pa.Table, tasks: Sequence[str], spec: PolicySpec
 ) -> dict[str, Any]:
     """The figures of a run.
 
@@ -24,11 +26,12 @@ def summarise(
         episodes: Lines of `episodes.jsonl`.
         steps: Rows of `steps.parquet`.
         tasks: In the order of the report.
-        execute_steps: Actions executed an inference.
+        spec: Of the policy.
 
     Returns:
         `success_rate`, `success_ci95`, `per_task`, `episodes`, `latency_ms`, `render_ms`, `physics_ms`,
-        `control_rate_hz`: the actions a second that the policy alone could sustain, by its median and its p99.
+        `control_rate_hz`: the actions a second that the policy alone could sustain, by its median and its p99; `layers`
+        for a policy that skips, see `layers_by_importance`.
     """
     successes = sum(episode["success"] for episode in episodes)
     latency = {part: quantiles(steps[f"{part}_ms"]) for part in LATENCY_PARTS}
@@ -41,8 +44,57 @@ def summarise(
         "latency_ms": latency,
         "render_ms": quantiles(steps["render_ms"]),
         "physics_ms": quantiles(steps["physics_ms"]),
-        "control_rate_hz": {name: 1e3 * execute_steps / total[name] for name in ("p50", "p99")},
+        "control_rate_hz": {name: 1e3 * spec.execute_steps / total[name] for name in ("p50", "p99")},
+        "layers": layers_by_importance(steps, spec),
     }
+
+
+def layers_by_importance(steps: pa.Table, spec: PolicySpec) -> dict[str, float | None] | None:
+    """How many layers ran, in all and near the gripper's closing and opening.
+
+    The gripper closes or opens where its command crosses from below to above the demonstrations' mean or back, by a
+    quarter of their deviation, so that a command that hovers is no event. Near are the five steps around.
+
+    Returns:
+        `mean`, `p99`, `near_gripper`, `free_motion` (means over inferences), `ratio` of these two, `verified` (share of
+        inferences); None for a policy that skips nothing. Without events or a gripper, the three are None.
+    """
+    layers = np.asarray(steps["layers"].to_numpy(zero_copy_only=False), np.float64)
+    inferred = np.isfinite(layers)
+    if not inferred.any():
+        return None
+    near = near_gripper_events(steps, spec)
+    means = [float(layers[inferred & part].mean()) if (inferred & part).any() else None for part in (near, ~near)]
+    ratio = means[0] / means[1] if means[0] is not None and means[1] else None
+    verified = np.asarray(steps["verified"].drop_null().to_numpy(zero_copy_only=False), np.float64)
+    return {
+        "mean": float(layers[inferred].mean()),
+        "p99": float(np.percentile(layers[inferred], 99)),
+        "near_gripper": means[0],
+        "free_motion": means[1] if ratio is not None else None,
+        "ratio": ratio,
+        "verified": float(verified.mean()),
+    }
+
+
+def near_gripper_events(steps: pa.Table, spec: PolicySpec) -> NDArray[np.bool_]:
+    """Which steps are among the five around the gripper's closing or opening; (steps,)."""
+    near = np.zeros(len(steps), np.bool_)
+    if "gripper" not in spec.action_names:
+        return near
+    dimension = spec.action_names.index("gripper")
+    mean, std = spec.action_normalisation.mean[dimension], spec.action_normalisation.std[dimension]
+    commands = np.array([action[dimension] for action in steps["action"].to_pylist()])
+    begins = np.asarray(steps["step"].to_numpy()) == 0
+    starts = np.flatnonzero(begins).tolist()
+    for start, end in zip(starts, [*starts[1:], len(commands)], strict=True):
+        side = 0
+        for step in range(start, end):
+            now = int(np.sign(commands[step] - mean)) if abs(commands[step] - mean) > std / 4 else side
+            if side and now != side:
+                near[max(start, step - 2) : min(end, step + 3)] = True
+            side = now
+    return near
 
 
 def quantiles(column: pa.ChunkedArray) -> dict[str, float]:
@@ -88,6 +140,8 @@ def render_report(result: Mapping[str, Any]) -> str:
         name = f"policy: {part}" if part in LATENCY_PARTS else part
         lines.append("| " + " | ".join([name, *(f"{row[q]:.2f}" for q in ("mean", "p50", "p95", "p99"))]) + " |")
     rate = result["control_rate_hz"]
+    if result.get("layers"):
+        lines += ["", _render_layers(result["layers"])]
     lines += [
         "",
         f"With {result['execute_steps']} actions executed an inference, the policy alone sustains {rate['p50']:.0f} "
@@ -97,3 +151,16 @@ def render_report(result: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _render_layers(layers: Mapping[str, float | None]) -> str:
+    text = (
+        f"Layers run an inference: {layers['mean']:.2f} (p99 {layers['p99']:.0f}); predicted again by the full model: "
+        f"{100 * (layers['verified'] or 0):.2f} %."
+    )
+    if layers["ratio"] is None:
+        return text
+    return (
+        f"{text} In the five steps around the gripper's closing and opening {layers['near_gripper']:.2f} layers, in "
+        f"free motion {layers['free_motion']:.2f}: {layers['ratio']:.2f} times as many."
+    )

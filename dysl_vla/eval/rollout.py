@@ -6,10 +6,12 @@ Images are rendered only when the policy looks, at each inference; the steps of 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dysl_vla.envs import ManipulationEnv
+from dysl_vla.eval.film import draw_skipping
 from dysl_vla.policies import Policy
 from dysl_vla.types import ImageArray, SkipTrace, check_actions
 
@@ -35,7 +37,7 @@ class Rollout:
         steps: One row a step, for `steps.parquet`. Times are in milliseconds; those of the policy are None at steps
             that executed a chunk predicted before. What was skipped is None likewise, and for
             policies that skip nothing.
-        film: Frames for people, uint8 (256, 256, 3); empty unless asked for.
+        film: Frames for people, uint8 (256, 256, 3), higher with a strip of what was skipped; empty unless asked for.
         film_fps: Their rate in real time.
     """
 
@@ -74,14 +76,17 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
     observation, _ = env.reset(seed=key.seed, options={"episode_index": key.index})
     render_s = clock() - started
     state = policy.reset()
+    continuities: list[float | None] = []
     while True:
         [chunk] = policy.infer([observation], [state])
         timing = chunk.timing
+        if chunk.skips is not None:
+            continuities.append(chunk.skips.continuity)
         check_actions(chunk.actions, len(env.world_spec.action_names))
         executed = env.world_spec.clip(chunk.actions[: policy.spec.execute_steps])
         for offset, action in enumerate(executed):
             if film and len(rollout.steps) % every == 0:
-                rollout.film.append(env.render())
+                rollout.film.append(_frame(env, chunk.skips, continuities))
             started = clock()
             reward, truncated, info = env.advance(action)
             physics_s = clock() - started
@@ -108,11 +113,16 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
             if info["success"] or truncated:
                 rollout.success = info["success"]
                 if film:
-                    rollout.film.append(env.render())
+                    rollout.film.append(_frame(env, chunk.skips, continuities))
                 return rollout
         started = clock()
         observation = env.observe()
         render_s = clock() - started
+
+
+def _frame(env: ManipulationEnv, trace: SkipTrace | None, continuities: Sequence[float | None]) -> ImageArray:
+    frame = env.render()
+    return frame if trace is None else draw_skipping(frame, trace, continuities)
 
 
 def _skipping(trace: SkipTrace) -> dict[str, Any]:

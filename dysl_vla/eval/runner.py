@@ -56,11 +56,11 @@ class EvalConfig:
     compare them with the first: full, dysl, no-guidance, no-verification, controllers (neither), random."""
 
 
-def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
+def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run what is missing of an evaluation, and write its figures.
 
     Returns:
-        `result.json` of each way that `skip_config` names; of the one run when it names none.
+        `result.json`; with `skip_config`, {"ways": name to `result.json`}.
 
     Raises:
         ConfigError: A value cannot work, the policy does not fit the suite, or `out` holds another run. Nothing was
@@ -96,7 +96,8 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
             _run(config, entrants, keys)
             for entrant in entrants:
                 _finish(config, entrant, suite, tasks, keys)
-    return [read_result(entrant.folder.root) for entrant in entrants]
+    results = {entrant.way.name: read_result(entrant.folder.root) for entrant in entrants}
+    return {"ways": results} if config.skip_config else results[""]
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,15 @@ def _finish(
     order = {(key.task, key.index): position for position, key in enumerate(keys)}
     episodes = sorted(folder.episodes(), key=lambda e: order[e["task"], e["episode_index"]])
     steps = folder.steps(episodes)
-    execute_steps = entrant.policy.spec.execute_steps
+    spec = entrant.policy.spec
     result = {
         "policy": config.policy,
         "way": entrant.way.name or None,
         "suite": config.suite,
         "seed": config.seed,
-        **summarise(episodes, steps, tasks, execute_steps),
+        **summarise(episodes, steps, tasks, spec),
         "horizon": suite.horizon,
-        "execute_steps": execute_steps,
+        "execute_steps": spec.execute_steps,
         "workers": config.workers,
         "machine": provenance.machine(),
         "config": {**asdict(config), "out": str(config.out)},

@@ -210,7 +210,7 @@ def test_a_policy_that_answers_nan_is_stopped(tmp_path: Path, monkeypatch: pytes
 
     with pytest.raises(ActionError, match="not finite"):
         run_episode(MockEnv("reach"), Broken(), EpisodeKey("reach", 100_000, 0))
-    monkeypatch.setattr("dysl_vla.eval.runner.load_policy", lambda _: Broken())
+    monkeypatch.setattr("dysl_vla.eval.runner.load_policy", lambda _, **__: Broken())
     with pytest.raises(ActionError, match="not finite"):
         evaluate(config(tmp_path / "r"))
     assert not (tmp_path / "r").exists()

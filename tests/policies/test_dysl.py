@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from dysl_vla.errors import CheckpointError, ConfigError
@@ -82,8 +85,30 @@ def test_skip_1_skips_all_that_may_be_skipped() -> None:
 
 
 def test_more_skip_runs_no_more_layers() -> None:
-    means = [np.mean([c.skips.layers for c in play(make_dysl(skip=s), range(40))]) for s in (0.05, 0.5, 1.0)]
-    assert means[0] > means[1] > means[2] == 3
+    outputs = [value for chunk in play(make_dysl(skip=1), range(40)) for value in chunk.skips.outputs.values()]
+    measured = SkipStatistics.measured(outputs, [50.0, 99.0], [50.0, 99.0])
+    means = []
+    for skip in (0.05, 0.5, 1.0):
+        policy, heads, settings = make_parts()
+        dysl = DyslPolicy(policy, heads, replace(settings, statistics=measured), skip=skip)
+        means.append(np.mean([chunk.skips.layers for chunk in play(dysl, range(40))]))
+    assert means[0] >= means[1] >= means[2] == 3
+    assert means[0] > 3
+
+
+TABLES = st.lists(st.floats(0, 10), min_size=2, max_size=9).map(sorted).map(tuple)
+KNOBS = st.floats(0.001, 1)
+
+
+@given(TABLES, TABLES, TABLES, KNOBS, KNOBS)
+def test_a_higher_knob_never_asks_for_more_layers(
+    outputs: Any, falls: Any, surprises: Any, one: float, other: float
+) -> None:
+    statistics = SkipStatistics(outputs, falls, surprises)
+    less, more = (statistics.point(skip) for skip in sorted((one, other)))
+    assert more.threshold <= less.threshold
+    assert more.thresholds.eta >= less.thresholds.eta
+    assert more.thresholds.eta_verify >= less.thresholds.eta_verify
 
 
 def test_a_verified_chunk_is_the_full_models_exactly() -> None:

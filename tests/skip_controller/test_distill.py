@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach
-from dysl_vla.skip_controller.distill import DistillConfig, Distillation
+from dysl_vla.skip_controller.distill import Distillation, DistillConfig
 
 PLAN = SkipPlan(num_layers=6, static_layers=(0, 3, 5))
 

@@ -1,0 +1,86 @@
+"""`dysl plot`: where an evaluation's layers went, and what speed cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.eval.records import RESULT, STEPS, read_result
+from dysl_vla.extras import needs_extra
+from dysl_vla.files import replacing
+
+with needs_extra("sim"):
+    import pyarrow.parquet as pq
+    from matplotlib.figure import Figure
+
+LAYERS_PICTURE, SPEED_PICTURE = "layers.png", "speed_success.png"
+BINS = 20
+
+
+def plot(folder: Path) -> list[Path]:
+    """Draw what a folder of `dysl eval` holds, into it.
+
+    Args:
+        folder: One run, or the several of `--skip-config`.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        ConfigError: It holds no finished run, or none that skips layers.
+    """
+    runs = [folder] if (folder / RESULT).is_file() else sorted(path.parent for path in folder.glob(f"*/{RESULT}"))
+    if not runs:
+        read_result(folder)  # says what is missing
+    results = [read_result(run) for run in runs]
+    skipping = [(run, result) for run, result in zip(runs, results, strict=True) if result.get("layers")]
+    if not skipping:
+        raise ConfigError(f"{folder}: holds no run that skips layers; there is nothing to draw.")
+    pictures = [folder / LAYERS_PICTURE]
+    _draw_layers(skipping, pictures[0])
+    if len(runs) > 1:
+        pictures.append(folder / SPEED_PICTURE)
+        _draw_speed(runs, results, pictures[1])
+    return pictures
+
+
+def _draw_layers(runs: Sequence[tuple[Path, dict[str, Any]]], path: Path) -> None:
+    """Layers an inference over the episode's progress, a line a task, a panel a run."""
+    figure = Figure(figsize=(8, 3.2 * len(runs)), layout="constrained")
+    panels = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
+    for axes, (run, result) in zip(panels, runs, strict=True):
+        table = pq.read_table(run / STEPS, columns=["task", "episode_index", "step", "layers"]).to_pylist()
+        lengths: dict[tuple[str, int], int] = {}
+        for row in table:
+            key = row["task"], row["episode_index"]
+            lengths[key] = max(lengths.get(key, 0), row["step"] + 1)
+        for task in result["per_task"]:
+            rows = [row for row in table if row["task"] == task and row["layers"] is not None]
+            progress = [row["step"] / lengths[task, row["episode_index"]] for row in rows]
+            bins = np.minimum((np.array(progress) * BINS).astype(int), BINS - 1)
+            layers = np.array([row["layers"] for row in rows], float)
+            means = [layers[bins == b].mean() if (bins == b).any() else np.nan for b in range(BINS)]
+            axes.plot((np.arange(BINS) + 0.5) / BINS * 100, means, label=task, linewidth=1.2)
+        axes.set(title=run.name, xlabel="progress of the episode (%)", ylabel="layers an inference", ylim=(0, None))
+        axes.legend(fontsize=6, ncols=2)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _draw_speed(runs: Sequence[Path], results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Success against the LLM's mean latency, a point a run."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for run, result in zip(runs, results, strict=True):
+        low, high = result["success_ci95"]
+        rate, latency = 100 * result["success_rate"], result["latency_ms"]["llm"]["mean"]
+        axes.errorbar(latency, rate, yerr=[[rate - 100 * low], [100 * high - rate]], fmt="o", capsize=3, label=run.name)
+    axes.set(xlabel="LLM, mean ms an inference", ylabel="success (%)", xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

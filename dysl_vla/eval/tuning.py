@@ -1,0 +1,185 @@
+"""`dysl tune`: choose how much to skip, from what it costs and saves, measured; keep it in the checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dysl_vla import provenance
+from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.replay import Replay
+from dysl_vla.errors import ConfigError
+from dysl_vla.eval.compare import compare
+from dysl_vla.eval.runner import EvalConfig, evaluate
+from dysl_vla.extras import needs_extra
+from dysl_vla.policies import load_backbone_policy
+from dysl_vla.workers import use_one_inference_thread
+
+with needs_extra("policy"):
+    from dysl_vla.policies.dysl import has_skips, load_dysl, save_operating_point
+
+SETTINGS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.3, 0.1)
+"""Of the knob, from fastest to most careful."""
+TUNING_SEED = 200_000
+"""Initial states for tuning: neither those of demonstrations, nor the ones that results are reported on (100000)."""
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Choose how much a policy skips, by a target, and store it in its checkpoint."""
+
+    policy: Path
+    """Folder of a checkpoint with adapters and controllers; its operating point is changed."""
+    data: Path
+    """Folder of demonstrations, a LeRobotDataset v3; its held-out episodes are replayed."""
+    target_ms: float | None = None
+    """The whole policy's mean milliseconds an inference, at most, on this machine: skips as little as that allows."""
+    target_success_drop: float | None = None
+    """Success rate lost, at most, as a share (0.01: a point), measured in simulation: skips as much as that allows."""
+    suite: str = "metaworld-mt10"
+    """Where success is measured."""
+    episodes: int = 5
+    """Episodes of each task for that, at each setting."""
+    workers: int = 1
+    """Processes for that."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the knob, measured.
+
+    Attributes:
+        skip: The knob.
+        layers: Layers run an inference, on average.
+        llm_ms: Mean time of the backbone, with everything that skipping adds.
+        total_ms: Mean time of the whole policy.
+        error: Mean distance of executed actions from the full model's, in deviations of the demonstrated actions.
+        verified: Share of inferences that were predicted again.
+    """
+
+    skip: float
+    layers: float
+    llm_ms: float
+    total_ms: float
+    error: float
+    verified: float
+
+
+def tune(config: TuneConfig) -> tuple[list[Point], Point]:
+    """Measure the curve, choose, and store.
+
+    Returns:
+        The curve, from the fastest setting; the chosen point.
+
+    Raises:
+        ConfigError: Not exactly one target, or one that cannot be met: the message says what can.
+        CheckpointError: The checkpoint is damaged or has no adapters.
+    """
+    targets = [t for t in (config.target_ms, config.target_success_drop) if t is not None]
+    if len(targets) != 1:
+        raise ConfigError("target: give either --target-ms or --target-success-drop.")
+    if not np.isfinite(targets[0]) or targets[0] < 0:
+        raise ConfigError(f"target: {targets[0]} must be finite and not negative.")
+    if not has_skips(config.policy):
+        raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
+    curve = measure_curve(config.policy, config.data)
+    if config.target_ms is not None:
+        chosen = choose_by_time(curve, config.target_ms)
+    else:
+        chosen = _choose_by_success(config, curve)
+    measured = {
+        "target_ms": config.target_ms,
+        "target_success_drop": config.target_success_drop,
+        "curve": [asdict(point) for point in curve],
+        "machine": provenance.machine(),
+        **provenance.record(),
+    }
+    save_operating_point(config.policy, chosen.skip, chosen.layers, measured)
+    return curve, chosen
+
+
+def measure_curve(folder: Path, data: Path) -> list[Point]:
+    """Replay held-out demonstrations at every setting of the knob."""
+    use_one_inference_thread()
+    policy = load_backbone_policy(str(folder))
+    replay = Replay(policy, Demonstrations(data))
+    curve = []
+    for skip in tqdm(SETTINGS, desc="replaying", unit="setting"):
+        dysl = load_dysl(policy, folder, skip)
+        played = replay.play(dysl)
+        dysl.close()
+        curve.append(
+            Point(
+                skip=skip,
+                layers=played.mean_layers,
+                llm_ms=1e3 * played.llm_s,
+                total_ms=1e3 * (played.rest_s + played.llm_s + replay.encode_s),
+                error=float(played.errors.mean()),
+                verified=float(np.mean([trace.is_verified for trace in played.traces])),
+            )
+        )
+    return curve
+
+
+def choose_by_time(curve: list[Point], target_ms: float) -> Point:
+    """The most careful point within a time.
+
+    Raises:
+        ConfigError: None is.
+    """
+    possible = [point for point in curve if point.total_ms <= target_ms]
+    if not possible:
+        nearest = min(curve, key=lambda point: point.total_ms)
+        raise ConfigError(
+            f"target_ms: {target_ms} cannot be met on this machine; the nearest possible is {nearest.total_ms:.2f} ms, "
+            f"at skip {nearest.skip}."
+        )
+    return min(possible, key=lambda point: point.skip)
+
+
+def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
+    """The fastest point that loses no more than allowed, by paired episodes."""
+    assert config.target_success_drop is not None
+    least: tuple[float, Point] | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        for point in curve:
+            out = Path(folder) / f"{point.skip}"
+            evaluate(
+                EvalConfig(
+                    out=out,
+                    policy=str(config.policy),
+                    suite=config.suite,
+                    episodes=config.episodes,
+                    seed=TUNING_SEED,
+                    workers=config.workers,
+                    skip=point.skip,
+                    skip_config="full,dysl",
+                )
+            )
+            [comparison] = compare([out / "full", out / "dysl"])
+            drop = -comparison.success.difference
+            if drop <= config.target_success_drop:
+                return point
+            if least is None or drop < least[0]:
+                least = drop, point
+    assert least is not None
+    raise ConfigError(
+        f"target_success_drop: {config.target_success_drop} was not met at any setting; the nearest possible is "
+        f"{least[0]:.3f}, at skip {least[1].skip}."
+    )
+
+
+def render_curve(curve: list[Point], chosen: Point) -> str:
+    """The curve as Markdown."""
+    lines = ["| skip | layers | LLM ms | policy ms | action error | verified |", "|---:|---:|---:|---:|---:|---:|"]
+    for point in curve:
+        mark = " (chosen)" if point == chosen else ""
+        lines.append(
+            f"| {point.skip}{mark} | {point.layers:.2f} | {point.llm_ms:.2f} | {point.total_ms:.2f} "
+            f"| {point.error:.4f} | {100 * point.verified:.1f} % |"
+        )
+    return "\n".join(lines)

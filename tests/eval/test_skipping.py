@@ -1,0 +1,179 @@
+"""The three commands that make a policy skip, on the mock world with a tiny random policy: calibrate, distill, eval."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dysl_vla.cli import main
+from dysl_vla.data.calibrating import CalibrateConfig, calibrate, read_plan
+from dysl_vla.data.distilling import DistillRunConfig, distill
+from dysl_vla.errors import ConfigError
+from dysl_vla.eval.plot import plot
+from dysl_vla.eval.runner import EvalConfig, evaluate
+from dysl_vla.eval.tuning import TuneConfig, tune
+from dysl_vla.policies import load_policy
+from dysl_vla.policies.mini_vla import MiniVLA
+from dysl_vla.skip_controller.distill import DistillConfig
+from dysl_vla.video import read_video
+from tests.conftest import make_tiny_policy
+
+TRAINING = DistillConfig(adapter_steps=20, skip_steps=40, batch=8, warmup=5, threads=1)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    make_tiny_policy(num_layers=6).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(teacher: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plan") / "plan"
+    return calibrate(CalibrateConfig(mock_demos, out, str(teacher), static_ratio=0.5, longest_block=2, frames=20))
+
+
+@pytest.fixture(scope="module")
+def distilled(teacher: Path, plan: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("distilled") / "out"
+    return distill(DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, training=TRAINING))
+
+
+def test_calibration_leaves_a_plan_and_a_picture(plan: Path) -> None:
+    document = json.loads(plan.read_text())
+    assert len(document["similarity"]) == 6
+    assert read_plan(plan) == read_plan(plan.parent)
+    assert {0, 5} <= set(read_plan(plan).static_layers)
+    assert Image.open(plan.parent / "similarity.png").size[0] > 300
+
+
+@pytest.mark.parametrize("edit", [{"static_layers": [0, 9]}, {"static_layers": "x"}, {"num_layers": 6}])
+def test_an_edited_plan_is_checked(plan: Path, tmp_path: Path, edit: dict[str, object]) -> None:
+    path = tmp_path / "plan.json"
+    document = json.loads(plan.read_text())
+    document["plan"] = edit if "num_layers" in edit else document["plan"] | edit
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"plan|static_layers"):
+        read_plan(path)
+
+
+def test_distilling_leaves_the_policys_weights_as_they_were(teacher: Path, distilled: Path) -> None:
+    assert (teacher / "model.safetensors").read_bytes() == (distilled / "model.safetensors").read_bytes()
+    full = load_policy(str(distilled), skip=0)
+    assert isinstance(full, MiniVLA)
+    assert full.fingerprint == MiniVLA.from_pretrained(str(teacher)).fingerprint
+    curve = [json.loads(line) for line in (distilled / "distill.jsonl").read_text().splitlines()]
+    assert curve[-1]["step"] == 60
+    assert any(name.startswith("adapter_error/") for name in curve[0])
+    assert {"skip_rate", "task_loss"} <= set(curve[-1])
+    assert list((distilled / "tensorboard").iterdir())
+
+
+def test_a_distillation_that_was_stopped_ends_like_one_that_was_not(
+    teacher: Path, plan: Path, mock_demos: Path, distilled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DistillRunConfig(mock_demos, distilled.parent / "stopped", str(teacher), plan, frames=100, training=TRAINING)
+    from dysl_vla.data import distilling
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distilling, "SAVE_EVERY", 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(distilling._Run, "_finish", stop)
+        original = distilling._Run._save_state
+
+        def save_then_stop(run: distilling._Run, seconds: float) -> None:
+            original(run, seconds)
+            if run._distillation.step == 30:
+                raise KeyboardInterrupt
+
+        patch.setattr(distilling._Run, "_save_state", save_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config)
+    distill(config)
+    assert (distilled.parent / "stopped/skip.safetensors").read_bytes() == (distilled / "skip.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="batch"):
+        distill(replace(config, training=replace(TRAINING, batch=9)))
+
+
+@pytest.fixture(scope="module")
+def evaluated(distilled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    evaluate(
+        EvalConfig(
+            out=out, policy=str(distilled), suite="mock", episodes=2, video=1, skip=0.9, skip_config="full,dysl,random"
+        )
+    )
+    return out
+
+
+def test_ways_run_the_same_episodes_in_turn(evaluated: Path, distilled: Path, tmp_path: Path) -> None:
+    columns = ["task", "episode_index", "step", "action"]
+    alone = evaluate(EvalConfig(out=tmp_path / "r", policy=str(distilled), suite="mock", episodes=2, skip=0.9))
+    for name in ("full", "dysl", "random"):
+        result = json.loads((evaluated / name / "result.json").read_text())
+        assert result["episodes"] == 4
+        assert (result["layers"] is None) == (name == "full")
+    together = pq.read_table(evaluated / "dysl/steps.parquet", columns=columns)
+    assert together.equals(pq.read_table(tmp_path / "r/steps.parquet", columns=columns))
+    assert alone["layers"]["mean"] < 6
+    assert "Layers run an inference" in (evaluated / "dysl/report.md").read_text()
+
+
+def test_steps_say_what_was_skipped(evaluated: Path) -> None:
+    rows = pq.read_table(evaluated / "dysl/steps.parquet").to_pylist()
+    inferred = [row for row in rows if row["layers"] is not None]
+    assert inferred
+    assert all((row["layers"] is None) == (row["llm_ms"] is None) for row in rows)
+    for row in inferred:
+        assert row["layers"] >= sum(row["layers_run"])
+        assert len(row["layers_run"]) == 6
+        assert len(row["skipped_at"]) == len(row["landed_on"])
+        assert row["llm_ms"] >= row["controllers_ms"] + row["adapters_ms"] + row["verify_ms"]
+
+
+def test_films_and_plots_show_it(evaluated: Path) -> None:
+    [film, *_] = sorted((evaluated / "dysl/videos").iterdir())
+    frame = next(read_video(film))
+    assert frame.shape == (304, 256, 3)
+    strip = frame[258:270].reshape(-1, 3).astype(int)
+    assert (strip[:, 1] - strip[:, 0] > 60).any()  # green: a layer that ran
+    for path in plot(evaluated):
+        assert np.asarray(Image.open(path)).std() > 5
+    with pytest.raises(ConfigError, match="skips layers"):
+        plot(evaluated / "full")
+
+
+def test_tuning_stores_what_meets_the_target(distilled: Path, mock_demos: Path) -> None:
+    curve, chosen = tune(TuneConfig(distilled, mock_demos, target_ms=1e3))
+    assert chosen == curve[-1]  # all are fast enough: the most careful
+    assert load_policy(str(distilled)).skip == chosen.skip  # type: ignore[attr-defined]
+    before = (distilled / "skip.json").read_bytes()
+    with pytest.raises(ConfigError, match="nearest possible"):
+        tune(TuneConfig(distilled, mock_demos, target_ms=1e-3))
+    assert (distilled / "skip.json").read_bytes() == before
+    _, chosen = tune(TuneConfig(distilled, mock_demos, target_success_drop=1.0, suite="mock", episodes=1))
+    assert chosen.skip == 1.0
+
+
+@pytest.mark.parametrize("text", ["full,full", "fast"])
+def test_unknown_ways_are_refused(distilled: Path, tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="skip_config"):
+        evaluate(EvalConfig(out=tmp_path / "r", policy=str(distilled), suite="mock", skip_config=text))
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_backbone_bench_measures_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "backbone", "--config", "6x128", "--tokens", "4", "--rounds", "2", "--threads", "1"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 9
+    assert main(["bench", "backbone", "--config", "nothing-here"]) == 2
+    assert "LAYERSxWIDTH" in capsys.readouterr().err
