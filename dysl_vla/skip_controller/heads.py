@@ -34,21 +34,20 @@ class HeadsConfig:
 class Adapter(nn.Module):
     """Maps the input of a dynamic layer to the input of the static layer that a skip lands on.
 
-    Token by token: x + W_up silu(W_down rms_norm(x)). W_up starts at zero: an untrained adapter is the identity.
+    Token by token: x + W_up silu(W_down x + b). W_up starts at zero: an untrained adapter is the identity. No norm, and no
+    second bias: where a layer takes a quarter of a millisecond, each operation of an adapter counts.
     """
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.down = nn.Linear(config.hidden_size, config.adapter_size)
-        self.up = nn.Linear(config.adapter_size, config.hidden_size)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.up = nn.Parameter(torch.zeros(config.adapter_size, config.hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, tokens, hidden) to the same."""
-        bridged: Tensor = hidden + self.up(nn.functional.silu(self.down(self.norm(hidden))))
-        return bridged
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        inner = nn.functional.silu(self.down(flat))
+        return torch.addmm(flat, inner, self.up).view_as(hidden)
 
 
 class Controller(nn.Module):
@@ -60,18 +59,18 @@ class Controller(nn.Module):
         self.out = nn.Linear(config.controller_size, 1)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Probability of skipping.
+        """Log-odds of skipping.
 
         Args:
             hidden: (batch, tokens, hidden).
             mask: (batch, tokens), 1 for tokens and 0 for padding; None: no padding.
 
         Returns:
-            (batch,), in [0, 1].
+            (batch,); their sigmoid is the probability.
         """
         pooled = torch.cat([*_pool(hidden, mask)], dim=-1)
         logits: Tensor = self.out(nn.functional.silu(self.hidden(pooled)))
-        return logits.squeeze(-1).sigmoid()
+        return logits.view(-1)
 
 
 class SkipHeads(nn.Module):
@@ -100,7 +99,7 @@ def _pool(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def default_adapter_size(hidden_size: int, weights: int, dynamic_layers: int) -> int:
-    """Bottleneck of an adapter: small beside a wide backbone (1.5 % of its weights in all), 128 beside a narrow one."""
+    """Bottleneck of an adapter: small beside a wide backbone (1.5 % of its weights in all), 64 beside a narrow one."""
     if hidden_size <= 1024:
-        return min(hidden_size, 128)
+        return min(hidden_size, 64)
     return max(8, min(128, int(0.015 * weights / dynamic_layers / (2 * hidden_size + 1)) // 8 * 8))

@@ -21,6 +21,7 @@ points (`guidance`) or optimising heads (`distill`).
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -282,7 +283,7 @@ class Skipper:
             if place == index:
                 assert self.heads is not None
                 bridged.landings[block] = self.heads.adapters[str(index)](hidden)
-                bridged.outputs[block] = self.heads.controllers[str(index)](hidden.detach(), bridged.mask)
+                bridged.outputs[block] = self.heads.controllers[str(index)](hidden.detach(), bridged.mask).sigmoid()
             if place is not None and place <= index and not bridged.is_mixture:
                 return self._answer(hidden)
         output = original(**arguments)
@@ -386,7 +387,7 @@ class Skipper:
         else:
             chosen = torch.tensor(allowed, device=hidden.device)
             outputs = controller(hidden[chosen], None if step.mask is None else step.mask[chosen])
-        values = outputs.tolist()
+        values = [1 / (1 + math.exp(-min(max(logit, -50.0), 50.0))) for logit in outputs.tolist()]
         step.controllers_s += time.perf_counter() - started
         for row, value in zip(allowed, values, strict=True):
             step.outputs[row][index] = value
