@@ -68,7 +68,7 @@ class DistillRunConfig:
     frames: int = 32_000
     """Frames to train on, evenly spread; kept encoded in memory."""
     adapter_size: int = 0
-    """Width of an adapter's bottleneck; 0: the backbone's up to 64 or 128, less where that were over 1.5 % of its weights."""
+    """Width of an adapter's bottleneck; 0: 64 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
     controller_size: int = 16
     """Width of a controller's hidden layer."""
     training: DistillConfig = field(default_factory=DistillConfig)

@@ -34,8 +34,8 @@ class HeadsConfig:
 class Adapter(nn.Module):
     """Maps the input of a dynamic layer to the input of the static layer that a skip lands on.
 
-    Token by token: x + W_up silu(W_down x + b). W_up starts at zero: an untrained adapter is the identity. No norm, and no
-    second bias: where a layer takes a quarter of a millisecond, each operation of an adapter counts.
+    Token by token: x + W_up silu(W_down x + b). W_up starts at zero: an untrained adapter is the identity. No norm and
+    no second bias: where a layer takes a quarter of a millisecond, each operation of an adapter counts.
     """
 
     def __init__(self, config: HeadsConfig) -> None:
