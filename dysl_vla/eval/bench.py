@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dysl_vla.checkpoint import CONFIG, SHIPPED, find_checkpoint
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
+from dysl_vla.files import read_json
+from dysl_vla.policies import load_backbone_policy
 
 with needs_extra("policy"):
     import torch
@@ -24,7 +27,7 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.calibrate import choose_static_layers
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.plan import SkipPlan
-    from dysl_vla.skip_controller.skipping import attach
+    from dysl_vla.skip_controller.skipping import attach, find_all_layers
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Of layers that are skipped."""
@@ -35,7 +38,7 @@ class BackboneBenchConfig:
     """Measure full and skipping passes of a randomly initialised decoder, side by side."""
 
     config: str = "24x2048"
-    """LAYERSxWIDTH of a Llama, or a folder or hub id with the config.json of any Hugging Face decoder."""
+    """LAYERSxWIDTH of a Llama, a policy (its backbone), or the folder or hub id of a Hugging Face decoder's config."""
     tokens: int = 64
     """Tokens of a pass."""
     rounds: int = 10
@@ -62,6 +65,8 @@ class Pass:
         speed_up: Median time of the full model over this one's.
         p50_ms: Median.
         p99_ms: Of so few rounds nearly the slowest.
+        heads_share: Time of an adapter and a controller over that of a layer (the full model's over its depth); None
+            where none ran.
     """
 
     layers_run: int
@@ -69,6 +74,7 @@ class Pass:
     speed_up: float
     p50_ms: float
     p99_ms: float
+    heads_share: float | None
 
 
 def bench_backbone(config: BackboneBenchConfig) -> list[Pass]:
@@ -80,9 +86,9 @@ def bench_backbone(config: BackboneBenchConfig) -> list[Pass]:
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    architecture = _architecture(config.config)
-    model = AutoModel.from_config(architecture, dtype=dtype).eval()  # type: ignore[no-untyped-call]
-    depth, hidden = architecture.num_hidden_layers, architecture.hidden_size
+    model = _decoder(config.config, dtype)
+    depth = len(find_all_layers(model))
+    hidden = int(model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
     plan = SkipPlan(depth, choose_static_layers(np.ones(depth), max(0.17, 3 / depth), max(2, depth // 3)))
     weights = sum(p.numel() for p in model.parameters())
     size = default_adapter_size(hidden, weights, len(plan.dynamic_layers))
@@ -90,20 +96,25 @@ def bench_backbone(config: BackboneBenchConfig) -> list[Pass]:
     skipper = attach(model, plan, heads)
     embeds = torch.randn(1, config.tokens, hidden, dtype=dtype)
 
+    heads_s = 0.0
+
     def full() -> int:
         model(inputs_embeds=embeds, use_cache=False)
         return int(depth)
 
     def skipping(points: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> Callable[[], int]:
         def run() -> int:
+            nonlocal heads_s
             with skipper.step(points, threshold=-1.0) as step:
                 model(inputs_embeds=embeds, use_cache=False)
+            heads_s = step.adapters_s / len(step.landings[0]) + step.controllers_s / len(step.outputs[0])
             return int(step.layers_run.sum())
 
         return run
 
     kinds = [full, *(skipping(_points(plan, round(share * depth))) for share in SHARES)]
     times = np.zeros((config.rounds, len(kinds)))
+    heads_times = np.zeros_like(times)
     layers = [0] * len(kinds)
     with torch.inference_mode(), tqdm(total=(config.rounds + 1) * len(kinds), desc="measuring", unit="pass") as bar:
         for turn in range(-1, config.rounds):  # the first is warm-up
@@ -112,10 +123,19 @@ def bench_backbone(config: BackboneBenchConfig) -> list[Pass]:
                 layers[kind] = run()
                 if turn >= 0:
                     times[turn, kind] = time.perf_counter() - started
+                    heads_times[turn, kind] = heads_s
                 bar.update()
     p50, p99 = np.percentile(times, [50, 99], axis=0)
+    shares = np.median(heads_times, axis=0) / (p50[0] / depth)
     return [
-        Pass(layers[kind], depth / layers[kind], p50[0] / p50[kind], 1e3 * p50[kind], 1e3 * p99[kind])
+        Pass(
+            layers_run=layers[kind],
+            ideal=depth / layers[kind],
+            speed_up=p50[0] / p50[kind],
+            p50_ms=1e3 * p50[kind],
+            p99_ms=1e3 * p99[kind],
+            heads_share=float(shares[kind]) if kind else None,
+        )
         for kind in range(len(kinds))
     ]
 
@@ -128,6 +148,15 @@ def _points(plan: SkipPlan, skipped: int) -> np.ndarray[tuple[int, int], np.dtyp
         points.append(block.length - here)
         skipped -= here
     return np.array([points], np.int64)
+
+
+def _decoder(text: str, dtype: torch.dtype) -> torch.nn.Module:
+    if (Path(text) / CONFIG).is_file() or (SHIPPED / text / CONFIG).is_file():
+        folder = find_checkpoint(text)
+        if "policy_type" in read_json(folder / CONFIG):
+            return load_backbone_policy(text).backbone.to(dtype)
+    model: torch.nn.Module = AutoModel.from_config(_architecture(text), dtype=dtype)  # type: ignore[no-untyped-call]
+    return model.eval()
 
 
 def _architecture(text: str) -> PretrainedConfig:
@@ -147,7 +176,9 @@ def _architecture(text: str) -> PretrainedConfig:
         architecture = AutoConfig.from_pretrained(text)
     except (OSError, ValueError) as error:
         place = Path(text)
-        raise ConfigError(f"config: {place} is neither LAYERSxWIDTH nor a model's configuration ({error}).") from error
+        raise ConfigError(
+            f"config: {place} is neither LAYERSxWIDTH, nor a policy, nor a model's configuration ({error})."
+        ) from error
     decoder: PretrainedConfig = architecture.get_text_config()
     return decoder
 
@@ -157,12 +188,12 @@ def render_backbone(config: BackboneBenchConfig, passes: list[Pass]) -> str:
     lines = [
         f"{config.config}, {config.tokens} tokens, {config.dtype}, {config.rounds} rounds in turns:",
         "",
-        "| layers run | p50 ms | p99 ms | speed-up | ideal | share of the ideal |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "| layers run | p50 ms | p99 ms | speed-up | ideal | share of the ideal | adapter + controller, of a layer |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
         f"| {p.layers_run} | {p.p50_ms:.2f} | {p.p99_ms:.2f} | {p.speed_up:.2f}x | {p.ideal:.2f}x "
-        f"| {p.speed_up / p.ideal:.3f} |"
+        f"| {p.speed_up / p.ideal:.3f} | {'-' if p.heads_share is None else f'{100 * p.heads_share:.1f} %'} |"
         for p in passes
     ]
     return "\n".join(lines)
