@@ -132,6 +132,7 @@ class BehaviourCloning:
 
     def __init__(self, policy: MiniVLA, arrays: TrainingArrays, optimizer: OptimizerConfig, out: Path) -> None:
         torch.set_num_threads(optimizer.threads or len(os.sched_getaffinity(0)))
+        policy.cameras.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # as safetensors needs
         self._policy = policy.train()
         self._arrays = arrays
         self._config = optimizer
