@@ -19,8 +19,8 @@ with needs_extra("policy"):
     import torch
     from torch import Tensor
 
-HELD_OUT_EVERY = 20
-"""One episode in so many is held out, as in `dysl train`."""
+    from dysl_vla.policies.training import HELD_OUT_EVERY
+
 BATCH = 32
 
 

@@ -182,6 +182,7 @@ def _origins(record: Any) -> Iterator[dict[str, Any]]:
     if record:
         yield from record.get("data", {}).get("origins", [])
         yield from _origins(record.get("init"))
+        yield from _origins(record.get("skipping"))
 
 
 def _identity(config: EvalConfig, way: _Way, suite: Suite, tasks: tuple[str, ...], policy: Policy) -> dict[str, Any]:

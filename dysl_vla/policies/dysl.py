@@ -89,6 +89,7 @@ class DyslPolicy:
         settings: The checkpoint's.
         skip: The knob, above 0 to 1; None: the checkpoint's operating point.
         switches: Parts to leave out.
+        provenance: How the heads were made.
 
     Raises:
         ConfigError: The heads do not fit the backbone, or the guide not the actions.
@@ -103,6 +104,7 @@ class DyslPolicy:
         *,
         skip: float | None = None,
         switches: Switches | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         if settings.teacher != policy.fingerprint:
             raise CheckpointError(
@@ -116,6 +118,7 @@ class DyslPolicy:
                 f"{action_dim}; distill it again."
             )
         self._policy = policy
+        self._provenance = dict(provenance or {})
         self._settings = settings
         self._switches = switches or Switches()
         self.skip = settings.skip if skip is None else skip
@@ -141,8 +144,8 @@ class DyslPolicy:
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """Of the policy that skips."""
-        return self._policy.provenance
+        """Of the policy that skips; that of its adapters and controllers under `skipping`."""
+        return {**self._policy.provenance, "skipping": self._provenance}
 
     @property
     def fingerprint(self) -> str:
@@ -341,7 +344,7 @@ def load_dysl(
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder / HEADS}: is missing or damaged ({error}); get it again.") from error
     for name in ("plan", "heads", "teacher"):
-        if made_for.get(name) != document[name]:
+        if made_for.get(name) != document.get(name):
             raise CheckpointError(
                 f"{folder / SETTINGS}: field {name!r} is not what the heads were trained for; distill anew with it."
             )
@@ -349,4 +352,6 @@ def load_dysl(
         if name not in tensors or tensors[name].shape != value.shape:
             raise CheckpointError(f"{folder / HEADS}: tensor {name!r} is missing or not {tuple(value.shape)}.")
     heads.load_state_dict({name: tensors[name].float() for name in expected})
-    return DyslPolicy(policy, heads.eval(), settings, skip=skip, switches=switches)
+    return DyslPolicy(
+        policy, heads.eval(), settings, skip=skip, switches=switches, provenance=document.get("provenance")
+    )

@@ -194,10 +194,14 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(tmp_path: Path, changes:
 def test_a_seed_of_the_training_data_is_refused_through_all_its_ancestors() -> None:
     policy = MockPolicy()
     policy.provenance = MappingProxyType(
-        {"data": {"origins": [{"seed": 100_007}]}, "init": {"data": {"origins": [{"seed": 100_008}]}, "init": None}}
+        {
+            "data": {"origins": [{"seed": 100_007}]},
+            "init": {"data": {"origins": [{"seed": 100_008}]}, "init": None},
+            "skipping": {"data": {"origins": [{"seed": 100_010}]}},
+        }
     )
     check_seed(100_009, policy)
-    for seed in (100_007, 100_008):
+    for seed in (100_007, 100_008, 100_010):
         with pytest.raises(ConfigError, match=f"trained on seed {seed}"):
             check_seed(seed, policy)
 
