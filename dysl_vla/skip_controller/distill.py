@@ -37,19 +37,19 @@ Backbone = Callable[[Mapping[str, Tensor]], Tensor]
 class DistillConfig:
     """How adapters and controllers are trained."""
 
-    adapter_steps: int = 1000
+    adapter_steps: int = 500
     """Steps of stage 1, adapters alone; 0: one-stage training."""
-    skip_steps: int = 9000
+    skip_steps: int = 20_000
     """Steps of stage 2, adapters and controllers."""
     objective: Literal["tolerance", "mixture"] = "tolerance"
     """Of stage 2: skip really and learn what stays within a tolerance, or mix and weigh (the paper's)."""
     batch: int = 32
     """Frames a step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     """Peak of the cosine schedule."""
     warmup: int = 100
     """Steps of linear warm-up."""
-    hidden_weight: float = 0.2
+    hidden_weight: float = 0.05
     """Weight of the landings' relative error in stage 2."""
     whole: float = 0.15
     """Share of blocks that run whole in stage 2, so that others are also seen behind exact layers."""
