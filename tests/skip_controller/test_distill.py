@@ -30,7 +30,9 @@ def make(
             lambda inputs: model(**inputs).last_hidden_state,
             lambda hidden: read_out(hidden[:, -1]).view(-1, 4, 2),
             execute_steps=2,
-            config=DistillConfig(adapter_steps, skip_steps, objective, batch=16, warmup=5, learning_rate=1e-2),
+            config=DistillConfig(
+                adapter_steps, skip_steps, objective, batch=16, warmup=5, learning_rate=1e-2, hidden_weight=0.2
+            ),
         ),
         model,
     )
