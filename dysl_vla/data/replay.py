@@ -19,7 +19,7 @@ with needs_extra("policy"):
     import torch
 
     from dysl_vla.policies.dysl import DyslPolicy
-    from dysl_vla.skip_controller.guidance import Guide, Thresholds
+    from dysl_vla.skip_controller.guidance import WINDOW, Guide, Thresholds
     from dysl_vla.skip_controller.operating import SkipStatistics
     from dysl_vla.skip_controller.skipping import Skipper
 
@@ -72,8 +72,8 @@ class Replay:
         self._episodes = [np.arange(row.start, row.start + row.length, step) for row in rows]
         self.encode_s = _encoding_time(policy, demonstrations)
         self.encoded: Encoded = encode(policy, demonstrations, np.concatenate(self._episodes), "held-out episodes")
-        self._executed = policy.spec.action_normalisation.apply(demonstrations.columns()["actions"])
         self._actions = demonstrations.columns()["actions"]
+        self._executed = policy.spec.action_normalisation.apply(self._actions)
         self._targets = np.concatenate(
             [
                 policy.decode(policy.backbone(**inputs).last_hidden_state).detach().float().numpy()
@@ -97,7 +97,7 @@ class Replay:
                 state = guide.reset()
                 for moment in moments:
                     inputs = self.encoded.batch(np.array([row]))
-                    guide.observe(state, self._executed[max(moments[0], moment - 8) : moment])
+                    guide.observe(state, self._executed[max(moments[0], moment - WINDOW - 1) : moment])
                     points = np.zeros((1, len(plan.blocks)), np.int64)
                     with skipper.step(points, threshold=-1.0, mask=inputs.get("attention_mask")) as step:
                         hidden = self._policy.backbone(**inputs).last_hidden_state
@@ -122,7 +122,7 @@ class Replay:
             state = policy.reset()
             for moment in moments:
                 state.executed.clear()
-                state.executed.extend(self._actions[max(moments[0], moment - 8) : moment])
+                state.executed.extend(self._actions[max(moments[0], moment - WINDOW - 1) : moment])
                 [chunk] = policy.act(self.encoded.batch(np.array([row])), [state])
                 assert chunk.skips is not None
                 steps = policy.spec.execute_steps

@@ -40,11 +40,11 @@ def load_policy(name: str, *, skip: float | None = None, switches: Switches | No
     policy, folder = _load(name)
     if skip == 0:
         return policy
-    if not (folder / "skip.json").exists():
+    from dysl_vla.policies.dysl import has_skips, load_dysl
+
+    if not has_skips(folder):
         _check_full(name, skip, switches)
         return policy
-    from dysl_vla.policies.dysl import load_dysl
-
     return load_dysl(_with_backbone(name, policy), folder, skip, switches)
 
 

@@ -6,6 +6,7 @@ skip.safetensors    adapters and controllers; what they were trained for in the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from dysl_vla.checkpoint import add_to_manifest
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import read_json, replacing, write_json
 from dysl_vla.policies.base import BackbonePolicy
-from dysl_vla.skip_controller.guidance import Guide, GuideState
+from dysl_vla.skip_controller.guidance import WINDOW, Guide, GuideState
 from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
 from dysl_vla.skip_controller.operating import SkipStatistics, Switches, random_rate
 from dysl_vla.skip_controller.plan import SkipPlan
@@ -150,8 +151,6 @@ class DyslPolicy:
     @property
     def fingerprint(self) -> str:
         """Of weights, settings and switches."""
-        import hashlib
-
         digest = hashlib.sha256(f"{self._settings}{self.skip}{self._switches}".encode())
         assert self._skipper.heads is not None
         for name, value in sorted(self._skipper.heads.state_dict().items()):
@@ -242,7 +241,7 @@ class DyslPolicy:
         if not isinstance(guide, GuideState):
             raise TypeError("states: must be made by this policy's reset().")
         dim = self._settings.action_dim
-        executed = np.stack(list(state.executed)[-8:]) if state.executed else np.empty((0, dim), np.float32)
+        executed = np.stack(list(state.executed)[-WINDOW - 1 :]) if state.executed else np.empty((0, dim), np.float32)
         self._guide.observe(guide, self._policy.spec.action_normalisation.apply(executed))
         return guide
 
