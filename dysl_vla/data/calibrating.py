@@ -37,9 +37,9 @@ class CalibrateConfig:
     """Folder for plan.json and similarity.png."""
     policy: str = "metaworld-mini"
     """A shipped name, a checkpoint's folder or a hub id."""
-    static_ratio: float = 0.17
+    static_ratio: float = 0.125
     """Share of layers that always run, the first and the last included."""
-    longest_block: int = 8
+    longest_block: int = 11
     """No more layers than that may be skipped at once; 0: as many as there are."""
     frames: int = 1024
     """Frames to measure on."""

@@ -45,6 +45,7 @@ with needs_extra("policy"):
 
     from dysl_vla.policies.dysl import FORESIGHT, DyslPolicy, SkipSettings, save_skips
     from dysl_vla.skip_controller.distill import Distillation, DistillConfig, Target
+    from dysl_vla.skip_controller.guidance import signals
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.skipping import attach
 
@@ -71,6 +72,8 @@ class DistillRunConfig:
     """Width of an adapter's bottleneck; 0: 64 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
     controller_size: int = 16
     """Width of a controller's hidden layer."""
+    signal: str = "continuity"
+    """What tells important actions: the continuity of the trajectory, or the gripper's alone ("gripper")."""
     training: DistillConfig = field(default_factory=DistillConfig)
 
 
@@ -87,6 +90,7 @@ def distill(config: DistillRunConfig) -> Path:
     """
     if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no distillation; give a new folder.")
+    signals.get(config.signal)
     demonstrations = Demonstrations(config.data)
     policy = load_backbone_policy(config.policy)
     policy.spec.check_world(demonstrations.spec)
@@ -183,7 +187,7 @@ class _Run:
         spec = self._policy.spec
         foresight = min(FORESIGHT, spec.chunk_length - spec.execute_steps)
         replay = Replay(self._policy, self._demonstrations)
-        statistics = replay.statistics(self._skipper, foresight)
+        statistics = replay.statistics(self._skipper, foresight, config.signal)
         self._skipper.detach()
         settings = SkipSettings(
             plan=self._heads.plan,
@@ -192,6 +196,7 @@ class _Run:
             action_dim=len(spec.action_names),
             statistics=statistics,
             foresight=foresight,
+            signal=config.signal,
         )
         policy = DyslPolicy(self._policy, self._heads.eval(), settings)
         settings = replace(settings, mean_layers=replay.play(policy).mean_layers)

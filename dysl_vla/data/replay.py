@@ -81,12 +81,16 @@ class Replay:
             ]
         )
 
-    def statistics(self, skipper: Skipper, foresight: int) -> SkipStatistics:
-        """What controllers and continuity say: of everything that may be skipped, skipped at once."""
+    def statistics(self, skipper: Skipper, foresight: int, signal: str) -> SkipStatistics:
+        """What controllers and an importance signal say: of everything that may be skipped, skipped at once."""
         spec = self._policy.spec
         plan = skipper.plan
         guide = Guide(
-            [block.length for block in plan.blocks], len(spec.action_names), Thresholds(1, 1), foresight=foresight
+            [block.length for block in plan.blocks],
+            len(spec.action_names),
+            Thresholds(1, 1),
+            foresight=foresight,
+            signal=signal,
         )
         outputs: list[float] = []
         falls: list[float] = []

@@ -48,6 +48,7 @@ class SkipSettings:
         action_dim: Dimensions of the actions that guidance was measured on.
         statistics: From which the knob gets its thresholds.
         foresight: Planned actions that continuity looks ahead.
+        signal: Name of the importance signal.
         skip: The operating point.
         mean_layers: Layers run an inference at the operating point, on held-out demonstrations.
     """
@@ -60,6 +61,7 @@ class SkipSettings:
     action_dim: int
     statistics: SkipStatistics
     foresight: int = FORESIGHT
+    signal: str = "continuity"
     skip: float = 0.8
     mean_layers: float | None = None
 
@@ -126,7 +128,13 @@ class DyslPolicy:
         self._point = settings.statistics.point(self.skip)
         self._skipper = attach(policy.backbone, settings.plan, heads)
         self._lengths = np.array([block.length for block in settings.plan.blocks], np.int64)
-        self._guide = Guide(self._lengths.tolist(), action_dim, self._point.thresholds, foresight=settings.foresight)
+        self._guide = Guide(
+            self._lengths.tolist(),
+            action_dim,
+            self._point.thresholds,
+            foresight=settings.foresight,
+            signal=settings.signal,
+        )
         if self._switches.random:
             if settings.mean_layers is None:
                 raise ConfigError("random: the checkpoint does not say how many layers to run; tune it first.")

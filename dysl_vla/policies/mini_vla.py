@@ -38,6 +38,7 @@ from dysl_vla.types import (
 POLICY_TYPE = "mini-vla"
 CELL = 8
 """Pixels that one cell of a camera's feature map stands for, a side."""
+_CAN_PACK = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,30 @@ class MiniVLAConfig:
             raise ConfigError(f"hidden_size: {self.hidden_size} is no multiple of 2 x num_heads ({self.num_heads}).")
 
 
+class PackedConv2d(nn.Conv2d):
+    """A convolution that keeps its weights, for inference on a CPU, as oneDNN wants them for the size of its input.
+
+    PyTorch reorders a convolution's weights at every call, which for one small image costs as much as the convolution.
+    """
+
+    _packed: tuple[object, Tensor] | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, channels, height, width) to the same."""
+        if not (_CAN_PACK and torch.is_inference_mode_enabled() and images.device.type == "cpu"):
+            return super().forward(images)
+        how = [self.padding, self.stride, self.dilation, self.groups]
+        packed_for = (self.weight._version, images.shape[1:])
+        if self._packed is None or self._packed[0] != packed_for:
+            plain = self.weight.to_mkldnn()
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's shape
+            self._packed = packed_for, reorder(plain, *how, [1, *images.shape[1:]])
+        output: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            images, self._packed[1], self.bias, *how, "none", [], ""
+        )
+        return output
+
+
 class CameraEncoder(nn.Module):
     """One camera's image to tokens: a grid that says what is where, and keypoints that say exactly where.
 
@@ -113,14 +138,17 @@ class CameraEncoder(nn.Module):
     def __init__(self, crop: Crop, grid: int, keypoints: int, hidden_size: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 32, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()
+            PackedConv2d(3, 32, 5, stride=2, padding=2),
+            nn.ReLU(),
+            PackedConv2d(32, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
         )
         self.trunk = nn.Sequential(
-            nn.Conv2d(64, 96, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1), nn.ReLU()
+            PackedConv2d(64, 96, 3, stride=2, padding=1), nn.ReLU(), PackedConv2d(96, 96, 3, padding=1), nn.ReLU()
         )
         rows, columns = crop.height // CELL // grid, crop.width // CELL // grid
-        self.patches = nn.Conv2d(96, hidden_size, (rows, columns), stride=(rows, columns))
-        self.heatmaps = nn.Conv2d(64, keypoints, 3, padding=1)
+        self.patches = PackedConv2d(96, hidden_size, (rows, columns), stride=(rows, columns))
+        self.heatmaps = PackedConv2d(64, keypoints, 3, padding=1)
         y = torch.linspace(-1, 1, crop.height // 4)
         x = torch.linspace(-1, 1, crop.width // 4)
         coordinates = torch.stack([g.reshape(-1) for g in torch.meshgrid(y, x, indexing="ij")], dim=1)

@@ -1,9 +1,11 @@
 """Training of adapters and controllers against the frozen decoder that they belong to (DySL-VLA, section 3.4).
 
 Stage 1, adapters alone: each learns to predict what its landing gets in the full model, all from one forward of it.
-Stage 2, adapters and controllers: each block is left at one dynamic layer, drawn with probability ~ 1/rank, and what
-counts is the action that comes out. Two objectives for stage 2:
-
+Stage 2, adapters and controllers: each block is left at one dynamic layer, and what counts is the action that comes
+out. The paper draws the layer for each block, with probability ~ 1/rank; then all blocks are hardly ever left at their
+first layer together, which is what every unimportant action does. So that comes first, alone; then the heads of a
+block's other layers start from its first layer's, whose task is nearly theirs, and layers are drawn: mostly one depth
+for all blocks, as guidance sets it, else as the paper does. Two objectives for stage 2:
 `tolerance` (default): the forward really skips, which costs the layers that run. Adapters get the loss of the action;
 a controller learns the probability that leaving at its layer, into a landing, keeps the executed actions within a
 tolerance of the full model's; the tolerance is a running quantile of the errors themselves.
@@ -39,7 +41,7 @@ class DistillConfig:
 
     adapter_steps: int = 500
     """Steps of stage 1, adapters alone; 0: one-stage training."""
-    skip_steps: int = 20_000
+    skip_steps: int = 36_000
     """Steps of stage 2, adapters and controllers."""
     objective: Literal["tolerance", "mixture"] = "tolerance"
     """Of stage 2: skip really and learn what stays within a tolerance, or mix and weigh (the paper's)."""
@@ -51,8 +53,12 @@ class DistillConfig:
     """Steps of linear warm-up."""
     hidden_weight: float = 0.05
     """Weight of the landings' relative error in stage 2."""
+    first_share: float = 0.5
+    """Share of stage 2 in which blocks are left at their first layers; then the other layers start from these."""
+    together: float = 0.75
+    """Share of the other steps of stage 2 that leave all blocks equally deep, as guidance does."""
     whole: float = 0.15
-    """Share of blocks that run whole in stage 2, so that others are also seen behind exact layers."""
+    """Share of blocks that run whole in the rest of stage 2, so that others are also seen behind exact layers."""
     quantile: float = 0.7
     """Objective `tolerance`: share of skips whose error counts as harmless."""
     layer_weight: float = 0.004
@@ -74,6 +80,15 @@ class DistillConfig:
             raise ConfigError(f"objective: {self.objective!r} is neither 'tolerance' nor 'mixture'.")
         if not 0 <= self.whole < 1 or not 0 < self.quantile < 1:
             raise ConfigError(f"whole, quantile: {self.whole}, {self.quantile} must be shares below 1.")
+        for name in ("first_share", "together"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be a share.")
+
+    @property
+    def phases(self) -> tuple[int, int, int]:
+        """Steps of stage 1, of stage 2 at the blocks' first layers, and of the rest of stage 2."""
+        first = round(self.first_share * self.skip_steps)
+        return self.adapter_steps, first, self.skip_steps - first
 
     @property
     def steps(self) -> int:
@@ -161,6 +176,9 @@ class Distillation:
         Raises:
             ConfigError: The loss is not finite any more.
         """
+        phase, done, _ = self._phase()
+        if phase == 2 and done == 0 and self._config.phases[1]:
+            self._spread()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
         if self.is_first_stage:
@@ -177,13 +195,32 @@ class Distillation:
         self.step += 1
         return figures
 
+    def _phase(self) -> tuple[int, int, int]:
+        """Which one the step that comes belongs to, how many of its steps are done, and how many it has."""
+        done = self.step
+        for phase, length in enumerate(self._config.phases):
+            if done < length:
+                return phase, done, length
+            done -= length
+        raise ConfigError(f"skip_steps: all {self._config.steps} steps are done.")
+
     def _rate(self) -> float:
-        """Cosine over each stage, with a warm-up."""
-        first, config = self.is_first_stage, self._config
-        done = self.step if first else self.step - config.adapter_steps
-        total = config.adapter_steps if first else config.skip_steps
-        warm = min(1.0, (done + 1) / max(1, config.warmup))
-        return config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / total)))
+        """Cosine over each phase, with a warm-up."""
+        _, done, length = self._phase()
+        warm = min(1.0, (done + 1) / max(1, self._config.warmup))
+        return self._config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / length)))
+
+    @torch.no_grad()
+    def _spread(self) -> None:
+        """Let the heads of every layer start from those of its block's first layer."""
+        heads = self._skipper.heads
+        assert heads is not None
+        for block in self._skipper.plan.blocks:
+            first = max(1, block.first)
+            for layer in range(first + 1, block.landing):
+                for kind in (heads.adapters, heads.controllers):
+                    kind[str(layer)].load_state_dict(kind[str(first)].state_dict())
+        self.optimizer.state.clear()
 
     def _adapter_loss(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad(), self._skipper.record() as layers:
@@ -229,13 +266,13 @@ class Distillation:
         }
 
     def _draw(self, rng: np.random.Generator) -> list[int | None]:
-        """Where each block is left: earlier layers more often; one block at least is left."""
-        places: list[int | None] = []
-        for block in self._skipper.plan.blocks:
-            layers = np.arange(max(1, block.first), block.landing)
-            shares = 1 / np.arange(1, len(layers) + 1)
-            place = int(rng.choice(layers, p=shares / shares.sum())) if len(layers) else None
-            places.append(place)
+        """Where each block is left; one at least is."""
+        layers = [np.arange(max(1, block.first), block.landing) for block in self._skipper.plan.blocks]
+        is_first = self._phase()[0] == 1
+        if is_first or rng.random() < self._config.together:
+            depth = 0 if is_first else _earlier(rng, max(map(len, layers)))
+            return [int(inside[min(depth, len(inside) - 1)]) if len(inside) else None for inside in layers]
+        places = [int(inside[_earlier(rng, len(inside))]) if len(inside) else None for inside in layers]
         whole = rng.random(len(places)) < self._config.whole
         whole[rng.choice([block for block, place in enumerate(places) if place is not None])] = False
         return [None if keep else place for place, keep in zip(places, whole, strict=True)]
@@ -251,3 +288,9 @@ def relative_error(predicted: Tensor, wanted: Tensor) -> Tensor:
     distance = torch.linalg.vector_norm(predicted - wanted, dim=-1)
     error: Tensor = (distance / torch.linalg.vector_norm(wanted, dim=-1).clamp_min(1e-6)).mean()
     return error
+
+
+def _earlier(rng: np.random.Generator, count: int) -> int:
+    """A place among so many, with probability ~ 1/rank."""
+    shares = 1 / np.arange(1, count + 1)
+    return int(rng.choice(count, p=shares / shares.sum()))

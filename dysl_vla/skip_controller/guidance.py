@@ -8,18 +8,27 @@ more than eta") leaves a steady trajectory without skipping for ever once contin
 which continuity does not fall gives one layer back. Its continuity runs over one action an inference: here over all
 that were executed. And it knows the past alone: here the window may end in the actions that the last chunk plans
 (`Guide.foresight`), so that a grasp is protected before it begins.
+
+How smooth a trajectory is, is an interchangeable part: any function of a window of actions can be registered in
+`signals`, and everything below calls its value continuity.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dysl_vla.errors import ActionError, ConfigError
+from dysl_vla.registry import Registry
+
+Signal = Callable[[NDArray[np.float32] | NDArray[np.float64]], float | None]
+"""Normalised successive actions, (time, action), to a number that falls where they get important; None: too few."""
+signals: Registry[Signal] = Registry("importance signal", "dysl_vla.signals")
+"""Importance signals by name."""
 
 WINDOW = 5
 """Actions that continuity looks back on: k of the paper, which finds 1 and 9 worse."""
@@ -74,13 +83,20 @@ class Guide:
         action_dim: Dimensions of an action.
         thresholds: What counts as a fall.
         foresight: Planned actions at which the window of continuity ends; 0: it ends with the last executed one.
+        signal: The importance signal's name.
 
     Raises:
-        ConfigError: A negative length or foresight, or no dimension.
+        ConfigError: A negative length or foresight, no dimension, or an unknown signal.
     """
 
     def __init__(
-        self, block_lengths: Sequence[int], action_dim: int, thresholds: Thresholds, *, foresight: int = 0
+        self,
+        block_lengths: Sequence[int],
+        action_dim: int,
+        thresholds: Thresholds,
+        *,
+        foresight: int = 0,
+        signal: str = "continuity",
     ) -> None:
         if action_dim < 1:
             raise ConfigError(f"action_dim: {action_dim} must be at least 1.")
@@ -92,6 +108,7 @@ class Guide:
         self._action_dim = action_dim
         self._thresholds = thresholds
         self._foresight = foresight
+        self._signal = signals.get(signal)
 
     def reset(self) -> GuideState:
         """An episode that begins: at rest, so that skipping is allowed until continuity falls."""
@@ -150,11 +167,11 @@ class Guide:
     ) -> float | None:
         """By how much predicted actions make continuity fall; None before it is known. Arguments as of `verify`."""
         seen = max(self._foresight, execute_steps)
-        after = continuity(np.concatenate([state.recent, predicted[:seen]])[-WINDOW - 1 :])
+        after = self._signal(np.concatenate([state.recent, predicted[:seen]])[-WINDOW - 1 :])
         return None if after is None or state.continuity is None else state.continuity - after
 
     def _continuity(self, recent: NDArray[np.float64], planned: NDArray[np.float64]) -> float | None:
-        return continuity(np.concatenate([recent, planned[: self._foresight]])[-WINDOW - 1 :])
+        return self._signal(np.concatenate([recent, planned[: self._foresight]])[-WINDOW - 1 :])
 
     def _check(self, actions: NDArray[np.float32] | NDArray[np.float64]) -> None:
         if actions.ndim != 2 or actions.shape[1] != self._action_dim:
@@ -165,6 +182,7 @@ class Guide:
             raise ActionError(f"action: has a value that is not finite: {actions.tolist()}.")
 
 
+@signals.register("continuity")
 def continuity(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | None:
     """Minus the mean distance between successive actions: higher is smoother, and less important.
 
@@ -177,3 +195,11 @@ def continuity(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | No
     if len(actions) < 2:
         return None
     return -float(np.linalg.norm(np.diff(actions, axis=0), axis=1).mean())
+
+
+@signals.register("gripper")
+def gripper(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | None:
+    """Minus the mean change of the last dimension, by convention the gripper's; arguments as of `continuity`."""
+    if len(actions) < 2:
+        return None
+    return -float(np.abs(np.diff(actions[:, -1])).mean())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.plan import SkipPlan
@@ -46,7 +47,8 @@ class Adapter(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, tokens, hidden) to the same."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        inner = nn.functional.silu(self.down(flat))
+        down = self.down  # its weights, not its call, which costs as much again
+        inner = functional.silu(functional.linear(flat, down.weight, down.bias))
         return torch.addmm(flat, inner, self.up).view_as(hidden)
 
 
@@ -68,9 +70,10 @@ class Controller(nn.Module):
         Returns:
             (batch,); their sigmoid is the probability.
         """
-        pooled = torch.cat([*_pool(hidden, mask)], dim=-1)
-        logits: Tensor = self.out(nn.functional.silu(self.hidden(pooled)))
-        return logits.view(-1)
+        inner, out = self.hidden, self.out
+        pooled = torch.cat(_pool(hidden, mask), dim=-1)
+        inside = functional.silu(functional.linear(pooled, inner.weight, inner.bias))
+        return functional.linear(inside, out.weight, out.bias).view(-1)
 
 
 class SkipHeads(nn.Module):

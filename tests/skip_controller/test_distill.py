@@ -15,7 +15,11 @@ PLAN = SkipPlan(num_layers=6, static_layers=(0, 3, 5))
 
 
 def make(
-    objective: str = "tolerance", adapter_steps: int = 30, skip_steps: int = 60
+    objective: str = "tolerance",
+    adapter_steps: int = 30,
+    skip_steps: int = 60,
+    together: float = 0.75,
+    first_share: float = 0.0,
 ) -> tuple[Distillation, LlamaModel]:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -31,7 +35,15 @@ def make(
             lambda hidden: read_out(hidden[:, -1]).view(-1, 4, 2),
             execute_steps=2,
             config=DistillConfig(
-                adapter_steps, skip_steps, objective, batch=16, warmup=5, learning_rate=1e-2, hidden_weight=0.2
+                adapter_steps,
+                skip_steps,
+                objective,
+                batch=16,
+                warmup=5,
+                learning_rate=1e-2,
+                hidden_weight=0.2,
+                together=together,
+                first_share=first_share,
             ),
         ),
         model,
@@ -57,7 +69,7 @@ def test_both_stages_learn_and_leave_the_backbone_alone(objective: str) -> None:
     figures = run(distillation, 90)
     first, second = figures[:30], figures[30:]
     assert np.mean([f["loss"] for f in first[-5:]]) < 0.8 * np.mean([f["loss"] for f in first[:5]])
-    assert np.mean([f["landing_error"] for f in second[-20:]]) < np.mean([f["landing_error"] for f in second[:20]])
+    assert np.mean([f["task_loss"] for f in second[-20:]]) < np.mean([f["task_loss"] for f in second[:20]])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -79,6 +91,31 @@ def test_the_second_stage_skips_one_layer_of_a_block_at_most_and_of_one_block_at
         assert places != [None, None]
         seen.add(tuple(places))
     assert len(seen) == 5  # left at 1, 2 or not at all, at 4 or not at all, but not both whole
+
+
+def test_the_second_stage_can_leave_all_blocks_equally_deep() -> None:
+    distillation, _ = make(adapter_steps=0, together=1.0)
+    drawn = {tuple(distillation._draw(np.random.default_rng(seed))) for seed in range(50)}
+    assert drawn == {(1, 4), (2, 4)}  # the second block has one dynamic layer
+
+
+def test_the_second_stage_can_begin_at_first_layers_from_which_the_others_then_start() -> None:
+    distillation, _ = make(adapter_steps=2, skip_steps=20, first_share=0.5)
+    heads = distillation._skipper.heads
+    later = {name: value.clone() for name, value in heads.adapters["2"].state_dict().items()}
+    run(distillation, 12)
+    assert distillation._draw(np.random.default_rng(0)) is not None
+    first = {name: value.clone() for name, value in heads.adapters["1"].state_dict().items()}
+    assert any(not torch.equal(first[name], later[name]) for name in first)
+    distillation._spread()
+    for name, value in heads.adapters["2"].state_dict().items():
+        assert torch.equal(value, first[name])
+    for kind in ("1", "2"):
+        assert torch.equal(heads.controllers[kind].out.weight, heads.controllers["1"].out.weight)
+    run(distillation, 10)
+    assert any(not torch.equal(value, first[name]) for name, value in heads.adapters["2"].state_dict().items())
+    with pytest.raises(ConfigError, match="all 22 steps are done"):
+        run(distillation, 1)
 
 
 def test_a_mixture_that_never_skips_is_the_full_model() -> None:

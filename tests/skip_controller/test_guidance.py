@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from dysl_vla.errors import ActionError, ConfigError
 from dysl_vla.skip_controller import Guide, Thresholds
-from dysl_vla.skip_controller.guidance import WINDOW, continuity
+from dysl_vla.skip_controller.guidance import WINDOW, continuity, gripper, signals
 
 BLOCKS = (3, 13)
 GUIDE = Guide(BLOCKS, 2, Thresholds(eta=0.1, eta_verify=0.2))
@@ -159,6 +159,23 @@ def test_continuity_is_the_mean_distance_of_neighbours(actions: np.ndarray) -> N
     distances = [np.sqrt(sum((a - b) ** 2)) for a, b in zip(actions[1:], actions, strict=False)]
     assert value == pytest.approx(-np.mean(distances))
     assert value <= 0
+
+
+def test_the_importance_signal_is_interchangeable() -> None:
+    moving = np.zeros((6, 2))
+    moving[3:, 0] = 1.0  # the arm jumps, the gripper rests
+    assert continuity(moving) == pytest.approx(-0.2)
+    assert gripper(moving) == 0.0
+    assert gripper(moving[:, ::-1]) == pytest.approx(-0.2)
+    for name in ("continuity", "gripper"):
+        guide = Guide(BLOCKS, 2, Thresholds(0.1, 0.2), signal=name)
+        state = guide.reset()
+        guide.observe(state, np.zeros((6, 2)))
+        guide.observe(state, moving)
+        assert state.allow_points.tolist() == ([2, 2] if name == "continuity" else [0, 0])
+    with pytest.raises(ConfigError, match="unknown importance signal 'touch'; there are: continuity, gripper"):
+        Guide(BLOCKS, 2, Thresholds(0.1, 0.2), signal="touch")
+    assert signals.names() == ["continuity", "gripper"]
 
 
 @pytest.mark.parametrize("values", [(0.0, 1.0), (1.0, -1.0), (np.inf, 1.0), (1.0, np.nan)])
