@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
@@ -24,6 +24,7 @@ from dysl_vla.files import read_json, replacing, sha256, write_json, write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 PROVENANCE, MANIFEST = "provenance.json", "manifest.json"
 SHIPPED = Path(__file__).parent / "policies" / "shipped"
@@ -76,7 +77,7 @@ def find_checkpoint(name: str) -> Path:
 
 def read_policy_type(folder: Path) -> str:
     """Which class a checkpoint is of, from its config.json."""
-    policy_type = _read_json(folder / CONFIG).get("policy_type")
+    policy_type = read_document(folder / CONFIG).get("policy_type")
     if not isinstance(policy_type, str):
         raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' is missing; this is a foreign checkpoint.")
     return policy_type
@@ -96,6 +97,30 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     write_json(folder / MANIFEST, {name: sha256(folder / name) for name in (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE)})
 
 
+def validated(kind: type[T], values: object, path: Path, prefix: str = "") -> T:
+    """A dataclass from the values of a file.
+
+    Args:
+        kind: The dataclass.
+        values: What the file holds for it.
+        path: The file, for messages.
+        prefix: Where in the file they are, for messages ("config.").
+
+    Raises:
+        CheckpointError: Naming the file and the field.
+    """
+    with needs_extra("policy"):
+        from pydantic import TypeAdapter, ValidationError
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = prefix + ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: field {field!r}: {first['msg']}.") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def load_checkpoint(folder: Path, policy_type: str, config_class: type[Any]) -> Checkpoint:
     """Read a checkpoint and check every part of it.
 
@@ -108,12 +133,11 @@ def load_checkpoint(folder: Path, policy_type: str, config_class: type[Any]) -> 
         CheckpointError: Naming the file and, where it is a field, the field.
     """
     with needs_extra("policy"):
-        from pydantic import TypeAdapter, ValidationError
         from safetensors import SafetensorError, safe_open
     found = read_policy_type(folder)
     if found != policy_type:
         raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' is {found!r}; this reads {policy_type!r}.")
-    document = _read_json(folder / CONFIG)
+    document = read_document(folder / CONFIG)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             written = json.loads((file.metadata() or {}).get("config", "null"))
@@ -122,33 +146,33 @@ def load_checkpoint(folder: Path, policy_type: str, config_class: type[Any]) -> 
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 # it is no mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: is missing or damaged ({error}); get it again.") from error
-    try:
-        config = TypeAdapter(config_class).validate_python(document["config"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{folder / CONFIG}: field 'config.{field}': {first['msg']}.") from error
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    config = validated(config_class, document["config"], folder / CONFIG, "config.")
     return Checkpoint(
         policy_type=policy_type,
         config=config,
         tensors=tensors,
         tokenizer=(folder / TOKENIZER).read_text(encoding="utf-8"),
-        provenance=_read_json(folder / PROVENANCE),
+        provenance=read_document(folder / PROVENANCE),
     )
 
 
-def add_to_manifest(folder: Path, names: Sequence[str]) -> None:
-    """Have the manifest vouch for more files of a checkpoint, or for new versions of them."""
-    write_json(folder / MANIFEST, {**_read_json(folder / MANIFEST), **{name: sha256(folder / name) for name in names}})
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
     try:
         return read_json(path)
     except ConfigError as error:
         raise CheckpointError(f"{error} Get the checkpoint again.") from error
+
+
+def add_to_manifest(folder: Path, names: Sequence[str]) -> None:
+    """Have the manifest vouch for more files of a checkpoint, or for new versions of them."""
+    write_json(
+        folder / MANIFEST, {**read_document(folder / MANIFEST), **{name: sha256(folder / name) for name in names}}
+    )
 
 
 def _check_unedited(path: Path, document: Any, written: Any) -> None:
@@ -160,7 +184,7 @@ def _check_unedited(path: Path, document: Any, written: Any) -> None:
 
 
 def _check_manifest(folder: Path) -> None:
-    manifest = _read_json(folder / MANIFEST)
+    manifest = read_document(folder / MANIFEST)
     for name in {CONFIG: 0, WEIGHTS: 0, TOKENIZER: 0, PROVENANCE: 0, **manifest}:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: is missing; get the checkpoint again.")

@@ -72,8 +72,8 @@ class DistillRunConfig:
     """Width of an adapter's bottleneck; 0: 64 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
     controller_size: int = 16
     """Width of a controller's hidden layer."""
-    signal: str = "continuity"
-    """What tells important actions: the continuity of the trajectory, or the gripper's alone ("gripper")."""
+    signal: str = ""
+    """What tells important actions: "gripper" or "continuity", of all motion; empty: the gripper if there is one."""
     training: DistillConfig = field(default_factory=DistillConfig)
 
 
@@ -90,7 +90,8 @@ def distill(config: DistillRunConfig) -> Path:
     """
     if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no distillation; give a new folder.")
-    signals.get(config.signal)
+    if config.signal:
+        signals.get(config.signal)
     demonstrations = Demonstrations(config.data)
     policy = load_backbone_policy(config.policy)
     policy.spec.check_world(demonstrations.spec)
@@ -186,8 +187,9 @@ class _Run:
         config = self._config
         spec = self._policy.spec
         foresight = min(FORESIGHT, spec.chunk_length - spec.execute_steps)
+        signal = config.signal or ("gripper" if spec.action_names[-1] == "gripper" else "continuity")
         replay = Replay(self._policy, self._demonstrations)
-        statistics = replay.statistics(self._skipper, foresight, config.signal)
+        statistics = replay.statistics(self._skipper, foresight, signal)
         self._skipper.detach()
         settings = SkipSettings(
             plan=self._heads.plan,
@@ -196,7 +198,7 @@ class _Run:
             action_dim=len(spec.action_names),
             statistics=statistics,
             foresight=foresight,
-            signal=config.signal,
+            signal=signal,
         )
         policy = DyslPolicy(self._policy, self._heads.eval(), settings)
         settings = replace(settings, mean_layers=replay.play(policy).mean_layers)

@@ -52,8 +52,8 @@ def summarise(
 def layers_by_importance(steps: pa.Table, spec: PolicySpec) -> dict[str, float | None] | None:
     """How many layers ran, in all and near the gripper's closing and opening.
 
-    The gripper closes or opens where its command crosses from below to above the demonstrations' mean or back, by a
-    quarter of their deviation, so that a command that hovers is no event. Near are the five steps around.
+    The gripper closes or opens where its command has moved by half a deviation of the demonstrated commands since it
+    last did, or since the episode began; noise is no event. Near are the five steps around.
 
     Returns:
         `mean`, `p99`, `near_gripper`, `free_motion` (means over inferences), `ratio` of these two, `verified` (share of
@@ -82,6 +82,18 @@ def near_gripper_events(steps: pa.Table, spec: PolicySpec) -> NDArray[np.bool_]:
     near = np.zeros(len(steps), np.bool_)
     if "gripper" not in spec.action_names:
         return near
+    dimension = spec.action_names.index("gripper")
+    moved = spec.action_normalisation.std[dimension] / 2
+    commands = np.array([action[dimension] for action in steps["action"].to_pylist()])
+    begins = np.asarray(steps["step"].to_numpy()) == 0
+    starts = np.flatnonzero(begins).tolist()
+    for start, end in zip(starts, [*starts[1:], len(commands)], strict=True):
+        rest = commands[start]
+        for step in range(start, end):
+            if abs(commands[step] - rest) > moved:
+                near[max(start, step - 2) : min(end, step + 3)] = True
+                rest = commands[step]
+    return near
     dimension = spec.action_names.index("gripper")
     mean, std = spec.action_normalisation.mean[dimension], spec.action_normalisation.std[dimension]
     commands = np.array([action[dimension] for action in steps["action"].to_pylist()])

@@ -16,16 +16,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dysl_vla.checkpoint import add_to_manifest
+from dysl_vla.checkpoint import add_to_manifest, read_document, validated
 from dysl_vla.errors import CheckpointError, ConfigError
-from dysl_vla.files import read_json, replacing, write_json
+from dysl_vla.files import replacing, write_json
 from dysl_vla.policies.base import BackbonePolicy
-from dysl_vla.skip_controller.guidance import WINDOW, Guide, GuideState
+from dysl_vla.skip_controller.guidance import WINDOW, Guide, GuideState, signals
 from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
 from dysl_vla.skip_controller.operating import SkipStatistics, Switches, random_rate
 from dysl_vla.skip_controller.plan import SkipPlan
@@ -62,12 +61,13 @@ class SkipSettings:
     statistics: SkipStatistics
     foresight: int = FORESIGHT
     signal: str = "continuity"
-    skip: float = 0.8
+    skip: float = 0.98
     mean_layers: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.skip <= 1:
             raise ConfigError(f"skip: {self.skip} must be above 0 and at most 1.")
+        signals.get(self.signal)
 
 
 @dataclass
@@ -313,16 +313,9 @@ def read_skips(folder: Path) -> tuple[SkipSettings, dict[str, Any]]:
     Raises:
         CheckpointError: Naming the field.
     """
-    try:
-        document = read_json(folder / SETTINGS)
-        values = {key: value for key, value in document.items() if key != "provenance"}
-        settings: SkipSettings = TypeAdapter(SkipSettings).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{folder / SETTINGS}: field {place!r}: {first['msg']}.") from error
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / SETTINGS}: {error}") from error
+    document = read_document(folder / SETTINGS)
+    values = {key: value for key, value in document.items() if key != "provenance"}
+    settings = validated(SkipSettings, values, folder / SETTINGS)
     return settings, document
 
 

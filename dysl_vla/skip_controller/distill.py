@@ -4,8 +4,8 @@ Stage 1, adapters alone: each learns to predict what its landing gets in the ful
 Stage 2, adapters and controllers: each block is left at one dynamic layer, and what counts is the action that comes
 out. The paper draws the layer for each block, with probability ~ 1/rank; then all blocks are hardly ever left at their
 first layer together, which is what every unimportant action does. So that comes first, alone; then the heads of a
-block's other layers start from its first layer's, whose task is nearly theirs, and layers are drawn: mostly one depth
-for all blocks, as guidance sets it, else as the paper does. Two objectives for stage 2:
+block's other layers start from its first layer's, whose task is nearly theirs, and learn from drawn layers: mostly one
+depth for all blocks, as guidance sets it, else as the paper draws them. Two objectives for stage 2:
 `tolerance` (default): the forward really skips, which costs the layers that run. Adapters get the loss of the action;
 a controller learns the probability that leaving at its layer, into a landing, keeps the executed actions within a
 tolerance of the full model's; the tolerance is a running quantile of the errors themselves.
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller.plan import Block
 from dysl_vla.skip_controller.skipping import Skipper
 
 Backbone = Callable[[Mapping[str, Tensor]], Tensor]
@@ -53,8 +54,8 @@ class DistillConfig:
     """Steps of linear warm-up."""
     hidden_weight: float = 0.05
     """Weight of the landings' relative error in stage 2."""
-    first_share: float = 0.5
-    """Share of stage 2 in which blocks are left at their first layers; then the other layers start from these."""
+    first_share: float = 0.55
+    """Share of stage 2 that leaves blocks at their first layers; then the other layers start from these and learn."""
     together: float = 0.75
     """Share of the other steps of stage 2 that leave all blocks equally deep, as guidance does."""
     whole: float = 0.15
@@ -190,6 +191,8 @@ class Distillation:
             raise ConfigError(f"learning_rate: the loss is {loss.item()} at step {self.step}; start with a lower one.")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in self._finished():
+            parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -206,21 +209,35 @@ class Distillation:
 
     def _rate(self) -> float:
         """Cosine over each phase, with a warm-up."""
-        _, done, length = self._phase()
+        phase, done, length = self._phase()
         warm = min(1.0, (done + 1) / max(1, self._config.warmup))
-        return self._config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / length)))
+        peak = self._config.learning_rate * (0.4 if phase == 2 and self._config.phases[1] else 1)
+        return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / length)))
 
     @torch.no_grad()
     def _spread(self) -> None:
-        """Let the heads of every layer start from those of its block's first layer."""
+        """Let the heads of every layer start from those of its block's first layer, which learn no more."""
         heads = self._skipper.heads
         assert heads is not None
         for block in self._skipper.plan.blocks:
-            first = max(1, block.first)
-            for layer in range(first + 1, block.landing):
+            for layer in range(self._first(block) + 1, block.landing):
                 for kind in (heads.adapters, heads.controllers):
-                    kind[str(layer)].load_state_dict(kind[str(first)].state_dict())
+                    kind[str(layer)].load_state_dict(kind[str(self._first(block))].state_dict())
         self.optimizer.state.clear()
+
+    def _finished(self) -> list[nn.Parameter]:
+        """Parameters of heads that have learned all they will."""
+        heads = self._skipper.heads
+        assert heads is not None
+        if self._phase()[0] < 2 or not self._config.phases[1]:
+            return []
+        layers = [str(self._first(block)) for block in self._skipper.plan.blocks if self._first(block) < block.landing]
+        kinds = (heads.adapters, heads.controllers)
+        return [parameter for layer in layers for kind in kinds for parameter in kind[layer].parameters()]
+
+    def _first(self, block: Block) -> int:
+        """Its first layer that can be left: the decoder's first always runs."""
+        return max(1, block.first)
 
     def _adapter_loss(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad(), self._skipper.record() as layers:
@@ -267,10 +284,10 @@ class Distillation:
 
     def _draw(self, rng: np.random.Generator) -> list[int | None]:
         """Where each block is left; one at least is."""
-        layers = [np.arange(max(1, block.first), block.landing) for block in self._skipper.plan.blocks]
-        is_first = self._phase()[0] == 1
+        layers = [np.arange(self._first(block), block.landing) for block in self._skipper.plan.blocks]
+        is_first, begun = self._phase()[0] == 1, self._config.phases[1] > 0
         if is_first or rng.random() < self._config.together:
-            depth = 0 if is_first else _earlier(rng, max(map(len, layers)))
+            depth = 0 if is_first else begun + _earlier(rng, max(1, max(map(len, layers)) - begun))
             return [int(inside[min(depth, len(inside) - 1)]) if len(inside) else None for inside in layers]
         places = [int(inside[_earlier(rng, len(inside))]) if len(inside) else None for inside in layers]
         whole = rng.random(len(places)) < self._config.whole

@@ -11,8 +11,8 @@ import numpy as np
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.guidance import Thresholds
 
-VERIFIED_AT_MOST = 0.01
-"""Share of inferences that the knob, near 0, lets be verified: one that is costs more than the full model."""
+VERIFIED = 0.004
+"""Share of inferences that are verified, unless everything is skipped: one that is costs more than the full model."""
 SMALLEST = 1e-6
 
 
@@ -78,14 +78,13 @@ class SkipStatistics:
         if not 0 < skip <= 1:
             raise ConfigError(f"skip: {skip} must be above 0, where nothing is skipped, and at most 1.")
         everything = skip == 1
-        verified = 1 - VERIFIED_AT_MOST * (1 - skip)
         return OperatingPoint(
             threshold=-1.0 if everything else _at(self.outputs, 1 - skip),
             thresholds=Thresholds(
                 eta=max(SMALLEST, 2 * self.falls[-1] if everything else _at(self.falls, skip)),
                 eta_verify=max(
                     SMALLEST,
-                    2 * abs(self.surprises[-1]) if everything else _at(self.surprises, verified),
+                    2 * abs(self.surprises[-1]) if everything else _at(self.surprises, 1 - VERIFIED),
                 ),
             ),
         )

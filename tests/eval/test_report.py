@@ -31,8 +31,10 @@ def test_the_five_steps_around_a_closing_gripper_are_near() -> None:
     assert np.flatnonzero(near).tolist() == [4, 5, 6, 7, 8]
 
 
-def test_a_command_that_hovers_is_no_event() -> None:
-    assert not near_gripper_events(table([-1.0, 0.1, -0.1, 0.2, -1.0]), SPEC).any()
+def test_noise_is_no_event_and_a_slow_closing_is_one() -> None:
+    assert not near_gripper_events(table([-1.0, -0.8, -1.1, -0.7, -1.0]), SPEC).any()
+    near = near_gripper_events(table([0.0] * 4 + [0.2, 0.4, 0.6] + [0.6] * 4), SPEC)
+    assert np.flatnonzero(near).tolist() == [4, 5, 6, 7, 8]
 
 
 def test_events_do_not_reach_into_other_episodes() -> None:

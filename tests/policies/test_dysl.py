@@ -31,7 +31,11 @@ def make_parts(seed: int = 0) -> tuple[MiniVLA, SkipHeads, SkipSettings]:
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.5)
         parameter.data = parameter.data.half().float()  # as they are saved
-    return policy, heads, SkipSettings(PLAN, heads.config, policy.fingerprint, 3, STATISTICS, 2, 0.9, 4.5)
+    return (
+        policy,
+        heads,
+        SkipSettings(PLAN, heads.config, policy.fingerprint, 3, STATISTICS, 2, skip=0.9, mean_layers=4.5),
+    )
 
 
 def make_dysl(**options: Any) -> DyslPolicy:
@@ -187,7 +191,13 @@ def test_a_knob_out_of_range_is_refused(checkpoint: Path, skip: float) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("plan", {"num_layers": 6, "static_layers": [0, 2, 5]}), ("teacher", "other"), ("skip", 2.0), ("foresight", "x")],
+    [
+        ("plan", {"num_layers": 6, "static_layers": [0, 2, 5]}),
+        ("teacher", "other"),
+        ("skip", 2.0),
+        ("foresight", "x"),
+        ("signal", "touch"),
+    ],
 )
 def test_an_edited_file_is_refused(checkpoint: Path, field: str, value: object) -> None:
     path = checkpoint / "skip.json"
