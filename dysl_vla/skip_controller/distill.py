@@ -122,7 +122,7 @@ class Distillation:
 
     Attributes:
         step: Steps done.
-        tolerance: The running quantile of errors.
+        tolerance: The running quantile of errors; of those at first layers, where these come first.
     """
 
     def __init__(
@@ -216,13 +216,18 @@ class Distillation:
 
     @torch.no_grad()
     def _spread(self) -> None:
-        """Let the heads of every layer start from those of its block's first layer, which learn no more."""
+        """Let the heads of every layer start from those of its block's first layer, which learn no more.
+
+        What an adapter adds is scaled to the part of the block that its layer still has before it.
+        """
         heads = self._skipper.heads
         assert heads is not None
         for block in self._skipper.plan.blocks:
-            for layer in range(self._first(block) + 1, block.landing):
+            first = self._first(block)
+            for layer in range(first + 1, block.landing):
                 for kind in (heads.adapters, heads.controllers):
-                    kind[str(layer)].load_state_dict(kind[str(self._first(block))].state_dict())
+                    kind[str(layer)].load_state_dict(kind[str(first)].state_dict())
+                heads.adapters[str(layer)].get_parameter("up").mul_((block.landing - layer) / (block.landing - first))
         self.optimizer.state.clear()
 
     def _finished(self) -> list[nn.Parameter]:
@@ -269,7 +274,8 @@ class Distillation:
             kept = torch.tensor([float(plan.blocks[b].landing - (places[b] or 0)) for b in chosen])
             controllers = config.layer_weight * ((1 - outputs) * kept[:, None]).sum(dim=0).mean()
         else:
-            self._follow(error.detach())
+            if self._phase()[0] < 2 or not self._config.phases[1]:
+                self._follow(error.detach())
             label = (error.detach() < self.tolerance).to(outputs.dtype).expand_as(outputs)
             controllers = nn.functional.binary_cross_entropy(outputs.float(), label.float())
         loss = task + config.hidden_weight * hidden + controllers
@@ -285,9 +291,9 @@ class Distillation:
     def _draw(self, rng: np.random.Generator) -> list[int | None]:
         """Where each block is left; one at least is."""
         layers = [np.arange(self._first(block), block.landing) for block in self._skipper.plan.blocks]
-        is_first, begun = self._phase()[0] == 1, self._config.phases[1] > 0
+        is_first = self._phase()[0] == 1
         if is_first or rng.random() < self._config.together:
-            depth = 0 if is_first else begun + _earlier(rng, max(1, max(map(len, layers)) - begun))
+            depth = 0 if is_first else int(rng.integers(max(map(len, layers))))
             return [int(inside[min(depth, len(inside) - 1)]) if len(inside) else None for inside in layers]
         places = [int(inside[_earlier(rng, len(inside))]) if len(inside) else None for inside in layers]
         whole = rng.random(len(places)) < self._config.whole
