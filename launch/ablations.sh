@@ -16,8 +16,8 @@ episodes=${EPISODES:-20}
 train() {
     variant=$1
     shift
-    "$dysl" distill --policy "$policy" --data "$data" --out "$out/$variant" --adapter-size 128 \
-        --skip-steps "${STEPS:-36000}" "$@"
+    "$dysl" distill --policy "$policy" --data "$data" --out "$out/$variant" \
+        --skip-steps "${STEPS:-46000}" "$@"
     "$dysl" eval --policy "$out/$variant" --episodes "$episodes" --out "$out/$variant-eval"
 }
 mkdir -p "$out"

@@ -39,8 +39,8 @@ class CalibrateConfig:
     """A shipped name, a checkpoint's folder or a hub id."""
     static_ratio: float = 0.125
     """Share of layers that always run, the first and the last included."""
-    longest_block: int = 11
-    """No more layers than that may be skipped at once; 0: as many as there are."""
+    longest_block: int = 0
+    """No more layers than that may be skipped at once; 0: as few as so many static layers allow."""
     frames: int = 1024
     """Frames to measure on."""
 

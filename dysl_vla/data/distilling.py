@@ -43,10 +43,11 @@ with needs_extra("policy"):
     from safetensors.torch import save_file
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from dysl_vla.policies.dysl import FORESIGHT, DyslPolicy, SkipSettings, save_skips
+    from dysl_vla.policies.dysl import FORESIGHT, DyslPolicy, SkipSettings, has_skips, save_skips
     from dysl_vla.skip_controller.distill import Distillation, DistillConfig, Target
     from dysl_vla.skip_controller.guidance import signals
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
+    from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
@@ -69,7 +70,7 @@ class DistillRunConfig:
     frames: int = 32_000
     """Frames to train on, evenly spread; kept encoded in memory."""
     adapter_size: int = 0
-    """Width of an adapter's bottleneck; 0: 64 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
+    """Width of an adapter's bottleneck; 0: 128 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
     controller_size: int = 16
     """Width of a controller's hidden layer."""
     signal: str = ""
@@ -92,35 +93,47 @@ def distill(config: DistillRunConfig) -> Path:
         raise ConfigError(f"out: {config.out} is not empty and holds no distillation; give a new folder.")
     if config.signal:
         signals.get(config.signal)
+    if config.frames < 1:
+        raise ConfigError(f"frames: {config.frames} must be at least 1.")
     demonstrations = Demonstrations(config.data)
     policy = load_backbone_policy(config.policy)
+    if config.signal == "gripper" and policy.spec.action_names[-1] != "gripper":
+        raise ConfigError(f"signal: the last action is {policy.spec.action_names[-1]!r}, which is no gripper.")
     policy.spec.check_world(demonstrations.spec)
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
     del settings["training"]
-    identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
+    plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
+    identity = {
+        **settings,
+        "plan": json.loads(json.dumps(asdict(plan))),
+        "demonstrated_frames": demonstrations.total_frames,
+        "teacher": policy.fingerprint,
+    }
     if (config.out / RUN_FILE).exists():
         check_same_run(config.out / RUN_FILE, identity)
         if _is_finished(config):
             return config.out
     torch.set_num_threads(config.training.threads or len(os.sched_getaffinity(0)))
+    run = _Run(config, plan, policy, demonstrations)
     with claimed(config.out):
         write_json(config.out / RUN_FILE, identity)
-        _Run(config, policy, demonstrations).run()
+        run.run()
     return config.out
 
 
 def _is_finished(config: DistillRunConfig) -> bool:
     points = read_lines(config.out / CURVE_FILE)
     reached = points[-1]["step"] if points else 0
-    return reached == config.training.steps and not (config.out / STATE_FILE).exists()
+    return reached == config.training.steps and has_skips(config.out) and not (config.out / STATE_FILE).exists()
 
 
 class _Run:
     """One distillation, from its demonstrations to its checkpoint."""
 
-    def __init__(self, config: DistillRunConfig, policy: BackbonePolicy, demonstrations: Demonstrations) -> None:
+    def __init__(
+        self, config: DistillRunConfig, plan: SkipPlan, policy: BackbonePolicy, demonstrations: Demonstrations
+    ) -> None:
         self._config, self._policy, self._demonstrations = config, policy, demonstrations
-        plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
         backbone = policy.backbone
         for parameter in _parameters(policy):
             parameter.requires_grad_(False)
@@ -141,6 +154,12 @@ class _Run:
     def run(self) -> None:
         config, distillation = self._config, self._distillation
         seconds = self._resume()
+        if distillation.step < config.training.steps:
+            seconds = self._train(seconds)
+        self._finish(seconds)
+
+    def _train(self, seconds: float) -> float:
+        config, distillation = self._config, self._distillation
         chosen = choose_frames(self._demonstrations, config.frames, held_out=False)
         frames = encode(self._policy, self._demonstrations, chosen, "frames")
         targets: Target | None = None
@@ -170,11 +189,12 @@ class _Run:
                 if distillation.step % SAVE_EVERY == 0 or stage_ends:
                     self._save_state(seconds)
         board.close()
-        self._finish(seconds)
+        return seconds
 
     def _targets(self, frames: Encoded) -> Target:
         """The full model's answer to every frame, once."""
-        actions, landings = [], []
+        actions: list[torch.Tensor] = []
+        landings: list[list[torch.Tensor]] = []
         with tqdm(total=len(frames.indices), desc="asking the full model", unit="frame") as progress:
             for rows, inputs in frames.batches():
                 target = self._distillation.target(inputs)

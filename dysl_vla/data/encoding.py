@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.errors import DatasetError
+from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies import BackbonePolicy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation
@@ -111,7 +111,9 @@ def encode(policy: BackbonePolicy, demonstrations: Demonstrations, chosen: NDArr
             progress.update(len(pending))
             pending.clear()
 
-        for _, observation in observations(demonstrations, chosen):
+        for index, observation in observations(demonstrations, chosen):
+            if index != chosen[done + len(pending)]:
+                raise DatasetError(f"{demonstrations.root}: frame {index} comes out of order in its videos.")
             pending.append(observation)
             if len(pending) == BATCH:
                 flush()
@@ -121,11 +123,14 @@ def encode(policy: BackbonePolicy, demonstrations: Demonstrations, chosen: NDArr
 
 
 def choose_frames(demonstrations: Demonstrations, count: int, *, held_out: bool) -> NDArray[np.int64]:
-    """About `count` frames, evenly spread over the episodes that are, or are not, held out.
+    """So many frames, or all, evenly spread over the episodes that are, or are not, held out.
 
     Raises:
+        ConfigError: Less than one.
         DatasetError: There is none.
     """
+    if count < 1:
+        raise ConfigError(f"frames: {count} must be at least 1.")
     kept = [row for index, row in enumerate(demonstrations.rows) if is_held_out(index) == held_out]
     frames = np.concatenate([np.arange(row.start, row.start + row.length) for row in kept] or [np.empty(0, np.int64)])
     if not len(frames):
@@ -133,7 +138,12 @@ def choose_frames(demonstrations: Demonstrations, count: int, *, held_out: bool)
             f"{demonstrations.root}: {len(demonstrations.rows)} episodes, and one in {HELD_OUT_EVERY} is held out; "
             "collect more."
         )
-    return np.asarray(frames[:: max(1, len(frames) // count)], np.int64)
+    return np.asarray(frames[evenly(len(frames), count)], np.int64)
+
+
+def evenly(length: int, count: int) -> NDArray[np.int64]:
+    """At most `count` indices of a sequence, evenly spread, rising."""
+    return np.arange(min(length, count)) * length // max(1, min(length, count))
 
 
 def is_held_out(episode: int) -> bool:

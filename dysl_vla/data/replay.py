@@ -1,14 +1,19 @@
-"""Demonstrations played to a policy as if it had acted them: what would it skip, and how far from the full model?"""
+"""Demonstrations played to a policy as if it had acted them: what would it skip, and how far from the full model?
+
+The actions taken as executed are those of the full model's answers to the moments before: what guidance compares them
+with, the last chunk's plan, is a model's too, and demonstrated actions differ from both.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from dysl_vla.data.encoding import Encoded, choose_frames, encode, is_held_out, observations
+from dysl_vla.data.encoding import Encoded, choose_frames, encode, evenly, is_held_out, observations
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
@@ -65,15 +70,13 @@ class Replay:
     def __init__(self, policy: BackbonePolicy, demonstrations: Demonstrations) -> None:
         self._policy = policy
         held_out = [row for index, row in enumerate(demonstrations.rows) if is_held_out(index)]
-        rows = held_out[:: max(1, len(held_out) // EPISODES)]
+        rows = [held_out[index] for index in evenly(len(held_out), EPISODES)]
         if not rows:
             raise DatasetError(f"{demonstrations.root}: has no held-out episode (one in 20 is); collect more.")
         step = policy.spec.execute_steps
         self._episodes = [np.arange(row.start, row.start + row.length, step) for row in rows]
         self.encode_s = _encoding_time(policy, demonstrations)
         self.encoded: Encoded = encode(policy, demonstrations, np.concatenate(self._episodes), "held-out episodes")
-        self._actions = demonstrations.columns()["actions"]
-        self._executed = policy.spec.action_normalisation.apply(self._actions)
         self._targets = np.concatenate(
             [
                 policy.decode(policy.backbone(**inputs).last_hidden_state).detach().float().numpy()
@@ -99,9 +102,9 @@ class Replay:
         with torch.inference_mode(), tqdm(total=len(self.encoded.indices), desc="measuring", unit="inference") as bar:
             for moments in self._episodes:
                 state = guide.reset()
-                for moment in moments:
+                for before in range(len(moments)):
                     inputs = self.encoded.batch(np.array([row]))
-                    guide.observe(state, self._executed[max(moments[0], moment - WINDOW - 1) : moment])
+                    guide.observe(state, self._executed(row, before))
                     points = np.zeros((1, len(plan.blocks)), np.int64)
                     with skipper.step(points, threshold=-1.0, mask=inputs.get("attention_mask")) as step:
                         hidden = self._policy.backbone(**inputs).last_hidden_state
@@ -117,6 +120,13 @@ class Replay:
                     bar.update()
         return SkipStatistics.measured(outputs, falls, surprises)
 
+    def _executed(self, row: int, before: int) -> FloatArray:
+        """What counts as executed at a moment that has so many before it in its episode: the latest, normalised."""
+        steps = self._policy.spec.execute_steps
+        known = min(before, math.ceil((WINDOW + 1) / steps))
+        taken: FloatArray = self._targets[row - known : row, :steps]
+        return taken.reshape(-1, taken.shape[-1])
+
     def play(self, policy: DyslPolicy) -> Replayed:
         """Let a policy predict at each moment, with the demonstrated actions as those executed."""
         traces: list[SkipTrace] = []
@@ -124,9 +134,9 @@ class Replay:
         row = 0
         for moments in self._episodes:
             state = policy.reset()
-            for moment in moments:
+            for before in range(len(moments)):
                 state.executed.clear()
-                state.executed.extend(self._actions[max(moments[0], moment - WINDOW - 1) : moment])
+                state.executed.extend(policy.spec.action_normalisation.undo(self._executed(row, before)))
                 [chunk] = policy.act(self.encoded.batch(np.array([row])), [state])
                 assert chunk.skips is not None
                 steps = policy.spec.execute_steps
@@ -140,7 +150,7 @@ class Replay:
 
 
 def _encoding_time(policy: BackbonePolicy, demonstrations: Demonstrations) -> float:
-    """Median seconds of encoding one observation."""
+    """Mean seconds of encoding one observation."""
     times = []
     first = choose_frames(demonstrations, TIMED, held_out=True)[:TIMED]
     with torch.inference_mode():
@@ -148,4 +158,4 @@ def _encoding_time(policy: BackbonePolicy, demonstrations: Demonstrations) -> fl
             started = time.perf_counter()
             policy.encode([observation])
             times.append(time.perf_counter() - started)
-    return float(np.median(times))
+    return float(np.mean(times))

@@ -112,7 +112,7 @@ def bench_backbone(config: BackboneBenchConfig) -> list[Pass]:
 
         return run
 
-    kinds = [full, *(skipping(_points(plan, round(share * depth))) for share in SHARES)]
+    kinds = [full, *(skipping(_points(plan, max(1, round(share * depth)))) for share in SHARES)]
     times = np.zeros((config.rounds, len(kinds)))
     heads_times = np.zeros_like(times)
     layers = [0] * len(kinds)

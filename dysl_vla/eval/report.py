@@ -94,19 +94,6 @@ def near_gripper_events(steps: pa.Table, spec: PolicySpec) -> NDArray[np.bool_]:
                 near[max(start, step - 2) : min(end, step + 3)] = True
                 rest = commands[step]
     return near
-    dimension = spec.action_names.index("gripper")
-    mean, std = spec.action_normalisation.mean[dimension], spec.action_normalisation.std[dimension]
-    commands = np.array([action[dimension] for action in steps["action"].to_pylist()])
-    begins = np.asarray(steps["step"].to_numpy()) == 0
-    starts = np.flatnonzero(begins).tolist()
-    for start, end in zip(starts, [*starts[1:], len(commands)], strict=True):
-        side = 0
-        for step in range(start, end):
-            now = int(np.sign(commands[step] - mean)) if abs(commands[step] - mean) > std / 4 else side
-            if side and now != side:
-                near[max(start, step - 2) : min(end, step + 3)] = True
-            side = now
-    return near
 
 
 def quantiles(column: pa.ChunkedArray) -> dict[str, float]:

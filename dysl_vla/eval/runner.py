@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dysl_vla import provenance
 from dysl_vla.envs import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite
 from dysl_vla.errors import ConfigError
-from dysl_vla.eval.records import RunFolder, read_result
+from dysl_vla.eval.records import RUN, RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
 from dysl_vla.eval.rollout import EpisodeKey, run_episode, warm_up
 from dysl_vla.policies import Policy, check_fingerprint, load_policy
@@ -131,6 +131,10 @@ def _ways(config: EvalConfig) -> list[_Way]:
         if name != "full" and name not in VARIANTS:
             raise ConfigError(f"skip_config: unknown {name!r}; there are: full, {', '.join(VARIANTS)}.")
         ways.append(_Way(name, 0.0, None) if name == "full" else _Way(name, config.skip, VARIANTS[name]))
+    if config.skip == 0 and any(way.name != "full" for way in ways):
+        raise ConfigError(f"skip: 0 is the full model; leave {config.skip_config!r} out, or take a skip above 0.")
+    if (config.out / RUN).exists():
+        raise ConfigError(f"out: {config.out} holds another run; give a new folder.")
     if len({way.name for way in ways}) < len(ways):
         raise ConfigError(f"skip_config: {config.skip_config!r} names one twice.")
     return ways
@@ -175,6 +179,8 @@ def check_seed(seed: int, policy: Policy) -> None:
     trained = {origin["seed"] for origin in _origins(policy.provenance)}
     if seed in trained:
         raise ConfigError(f"seed: the policy was trained on seed {seed}; take another.")
+    if seed == policy.provenance.get("skipping", {}).get("operating_point", {}).get("seed"):
+        raise ConfigError(f"seed: how much the policy skips was chosen on seed {seed}; take another.")
 
 
 def _origins(record: Any) -> Iterator[dict[str, Any]]:

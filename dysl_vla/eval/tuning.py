@@ -42,8 +42,8 @@ class TuneConfig:
     """Success rate lost, at most, as a share (0.01: a point), measured in simulation: skips as much as that allows."""
     suite: str = "metaworld-mt10"
     """Where success is measured."""
-    episodes: int = 5
-    """Episodes of each task for that, at each setting."""
+    episodes: int = 20
+    """Episodes of each task for that, at each setting; a smaller loss than one episode of them cannot be seen."""
     workers: int = 1
     """Processes for that."""
 
@@ -94,6 +94,7 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
     measured = {
         "target_ms": config.target_ms,
         "target_success_drop": config.target_success_drop,
+        "seed": TUNING_SEED if config.target_success_drop is not None else None,
         "curve": [asdict(point) for point in curve],
         "machine": provenance.machine(),
         **provenance.record(),
@@ -146,21 +147,9 @@ def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
     assert config.target_success_drop is not None
     least: tuple[float, Point] | None = None
     with tempfile.TemporaryDirectory() as folder:
+        full = _evaluate(config, Path(folder) / "full", 0)
         for point in curve:
-            out = Path(folder) / f"{point.skip}"
-            evaluate(
-                EvalConfig(
-                    out=out,
-                    policy=str(config.policy),
-                    suite=config.suite,
-                    episodes=config.episodes,
-                    seed=TUNING_SEED,
-                    workers=config.workers,
-                    skip=point.skip,
-                    skip_config="full,dysl",
-                )
-            )
-            [comparison] = compare([out / "full", out / "dysl"])
+            [comparison] = compare([full, _evaluate(config, Path(folder) / f"{point.skip}", point.skip)])
             drop = -comparison.success.difference
             if drop <= config.target_success_drop:
                 return point
@@ -171,6 +160,22 @@ def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
         f"target_success_drop: {config.target_success_drop} was not met at any setting; the nearest possible is "
         f"{least[0]:.3f}, at skip {least[1].skip}."
     )
+
+
+def _evaluate(config: TuneConfig, out: Path, skip: float) -> Path:
+    """Measure success at a setting; the folder with its records."""
+    evaluate(
+        EvalConfig(
+            out=out,
+            policy=str(config.policy),
+            suite=config.suite,
+            episodes=config.episodes,
+            seed=TUNING_SEED,
+            workers=config.workers,
+            skip=skip,
+        )
+    )
+    return out
 
 
 def render_curve(curve: list[Point], chosen: Point) -> str:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -76,11 +78,9 @@ class DyslState(EpisodeState):
 
     Attributes:
         guide: Of guidance.
-        random: Draws places for the switch `random`; the same in every episode.
     """
 
     guide: GuideState | None = None
-    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
 
 class DyslPolicy:
@@ -126,7 +126,6 @@ class DyslPolicy:
         self._switches = switches or Switches()
         self.skip = settings.skip if skip is None else skip
         self._point = settings.statistics.point(self.skip)
-        self._skipper = attach(policy.backbone, settings.plan, heads)
         self._lengths = np.array([block.length for block in settings.plan.blocks], np.int64)
         self._guide = Guide(
             self._lengths.tolist(),
@@ -139,7 +138,10 @@ class DyslPolicy:
             if settings.mean_layers is None:
                 raise ConfigError("random: the checkpoint does not say how many layers to run; tune it first.")
             static = settings.plan.num_layers - len(settings.plan.dynamic_layers)
+            if self.skip != settings.skip:
+                raise ConfigError(f"skip: random runs as many layers as the stored setting does, {settings.skip}.")
             self._rate = random_rate(self._lengths.tolist(), settings.mean_layers - static)
+        self._skipper = attach(policy.backbone, settings.plan, heads)
 
     @property
     def spec(self) -> PolicySpec:
@@ -159,12 +161,12 @@ class DyslPolicy:
     @property
     def fingerprint(self) -> str:
         """Of weights, settings and switches."""
-        digest = hashlib.sha256(f"{self._settings}{self.skip}{self._switches}".encode())
+        digest = hashlib.sha256(f"{self._settings}{self.skip}{self._switches}".encode())  # holds the teacher's
         assert self._skipper.heads is not None
         for name, value in sorted(self._skipper.heads.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().numpy().tobytes())
-        return f"{self._settings.teacher[:32]}{digest.hexdigest()[:32]}"
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Take the skipping off the policy again."""
@@ -196,7 +198,9 @@ class DyslPolicy:
         spec = self._policy.spec
         started = clock()
         guides = [self._observe(state) for state in states]
-        points = np.stack([self._points(guide, state) for guide, state in zip(guides, states, strict=True)])
+        points = np.stack([self._points(guide) for guide in guides])
+        if self._switches.random:
+            points = self._random_points(inputs)
         observed = clock()
         with self._skipper.step(
             points,
@@ -227,6 +231,7 @@ class DyslPolicy:
             for guide, row, is_verified in zip(guides, actions, verified, strict=True):
                 if is_verified:
                     self._guide.verify(guide, row, spec.execute_steps)
+        world = spec.action_normalisation.undo(actions)
         ended = clock()
         timing = InferenceTiming(
             encode_s=encode_s,
@@ -234,7 +239,6 @@ class DyslPolicy:
             decode_s=decoded - thought + again_s,
             guidance_s=observed - started + (ended - decoded) - verify_s - again_s,
         )
-        world = spec.action_normalisation.undo(actions)
         return [
             ActionChunk(
                 actions=world[row],
@@ -253,11 +257,16 @@ class DyslPolicy:
         self._guide.observe(guide, self._policy.spec.action_normalisation.apply(executed))
         return guide
 
-    def _points(self, guide: GuideState, state: EpisodeState) -> np.ndarray[Any, np.dtype[np.int64]]:
-        if self._switches.random:
-            assert isinstance(state, DyslState)
-            return np.minimum(state.random.geometric(self._rate, len(self._lengths)) - 1, self._lengths)
+    def _points(self, guide: GuideState) -> NDArray[np.int64]:
         return guide.allow_points if self._switches.guidance else np.zeros_like(self._lengths)
+
+    def _random_points(self, inputs: Mapping[str, Tensor]) -> NDArray[np.int64]:
+        """Drawn by what each row sees, so that they can be repeated, and no episode is another's."""
+        seen = next(iter(inputs.values())).float().cpu().numpy()
+        draws = [
+            np.random.default_rng(zlib.crc32(row.tobytes())).geometric(self._rate, len(self._lengths)) for row in seen
+        ]
+        return np.minimum(np.stack(draws) - 1, self._lengths)
 
 
 def _trace(step: Step, row: int, guide: GuideState, resumed_from: int | None, verify_s: float) -> SkipTrace:
@@ -287,7 +296,7 @@ def save_skips(folder: Path, heads: SkipHeads, settings: SkipSettings, provenanc
     with replacing(folder / HEADS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "made_for": json.dumps(made_for)})
     write_json(folder / SETTINGS, {**asdict(settings), "provenance": dict(provenance)})
-    add_to_manifest(folder, (HEADS, SETTINGS))
+    add_to_manifest(folder, (HEADS,))  # the settings are checked against what stands in there
 
 
 def save_operating_point(folder: Path, skip: float, mean_layers: float, measured: Mapping[str, Any]) -> None:
@@ -304,7 +313,6 @@ def save_operating_point(folder: Path, skip: float, mean_layers: float, measured
     write_json(
         folder / SETTINGS, {**asdict(replace(settings, skip=skip, mean_layers=mean_layers)), "provenance": provenance}
     )
-    add_to_manifest(folder, (SETTINGS,))
 
 
 def read_skips(folder: Path) -> tuple[SkipSettings, dict[str, Any]]:
@@ -352,6 +360,8 @@ def load_dysl(
         if name not in tensors or tensors[name].shape != value.shape:
             raise CheckpointError(f"{folder / HEADS}: tensor {name!r} is missing or not {tuple(value.shape)}.")
     heads.load_state_dict({name: tensors[name].float() for name in expected})
+    like = next(policy.backbone.parameters())
+    heads.to(like.device, like.dtype)
     return DyslPolicy(
         policy, heads.eval(), settings, skip=skip, switches=switches, provenance=document.get("provenance")
     )

@@ -111,18 +111,25 @@ class PackedConv2d(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """(batch, channels, height, width) to the same."""
-        if not (_CAN_PACK and torch.is_inference_mode_enabled() and images.device.type == "cpu"):
+        weight = self.weight
+        if (
+            not (_CAN_PACK and torch.is_inference_mode_enabled() and images.device.type == "cpu")
+            or weight.is_inference()
+        ):
             return super().forward(images)
         how = [self.padding, self.stride, self.dilation, self.groups]
-        packed_for = (self.weight._version, images.shape[1:])
+        packed_for = (weight.data_ptr(), weight._version, images.shape[1:])
         if self._packed is None or self._packed[0] != packed_for:
-            plain = self.weight.to_mkldnn()
+            plain = weight.to_mkldnn()
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's shape
             self._packed = packed_for, reorder(plain, *how, [1, *images.shape[1:]])
         output: Tensor = torch.ops.mkldnn._convolution_pointwise(
             images, self._packed[1], self.bias, *how, "none", [], ""
         )
         return output
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}  # it cannot be copied
 
 
 class CameraEncoder(nn.Module):

@@ -58,7 +58,7 @@ def choose_static_layers(similarity: NDArray[np.float64], ratio: float, longest_
     Args:
         similarity: (layers,).
         ratio: Share of layers that are static.
-        longest_block: Most dynamic layers between two static ones; 0: any number.
+        longest_block: Most dynamic layers between two static ones; 0: as few as so many static layers allow.
 
     Returns:
         Indices, rising.
@@ -72,9 +72,9 @@ def choose_static_layers(similarity: NDArray[np.float64], ratio: float, longest_
     if longest_block < 0:
         raise ConfigError(f"longest_block: {longest_block} must not be negative.")
     count = max(2, round(ratio * depth))
-    longest = longest_block or depth
     if depth < 3 or count >= depth:
         raise ConfigError(f"static_ratio: {ratio} of {depth} layers leaves none to skip.")
+    longest = longest_block or math.ceil((depth - count) / (count - 1))
     if count + (count - 1) * longest < depth:
         least = math.ceil((depth + longest) / (longest + 1))
         raise ConfigError(

@@ -42,19 +42,19 @@ class DistillConfig:
 
     adapter_steps: int = 500
     """Steps of stage 1, adapters alone; 0: one-stage training."""
-    skip_steps: int = 36_000
+    skip_steps: int = 46_000
     """Steps of stage 2, adapters and controllers."""
     objective: Literal["tolerance", "mixture"] = "tolerance"
     """Of stage 2: skip really and learn what stays within a tolerance, or mix and weigh (the paper's)."""
     batch: int = 32
     """Frames a step."""
     learning_rate: float = 5e-3
-    """Peak of the cosine schedule."""
+    """Peak of each phase's cosine schedule; of the last 0.4 of it, as its heads do not begin from nothing."""
     warmup: int = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, of each phase."""
     hidden_weight: float = 0.05
     """Weight of the landings' relative error in stage 2."""
-    first_share: float = 0.55
+    first_share: float = 0.76
     """Share of stage 2 that leaves blocks at their first layers; then the other layers start from these and learn."""
     together: float = 0.75
     """Share of the other steps of stage 2 that leave all blocks equally deep, as guidance does."""
@@ -81,6 +81,8 @@ class DistillConfig:
             raise ConfigError(f"objective: {self.objective!r} is neither 'tolerance' nor 'mixture'.")
         if not 0 <= self.whole < 1 or not 0 < self.quantile < 1:
             raise ConfigError(f"whole, quantile: {self.whole}, {self.quantile} must be shares below 1.")
+        if self.phases[1] and not self.phases[2]:
+            raise ConfigError(f"first_share: {self.first_share} leaves the other layers no step to learn in.")
         for name in ("first_share", "together"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be a share.")
@@ -114,7 +116,7 @@ class Distillation:
     """Trains the heads of an attached decoder, a step at a time.
 
     Args:
-        skipper: The decoder, attached with heads; its own weights are frozen while this lives.
+        skipper: The decoder, attached with heads; its own weights must be frozen.
         decode: Its output to normalised actions, (batch, chunk, action).
         run: Its forward.
         execute_steps: Actions of a chunk that are executed.
@@ -135,6 +137,8 @@ class Distillation:
     ) -> None:
         if skipper.heads is None:
             raise ConfigError("heads: the decoder was attached without; there is nothing to train.")
+        if not any(self._first(block) < block.landing for block in skipper.plan.blocks):
+            raise ConfigError(f"plan: {skipper.plan} leaves layer 0 alone to skip, and the first layer always runs.")
         self._skipper, self._run, self._decode = skipper, run, decode
         self._heads: nn.Module = skipper.heads
         self._execute = execute_steps
@@ -248,8 +252,9 @@ class Distillation:
         with torch.no_grad(), self._skipper.record() as layers:
             self._run(inputs)
         assert self._skipper.heads is not None
+        mask = inputs.get("attention_mask")
         errors = {
-            layer: relative_error(self._skipper.heads.adapters[str(layer)](layers[layer]), layers[block.landing])
+            layer: relative_error(self._skipper.heads.adapters[str(layer)](layers[layer]), layers[block.landing], mask)
             for block in self._skipper.plan.blocks
             for layer in range(block.first, block.landing)
         }
@@ -262,13 +267,14 @@ class Distillation:
         config, plan = self._config, self._skipper.plan
         is_mixture = config.objective == "mixture"
         places = self._draw(rng)
-        with self._skipper.bridge(places, is_mixture=is_mixture, mask=inputs.get("attention_mask")) as bridged:
+        mask = inputs.get("attention_mask")
+        with self._skipper.bridge(places, is_mixture=is_mixture, mask=mask) as bridged:
             actions = self._decode(self._run(inputs))
         chosen = list(bridged.outputs)
         distance = (actions - target.actions).abs().mean(dim=2)
         error = distance[:, : self._execute].mean(dim=1)
         task = 0.5 * distance.mean() + 0.5 * error.mean()
-        hidden = torch.stack([relative_error(bridged.landings[b], target.landings[b]) for b in chosen]).mean()
+        hidden = torch.stack([relative_error(bridged.landings[b], target.landings[b], mask) for b in chosen]).mean()
         outputs = torch.stack([bridged.outputs[b] for b in chosen])  # (blocks, batch)
         if is_mixture:
             kept = torch.tensor([float(plan.blocks[b].landing - (places[b] or 0)) for b in chosen])
@@ -289,12 +295,14 @@ class Distillation:
         }
 
     def _draw(self, rng: np.random.Generator) -> list[int | None]:
-        """Where each block is left; one at least is."""
+        """Where each block is left; one at least is. Equally deep means that a block which is shorter runs whole."""
         layers = [np.arange(self._first(block), block.landing) for block in self._skipper.plan.blocks]
-        is_first = self._phase()[0] == 1
-        if is_first or rng.random() < self._config.together:
-            depth = 0 if is_first else int(rng.integers(max(map(len, layers))))
-            return [int(inside[min(depth, len(inside) - 1)]) if len(inside) else None for inside in layers]
+        phase = self._phase()[0]
+        if phase == 1 or rng.random() < self._config.together:
+            learned = phase == 2 and self._config.phases[1] > 0  # the first layers' heads are
+            longest = max(map(len, layers))
+            depth = int(rng.integers(min(learned, longest - 1), longest)) if phase == 2 else 0
+            return [int(inside[depth]) if depth < len(inside) else None for inside in layers]
         places = [int(inside[_earlier(rng, len(inside))]) if len(inside) else None for inside in layers]
         whole = rng.random(len(places)) < self._config.whole
         whole[rng.choice([block for block, place in enumerate(places) if place is not None])] = False
@@ -306,11 +314,11 @@ class Distillation:
         self.tolerance = 0.99 * self.tolerance + 0.01 * quantile if begun else quantile
 
 
-def relative_error(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over tokens of the distance, relative to the wanted vectors' length."""
+def relative_error(predicted: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over tokens of the distance, relative to the wanted vectors' length; padding does not count."""
     distance = torch.linalg.vector_norm(predicted - wanted, dim=-1)
-    error: Tensor = (distance / torch.linalg.vector_norm(wanted, dim=-1).clamp_min(1e-6)).mean()
-    return error
+    errors: Tensor = distance / torch.linalg.vector_norm(wanted, dim=-1).clamp_min(1e-6)
+    return errors.mean() if mask is None else (errors * mask).sum() / mask.sum()
 
 
 def _earlier(rng: np.random.Generator, count: int) -> int:

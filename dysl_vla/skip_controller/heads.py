@@ -23,7 +23,7 @@ class HeadsConfig:
     """
 
     hidden_size: int
-    adapter_size: int = 64
+    adapter_size: int = 128
     controller_size: int = 16
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ def _pool(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def default_adapter_size(hidden_size: int, weights: int, dynamic_layers: int) -> int:
-    """Bottleneck of an adapter: small beside a wide backbone (1.5 % of its weights in all), 64 beside a narrow one."""
+    """Bottleneck of an adapter: 1.5 % of a wide backbone's weights in all, at most 128 beside a narrow one."""
     if hidden_size <= 1024:
-        return min(hidden_size, 64)
+        return min(hidden_size, 128)
     return max(8, min(128, int(0.015 * weights / dynamic_layers / (2 * hidden_size + 1)) // 8 * 8))

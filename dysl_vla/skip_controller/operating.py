@@ -13,7 +13,7 @@ from dysl_vla.skip_controller.guidance import Thresholds
 
 VERIFIED = 0.004
 """Share of inferences that are verified, unless everything is skipped: one that is costs more than the full model."""
-SMALLEST = 1e-6
+SMALLEST, LARGEST = 1e-6, 1e300
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SkipStatistics:
     """What controllers and continuity said over held-out demonstrations: evenly spaced quantiles, from least to most.
 
     Attributes:
-        outputs: Of controllers, at the first dynamic layer of each block.
+        outputs: Of controllers, at the first dynamic layer of each block; later ones are held to the same threshold.
         falls: Of continuity from one inference to the next, where it fell.
         surprises: Of continuity by newly predicted actions; at or below zero where it did not fall.
     """
@@ -81,11 +81,8 @@ class SkipStatistics:
         return OperatingPoint(
             threshold=-1.0 if everything else _at(self.outputs, 1 - skip),
             thresholds=Thresholds(
-                eta=max(SMALLEST, 2 * self.falls[-1] if everything else _at(self.falls, skip)),
-                eta_verify=max(
-                    SMALLEST,
-                    2 * abs(self.surprises[-1]) if everything else _at(self.surprises, 1 - VERIFIED),
-                ),
+                eta=LARGEST if everything else max(SMALLEST, _at(self.falls, skip)),
+                eta_verify=LARGEST if everything else max(SMALLEST, _at(self.surprises, 1 - VERIFIED)),
             ),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from dysl_vla.cli import main
 from dysl_vla.data.calibrating import CalibrateConfig, calibrate, read_plan
 from dysl_vla.data.distilling import DistillRunConfig, distill
 from dysl_vla.errors import ConfigError
+from dysl_vla.eval import tuning
 from dysl_vla.eval.plot import plot
 from dysl_vla.eval.runner import EvalConfig, evaluate
 from dysl_vla.eval.tuning import TuneConfig, tune
@@ -115,16 +117,14 @@ def test_a_distillation_that_was_stopped_ends_like_one_that_was_not(
 def evaluated(distilled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("evaluated") / "out"
     evaluate(
-        EvalConfig(
-            out=out, policy=str(distilled), suite="mock", episodes=2, video=1, skip=0.9, skip_config="full,dysl,random"
-        )
+        EvalConfig(out=out, policy=str(distilled), suite="mock", episodes=2, video=1, skip_config="full,dysl,random")
     )
     return out
 
 
 def test_ways_run_the_same_episodes_in_turn(evaluated: Path, distilled: Path, tmp_path: Path) -> None:
     columns = ["task", "episode_index", "step", "action"]
-    alone = evaluate(EvalConfig(out=tmp_path / "r", policy=str(distilled), suite="mock", episodes=2, skip=0.9))
+    alone = evaluate(EvalConfig(out=tmp_path / "r", policy=str(distilled), suite="mock", episodes=2))
     for name in ("full", "dysl", "random"):
         result = json.loads((evaluated / name / "result.json").read_text())
         assert result["episodes"] == 4
@@ -169,6 +169,44 @@ def test_tuning_stores_what_meets_the_target(distilled: Path, mock_demos: Path) 
     assert (distilled / "skip.json").read_bytes() == before
     _, chosen = tune(TuneConfig(distilled, mock_demos, target_success_drop=1.0, suite="mock", episodes=1))
     assert chosen.skip == 1.0
+
+
+def test_tuning_by_success_takes_the_fastest_that_loses_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"1.0": 0.05, "0.9": 0.015, "0.5": -0.01}
+    asked: list[float] = []
+
+    def measured(config: TuneConfig, out: Path, skip: float) -> Path:
+        asked.append(skip)
+        return out
+
+    def compared(folders: list[Path]) -> list[SimpleNamespace]:
+        return [SimpleNamespace(success=SimpleNamespace(difference=-losses[folders[1].name]))]
+
+    monkeypatch.setattr(tuning, "_evaluate", measured)
+    monkeypatch.setattr(tuning, "compare", compared)
+    curve = [tuning.Point(skip, 4, 1, 2, 0.1, 0) for skip in (1.0, 0.9, 0.5)]
+
+    def choose(drop: float) -> float:
+        return tuning._choose_by_success(TuneConfig(Path("p"), Path("d"), target_success_drop=drop), curve).skip
+
+    assert (choose(0.1), choose(0.02), choose(0.01)) == (1.0, 0.9, 0.5)
+    assert asked == [0, 1.0, 0, 1.0, 0.9, 0, 1.0, 0.9, 0.5]  # the full model once
+    losses["0.5"] = 0.03
+    with pytest.raises(ConfigError, match=r"nearest possible is 0\.015, at skip 0\.9"):
+        choose(0.001)
+
+
+def test_ways_that_mean_nothing_are_refused(distilled: Path, evaluated: Path, tmp_path: Path) -> None:
+    def run(out: Path, skip: float | None, ways: str) -> None:
+        evaluate(EvalConfig(out=out, policy=str(distilled), suite="mock", skip=skip, skip_config=ways, episodes=1))
+
+    with pytest.raises(ConfigError, match="skip: 0 is the full model"):
+        run(tmp_path / "r", 0, "full,dysl")
+    with pytest.raises(ConfigError, match="as many layers as the stored setting"):
+        run(tmp_path / "r", 0.37, "full,random")
+    with pytest.raises(ConfigError, match="holds another run"):
+        run(evaluated / "dysl", None, "full,dysl")
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("text", ["full,full", "fast"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
 
@@ -130,6 +131,9 @@ def test_packed_convolutions_answer_as_plain_ones_whatever_changes() -> None:
     agrees(torch.randn(1, 3, 24, 12))
     with torch.no_grad():
         convolution.weight.mul_(-2)
+    agrees(torch.randn(1, 3, 24, 12))
+    convolution = copy.deepcopy(convolution)
+    convolution.weight.data = convolution.weight.data * 3
     agrees(torch.randn(1, 3, 24, 12))
     convolution.load_state_dict({name: value + 1 for name, value in convolution.state_dict().items()})
     agrees(torch.randn(1, 3, 24, 12))

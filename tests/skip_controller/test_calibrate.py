@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from dysl_vla.skip_controller.calibrate import choose_static_layers, similaritie
 def test_no_other_choice_is_less_similar(values: list[float], count: int, longest: int) -> None:
     depth = len(values)
     similarity = np.array(values)
-    limit = longest or depth
+    limit = longest or math.ceil((depth - count) / (count - 1))
 
     def fits(chosen: tuple[int, ...]) -> bool:
         return all(b - a - 1 <= limit for a, b in itertools.pairwise(chosen))

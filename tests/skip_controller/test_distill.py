@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach
-from dysl_vla.skip_controller.distill import Distillation, DistillConfig
+from dysl_vla.skip_controller.distill import Distillation, DistillConfig, relative_error
 
 PLAN = SkipPlan(num_layers=6, static_layers=(0, 3, 5))
 
@@ -96,7 +96,7 @@ def test_the_second_stage_skips_one_layer_of_a_block_at_most_and_of_one_block_at
 def test_the_second_stage_can_leave_all_blocks_equally_deep() -> None:
     distillation, _ = make(adapter_steps=0, together=1.0)
     drawn = {tuple(distillation._draw(np.random.default_rng(seed))) for seed in range(50)}
-    assert drawn == {(1, 4), (2, 4)}  # the second block has one dynamic layer
+    assert drawn == {(1, 4), (2, None)}  # the second block has one dynamic layer
 
 
 def test_the_second_stage_can_begin_at_first_layers_from_which_the_others_then_start() -> None:
@@ -163,3 +163,17 @@ def test_places_that_are_not_of_their_block_are_refused(places: list[int | None]
 def test_values_that_cannot_work_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         DistillConfig(**changes)
+
+
+def test_padding_does_not_count() -> None:
+    wanted = torch.ones(2, 3, 4)
+    predicted = wanted.clone()
+    predicted[0, 0] += 5  # padding
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert relative_error(predicted, wanted, mask) == 0
+    assert relative_error(predicted, wanted) == pytest.approx(5 / 6)
+
+
+def test_a_second_stage_without_an_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="first_share: 1"):
+        DistillConfig(first_share=1.0)
