@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ class CalibrateConfig:
     """Share of layers that always run, the first and the last included."""
     longest_block: int = 0
     """No more layers than that may be skipped at once; 0: as few as so many static layers allow."""
+    exits: Literal["first", "all"] = "first"
+    """Where a block can be left: at its first layer alone, or at each (the paper's), which takes training ten times."""
     frames: int = 1024
     """Frames to measure on."""
 
@@ -65,7 +67,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     policy.spec.check_world(demonstrations.spec)
     measured = measure(policy, demonstrations, config.frames)
     static = choose_static_layers(measured, config.static_ratio, config.longest_block)
-    plan = SkipPlan(len(measured), static)
+    plan = with_exits(SkipPlan(len(measured), static), config.exits)
     document = {
         "plan": asdict(plan),
         "similarity": [float(value) for value in measured],
@@ -83,7 +85,13 @@ def calibrated_plan(policy: BackbonePolicy, demonstrations: Demonstrations) -> S
     """The plan that `dysl calibrate` would write with its defaults."""
     measured = measure(policy, demonstrations, CalibrateConfig.frames)
     static = choose_static_layers(measured, CalibrateConfig.static_ratio, CalibrateConfig.longest_block)
-    return SkipPlan(len(measured), static)
+    return with_exits(SkipPlan(len(measured), static), CalibrateConfig.exits)
+
+
+def with_exits(plan: SkipPlan, exits: str) -> SkipPlan:
+    """A plan whose blocks can be left at their first layers alone, or at all."""
+    first = tuple(layers[0] for block in plan.blocks if (layers := plan.exits_of(block)))
+    return replace(plan, exits=first if exits == "first" else ())
 
 
 def measure(policy: BackbonePolicy, demonstrations: Demonstrations, frames: int) -> NDArray[np.float64]:
@@ -111,12 +119,13 @@ def read_plan(path: Path) -> SkipPlan:
     """
     path = path / PLAN if path.is_dir() else path
     document: Any = read_json(path).get("plan")
-    if not isinstance(document, dict) or set(document) != {"num_layers", "static_layers"}:
-        raise ConfigError(f"plan: {path} has no field 'plan' with num_layers and static_layers.")
+    if not isinstance(document, dict) or {*document, "exits"} != {"num_layers", "static_layers", "exits"}:
+        raise ConfigError(f"plan: {path} has no field 'plan' with num_layers, static_layers and, if need be, exits.")
     try:
-        return SkipPlan(int(document["num_layers"]), tuple(map(int, document["static_layers"])))
+        static, exits = (tuple(map(int, document.get(name, ()))) for name in ("static_layers", "exits"))
+        return SkipPlan(int(document["num_layers"]), static, exits)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"plan: {path}: num_layers and static_layers must be whole numbers ({error}).") from error
+        raise ConfigError(f"plan: {path}: layers must be whole numbers ({error}).") from error
 
 
 def draw_similarity(measured: NDArray[np.float64], plan: SkipPlan, path: Path) -> None:

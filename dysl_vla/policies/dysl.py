@@ -140,7 +140,16 @@ class DyslPolicy:
             static = settings.plan.num_layers - len(settings.plan.dynamic_layers)
             if self.skip != settings.skip:
                 raise ConfigError(f"skip: random runs as many layers as the stored setting does, {settings.skip}.")
-            self._rate = random_rate(self._lengths.tolist(), settings.mean_layers - static)
+            plan = settings.plan
+            self._leave_at = [
+                [*(layer - block.first for layer in plan.exits_of(block)), block.length] for block in plan.blocks
+            ]
+            runs = [
+                sum(left <= layer for left in plan.exits_of(block))
+                for block in plan.blocks
+                for layer in range(block.first, block.landing)
+            ]
+            self._rate = random_rate(runs, settings.mean_layers - static)
         self._skipper = attach(policy.backbone, settings.plan, heads)
 
     @property
@@ -263,10 +272,8 @@ class DyslPolicy:
     def _random_points(self, inputs: Mapping[str, Tensor]) -> NDArray[np.int64]:
         """Drawn by what each row sees, so that they can be repeated, and no episode is another's."""
         seen = next(iter(inputs.values())).float().cpu().numpy()
-        draws = [
-            np.random.default_rng(zlib.crc32(row.tobytes())).geometric(self._rate, len(self._lengths)) for row in seen
-        ]
-        return np.minimum(np.stack(draws) - 1, self._lengths)
+        rngs = [np.random.default_rng(zlib.crc32(row.tobytes())) for row in seen]
+        return np.array([[at[min(rng.geometric(self._rate), len(at)) - 1] for at in self._leave_at] for rng in rngs])
 
 
 def _trace(step: Step, row: int, guide: GuideState, resumed_from: int | None, verify_s: float) -> SkipTrace:

@@ -1,11 +1,10 @@
 """Training of adapters and controllers against the frozen decoder that they belong to (DySL-VLA, section 3.4).
 
 Stage 1, adapters alone: each learns to predict what its landing gets in the full model, all from one forward of it.
-Stage 2, adapters and controllers: each block is left at one dynamic layer, and what counts is the action that comes
-out. The paper draws the layer for each block, with probability ~ 1/rank; then all blocks are hardly ever left at their
-first layer together, which is what every unimportant action does. So that comes first, alone; then the heads of a
-block's other layers start from its first layer's, whose task is nearly theirs, and learn from drawn layers: mostly one
-depth for all blocks, as guidance sets it, else as the paper draws them. Two objectives for stage 2:
+Stage 2, adapters and controllers: each block is left at one of its exits, and what counts is the action that comes out.
+The paper draws the exit for each block, with probability ~ 1/rank; then all blocks are hardly ever left at their first
+layer together, which is what every unimportant action does. So most steps draw one rank for all blocks, and the others
+as the paper does. Two objectives for stage 2:
 `tolerance` (default): the forward really skips, which costs the layers that run. Adapters get the loss of the action;
 a controller learns the probability that leaving at its layer, into a landing, keeps the executed actions within a
 tolerance of the full model's; the tolerance is a running quantile of the errors themselves.
@@ -29,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.skip_controller.plan import Block
 from dysl_vla.skip_controller.skipping import Skipper
 
 Backbone = Callable[[Mapping[str, Tensor]], Tensor]
@@ -42,24 +40,22 @@ class DistillConfig:
 
     adapter_steps: int = 500
     """Steps of stage 1, adapters alone; 0: one-stage training."""
-    skip_steps: int = 46_000
+    skip_steps: int = 40_000
     """Steps of stage 2, adapters and controllers."""
     objective: Literal["tolerance", "mixture"] = "tolerance"
     """Of stage 2: skip really and learn what stays within a tolerance, or mix and weigh (the paper's)."""
     batch: int = 32
     """Frames a step."""
     learning_rate: float = 5e-3
-    """Peak of each phase's cosine schedule; of the last 0.4 of it, as its heads do not begin from nothing."""
+    """Peak of each stage's cosine schedule."""
     warmup: int = 100
-    """Steps of linear warm-up, of each phase."""
+    """Steps of linear warm-up, of each stage."""
     hidden_weight: float = 0.05
     """Weight of the landings' relative error in stage 2."""
-    first_share: float = 0.76
-    """Share of stage 2 that leaves blocks at their first layers; then the other layers start from these and learn."""
     together: float = 0.75
-    """Share of the other steps of stage 2 that leave all blocks equally deep, as guidance does."""
+    """Share of stage 2's steps that leave all blocks alike, as an unimportant action does."""
     whole: float = 0.15
-    """Share of blocks that run whole in the rest of stage 2, so that others are also seen behind exact layers."""
+    """Share of blocks that run whole in stage 2's other steps, so that others are also seen behind exact layers."""
     quantile: float = 0.7
     """Objective `tolerance`: share of skips whose error counts as harmless."""
     layer_weight: float = 0.004
@@ -81,17 +77,8 @@ class DistillConfig:
             raise ConfigError(f"objective: {self.objective!r} is neither 'tolerance' nor 'mixture'.")
         if not 0 <= self.whole < 1 or not 0 < self.quantile < 1:
             raise ConfigError(f"whole, quantile: {self.whole}, {self.quantile} must be shares below 1.")
-        if self.phases[1] and not self.phases[2]:
-            raise ConfigError(f"first_share: {self.first_share} leaves the other layers no step to learn in.")
-        for name in ("first_share", "together"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be a share.")
-
-    @property
-    def phases(self) -> tuple[int, int, int]:
-        """Steps of stage 1, of stage 2 at the blocks' first layers, and of the rest of stage 2."""
-        first = round(self.first_share * self.skip_steps)
-        return self.adapter_steps, first, self.skip_steps - first
+        if not 0 <= self.together <= 1:
+            raise ConfigError(f"together: {self.together} must be a share.")
 
     @property
     def steps(self) -> int:
@@ -124,7 +111,7 @@ class Distillation:
 
     Attributes:
         step: Steps done.
-        tolerance: The running quantile of errors; of those at first layers, where these come first.
+        tolerance: The running quantile of errors.
     """
 
     def __init__(
@@ -137,7 +124,8 @@ class Distillation:
     ) -> None:
         if skipper.heads is None:
             raise ConfigError("heads: the decoder was attached without; there is nothing to train.")
-        if not any(self._first(block) < block.landing for block in skipper.plan.blocks):
+        self._exits = [skipper.plan.exits_of(block) for block in skipper.plan.blocks]
+        if not any(self._exits):
             raise ConfigError(f"plan: {skipper.plan} leaves layer 0 alone to skip, and the first layer always runs.")
         self._skipper, self._run, self._decode = skipper, run, decode
         self._heads: nn.Module = skipper.heads
@@ -181,9 +169,6 @@ class Distillation:
         Raises:
             ConfigError: The loss is not finite any more.
         """
-        phase, done, _ = self._phase()
-        if phase == 2 and done == 0 and self._config.phases[1]:
-            self._spread()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
         if self.is_first_stage:
@@ -195,58 +180,18 @@ class Distillation:
             raise ConfigError(f"learning_rate: the loss is {loss.item()} at step {self.step}; start with a lower one.")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        for parameter in self._finished():
-            parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.step += 1
         return figures
 
-    def _phase(self) -> tuple[int, int, int]:
-        """Which one the step that comes belongs to, how many of its steps are done, and how many it has."""
-        done = self.step
-        for phase, length in enumerate(self._config.phases):
-            if done < length:
-                return phase, done, length
-            done -= length
-        raise ConfigError(f"skip_steps: all {self._config.steps} steps are done.")
-
     def _rate(self) -> float:
-        """Cosine over each phase, with a warm-up."""
-        phase, done, length = self._phase()
-        warm = min(1.0, (done + 1) / max(1, self._config.warmup))
-        peak = self._config.learning_rate * (0.4 if phase == 2 and self._config.phases[1] else 1)
-        return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / length)))
-
-    @torch.no_grad()
-    def _spread(self) -> None:
-        """Let the heads of every layer start from those of its block's first layer, which learn no more.
-
-        What an adapter adds is scaled to the part of the block that its layer still has before it.
-        """
-        heads = self._skipper.heads
-        assert heads is not None
-        for block in self._skipper.plan.blocks:
-            first = self._first(block)
-            for layer in range(first + 1, block.landing):
-                for kind in (heads.adapters, heads.controllers):
-                    kind[str(layer)].load_state_dict(kind[str(first)].state_dict())
-                heads.adapters[str(layer)].get_parameter("up").mul_((block.landing - layer) / (block.landing - first))
-        self.optimizer.state.clear()
-
-    def _finished(self) -> list[nn.Parameter]:
-        """Parameters of heads that have learned all they will."""
-        heads = self._skipper.heads
-        assert heads is not None
-        if self._phase()[0] < 2 or not self._config.phases[1]:
-            return []
-        layers = [str(self._first(block)) for block in self._skipper.plan.blocks if self._first(block) < block.landing]
-        kinds = (heads.adapters, heads.controllers)
-        return [parameter for layer in layers for kind in kinds for parameter in kind[layer].parameters()]
-
-    def _first(self, block: Block) -> int:
-        """Its first layer that can be left: the decoder's first always runs."""
-        return max(1, block.first)
+        """Cosine over each stage, with a warm-up."""
+        first, config = self.is_first_stage, self._config
+        done = self.step if first else self.step - config.adapter_steps
+        total = config.adapter_steps if first else config.skip_steps
+        warm = min(1.0, (done + 1) / max(1, config.warmup))
+        return config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / total)))
 
     def _adapter_loss(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad(), self._skipper.record() as layers:
@@ -255,8 +200,8 @@ class Distillation:
         mask = inputs.get("attention_mask")
         errors = {
             layer: relative_error(self._skipper.heads.adapters[str(layer)](layers[layer]), layers[block.landing], mask)
-            for block in self._skipper.plan.blocks
-            for layer in range(block.first, block.landing)
+            for block, exits in zip(self._skipper.plan.blocks, self._exits, strict=True)
+            for layer in exits
         }
         loss = torch.stack(list(errors.values())).mean()
         return loss, {"loss": loss.item()} | {f"adapter_error/{layer}": e.item() for layer, e in errors.items()}
@@ -280,8 +225,7 @@ class Distillation:
             kept = torch.tensor([float(plan.blocks[b].landing - (places[b] or 0)) for b in chosen])
             controllers = config.layer_weight * ((1 - outputs) * kept[:, None]).sum(dim=0).mean()
         else:
-            if self._phase()[0] < 2 or not self._config.phases[1]:
-                self._follow(error.detach())
+            self._follow(error.detach())
             label = (error.detach() < self.tolerance).to(outputs.dtype).expand_as(outputs)
             controllers = nn.functional.binary_cross_entropy(outputs.float(), label.float())
         loss = task + config.hidden_weight * hidden + controllers
@@ -295,15 +239,12 @@ class Distillation:
         }
 
     def _draw(self, rng: np.random.Generator) -> list[int | None]:
-        """Where each block is left; one at least is. Equally deep means that a block which is shorter runs whole."""
-        layers = [np.arange(self._first(block), block.landing) for block in self._skipper.plan.blocks]
-        phase = self._phase()[0]
-        if phase == 1 or rng.random() < self._config.together:
-            learned = phase == 2 and self._config.phases[1] > 0  # the first layers' heads are
-            longest = max(map(len, layers))
-            depth = int(rng.integers(min(learned, longest - 1), longest)) if phase == 2 else 0
-            return [int(inside[depth]) if depth < len(inside) else None for inside in layers]
-        places = [int(inside[_earlier(rng, len(inside))]) if len(inside) else None for inside in layers]
+        """Where each block is left; one at least is."""
+        exits = self._exits
+        if rng.random() < self._config.together:
+            rank = _earlier(rng, max(map(len, exits)))
+            return [layers[rank] if rank < len(layers) else None for layers in exits]  # a shorter one runs whole
+        places = [layers[_earlier(rng, len(layers))] if layers else None for layers in exits]
         whole = rng.random(len(places)) < self._config.whole
         whole[rng.choice([block for block, place in enumerate(places) if place is not None])] = False
         return [None if keep else place for place, keep in zip(places, whole, strict=True)]

@@ -77,7 +77,7 @@ class Controller(nn.Module):
 
 
 class SkipHeads(nn.Module):
-    """One adapter and one controller for each dynamic layer of a plan.
+    """One adapter and one controller for each layer at which a plan lets a block be left.
 
     Args:
         plan: Names the dynamic layers.
@@ -88,8 +88,9 @@ class SkipHeads(nn.Module):
         super().__init__()
         self.plan = plan
         self.config = config
-        self.adapters = nn.ModuleDict({str(layer): Adapter(config) for layer in plan.dynamic_layers})
-        self.controllers = nn.ModuleDict({str(layer): Controller(config) for layer in plan.dynamic_layers})
+        layers = plan.exits or plan.dynamic_layers
+        self.adapters = nn.ModuleDict({str(layer): Adapter(config) for layer in layers})
+        self.controllers = nn.ModuleDict({str(layer): Controller(config) for layer in layers})
 
 
 def _pool(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

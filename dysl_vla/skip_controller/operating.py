@@ -116,14 +116,16 @@ VARIANTS = {
 """Names for the command line."""
 
 
-def random_rate(block_lengths: Sequence[int], dynamic_layers: float) -> float:
-    """How likely a random choice must leave a block at each layer so that so many dynamic layers run on average.
+def random_rate(runs: Sequence[int], dynamic_layers: float) -> float:
+    """How likely a random choice must leave a block at each exit so that so many dynamic layers run on average.
 
-    Layer j of a block, counted from 1, runs with probability (1 - p)^j.
+    Args:
+        runs: For each dynamic layer how many exits it has at or before it: it runs with probability (1 - p)^exits.
+        dynamic_layers: That run on average.
     """
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        run = sum((1 - middle) ** j for length in block_lengths for j in range(1, length + 1))
+        run = sum((1 - middle) ** exits for exits in runs)
         low, high = (middle, high) if run > dynamic_layers else (low, middle)
     return (low + high) / 2

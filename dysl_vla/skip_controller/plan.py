@@ -28,13 +28,15 @@ class SkipPlan:
         num_layers: Depth of the decoder.
         static_layers: Indices of the static layers. Dynamic layers behind the last static one have nowhere to land, and
             always run as well.
+        exits: Dynamic layers at which a block may be left, and which have an adapter and a controller; none: all.
 
     Raises:
-        ConfigError: An index is out of range or named twice, or no layer can be skipped.
+        ConfigError: An index is out of range or named twice, no layer can be skipped, or an exit is not dynamic.
     """
 
     num_layers: int
     static_layers: tuple[int, ...]
+    exits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_layers < 1:
@@ -50,6 +52,10 @@ class SkipPlan:
                 f"static_layers: {list(self.static_layers)} leaves no layer to skip; a dynamic one must come before a "
                 "static one."
             )
+        object.__setattr__(self, "exits", tuple(sorted(set(self.exits))))
+        for layer in self.exits:
+            if layer not in self.dynamic_layers:
+                raise ConfigError(f"exits: {layer} is not one of the dynamic layers {list(self.dynamic_layers)}.")
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -62,3 +68,8 @@ class SkipPlan:
     def dynamic_layers(self) -> tuple[int, ...]:
         """Layers that can be skipped."""
         return tuple(layer for block in self.blocks for layer in range(block.first, block.landing))
+
+    def exits_of(self, block: Block) -> list[int]:
+        """Where a block may be left; not at the decoder's first layer, which always runs."""
+        layers = self.exits or self.dynamic_layers
+        return [layer for layer in layers if max(1, block.first) <= layer < block.landing]

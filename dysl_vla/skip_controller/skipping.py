@@ -1,7 +1,7 @@
 """Skip layers of any Hugging Face decoder, in place: `attach` wraps each layer's forward, `detach` takes the wrap off.
 
 The model's own forward still makes masks, rotary embeddings and caches. Outside `Skipper.step` a wrapped layer is the
-layer itself. Within, each row of the batch decides for itself: at a dynamic layer behind its allow point the layer's
+layer itself. Within, each row of the batch decides for itself: at an exit behind its allow point the layer's
 controller may jump to the block's static layer, over an adapter.
 
     skipper = attach(model, plan, heads)
@@ -121,6 +121,7 @@ class Skipper:
             for number, block in enumerate(plan.blocks)
             for layer in range(block.first, block.landing)
         }
+        self._exits = {layer for block in plan.blocks for layer in plan.exits_of(block)}
         self._landing_of = {block.landing: number for number, block in enumerate(plan.blocks)}
         self._originals: list[Callable[..., Any]] = [layer.forward for layer in layers]
         self._names = [list(inspect.signature(original).parameters) for original in self._originals]
@@ -216,7 +217,7 @@ class Skipper:
         A controller's own input is cut from the graph: it judges hidden states, and does not bend them.
 
         Args:
-            places: For each block the dynamic layer, above 0, that all rows leave it at; None: it runs whole.
+            places: For each block the exit that all rows leave it at; None: it runs whole.
             is_mixture: See `Bridged`.
             mask: (batch, tokens).
 
@@ -230,8 +231,10 @@ class Skipper:
         if len(places) != len(blocks):
             raise ConfigError(f"places: {len(places)}, the plan has {len(blocks)} blocks.")
         for place, block in zip(places, blocks, strict=True):
-            if place is not None and not max(1, block.first) <= place < block.landing:
-                raise ConfigError(f"places: {place} is not a dynamic layer of {block} above 0.")
+            if place is not None and place not in self.plan.exits_of(block):
+                raise ConfigError(
+                    f"places: {place} is not among {self.plan.exits_of(block)}, where {block} can be left."
+                )
         self._bridged = Bridged(tuple(places), is_mixture, mask)
         try:
             yield self._bridged
@@ -312,7 +315,7 @@ class Skipper:
         batch = hidden.shape[0]
         if index == 0:
             self._begin_pass(step, hidden, arguments)
-        elif index in self._block_of:
+        elif index in self._exits:
             hidden = arguments[name] = self._maybe_skip(index, step, hidden)
         active = [row for row, landed in enumerate(self._landed) if landed <= index]
         if not step.is_decided:

@@ -218,6 +218,6 @@ def test_a_policy_without_heads_cannot_be_told_to_skip() -> None:
 def test_a_random_rate_runs_so_many_layers() -> None:
     rng = np.random.default_rng(0)
     for lengths, wanted in (((7, 7, 6), 5.0), ((2, 1), 2.0), ((22,), 11.0)):
-        rate = random_rate(lengths, wanted)
+        rate = random_rate([layer for length in lengths for layer in range(1, length + 1)], wanted)
         runs = np.minimum(rng.geometric(rate, (20_000, len(lengths))) - 1, lengths).sum(axis=1)
         assert runs.mean() == pytest.approx(wanted, rel=0.03)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def make(
     adapter_steps: int = 30,
     skip_steps: int = 60,
     together: float = 0.75,
-    first_share: float = 0.0,
+    plan: SkipPlan = PLAN,
 ) -> tuple[Distillation, LlamaModel]:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -27,7 +28,7 @@ def make(
     )
     model = LlamaModel(config).eval().requires_grad_(False)
     read_out = torch.nn.Linear(16, 8).requires_grad_(False)
-    skipper = attach(model, PLAN, SkipHeads(PLAN, HeadsConfig(16, adapter_size=16, controller_size=8)))
+    skipper = attach(model, plan, SkipHeads(plan, HeadsConfig(16, adapter_size=16, controller_size=8)))
     return (
         Distillation(
             skipper,
@@ -43,7 +44,6 @@ def make(
                 learning_rate=1e-2,
                 hidden_weight=0.2,
                 together=together,
-                first_share=first_share,
             ),
         ),
         model,
@@ -99,29 +99,16 @@ def test_the_second_stage_can_leave_all_blocks_equally_deep() -> None:
     assert drawn == {(1, 4), (2, None)}  # the second block has one dynamic layer
 
 
-def test_the_second_stage_can_begin_at_first_layers_from_which_the_others_then_start() -> None:
-    distillation, _ = make(adapter_steps=2, skip_steps=20, first_share=0.5)
-    heads = distillation._skipper.heads
-
-    def weights(layer: str) -> dict[str, torch.Tensor]:
-        parts = {"adapter": heads.adapters[layer], "controller": heads.controllers[layer]}
-        return {f"{kind}.{n}": v.clone() for kind, part in parts.items() for n, v in part.state_dict().items()}
-
-    run(distillation, 2)
-    later = weights("2")
-    run(distillation, 10)
-    first = weights("1")
-    assert all(torch.equal(value, later[name]) for name, value in weights("2").items())
-    tolerance = distillation.tolerance
-    distillation._spread()
-    for name, value in weights("2").items():
-        assert torch.equal(value, first[name] * (0.5 if name == "adapter.up" else 1))  # half of the block is left
-    run(distillation, 10)
-    assert all(torch.equal(value, first[name]) for name, value in weights("1").items())
-    assert not any(torch.equal(value, first[name]) for name, value in weights("2").items())
-    assert distillation.tolerance == tolerance
-    with pytest.raises(ConfigError, match="all 22 steps are done"):
-        run(distillation, 1)
+def test_blocks_are_left_at_the_plans_exits_alone() -> None:
+    distillation, _ = make(adapter_steps=0, plan=replace(PLAN, exits=(1, 4)))
+    drawn = {tuple(distillation._draw(np.random.default_rng(seed))) for seed in range(100)}
+    assert drawn == {(1, 4), (1, None), (None, 4)}
+    assert sorted(distillation._skipper.heads.adapters) == ["1", "4"]
+    run(distillation, 3)
+    with pytest.raises(ConfigError, match="places: 2 is not among"), distillation._skipper.bridge([2, 4]):
+        pass
+    with pytest.raises(ConfigError, match="leaves layer 0 alone"):
+        make(plan=SkipPlan(6, (1,)))
 
 
 def test_a_mixture_that_never_skips_is_the_full_model() -> None:
@@ -172,8 +159,3 @@ def test_padding_does_not_count() -> None:
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     assert relative_error(predicted, wanted, mask) == 0
     assert relative_error(predicted, wanted) == pytest.approx(5 / 6)
-
-
-def test_a_second_stage_without_an_end_is_refused() -> None:
-    with pytest.raises(ConfigError, match="first_share: 1"):
-        DistillConfig(first_share=1.0)
