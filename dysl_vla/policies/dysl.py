@@ -63,7 +63,7 @@ class SkipSettings:
     statistics: SkipStatistics
     foresight: int = FORESIGHT
     signal: str = "continuity"
-    skip: float = 0.98
+    skip: float = 0.99
     mean_layers: float | None = None
 
     def __post_init__(self) -> None:

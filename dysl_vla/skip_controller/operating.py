@@ -11,7 +11,7 @@ import numpy as np
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.guidance import Thresholds
 
-VERIFIED = 0.004
+VERIFIED = 0.002
 """Share of inferences that are verified, unless everything is skipped: one that is costs more than the full model."""
 SMALLEST, LARGEST = 1e-6, 1e300
 
