@@ -42,7 +42,7 @@ class CalibrateConfig:
     longest_block: int = 0
     """No more layers than that may be skipped at once; 0: as few as so many static layers allow."""
     exits: Literal["first", "all"] = "first"
-    """Where a block can be left: at its first layer alone, or at each (the paper's), which takes training ten times."""
+    """Where a block can be left: at its first layer alone, or at each (the paper's), whose heads share the training."""
     frames: int = 1024
     """Frames to measure on."""
 

@@ -10,7 +10,8 @@ that were executed. And it knows the past alone: here the window may end in the 
 (`Guide.foresight`), so that a grasp is protected before it begins.
 
 How smooth a trajectory is, is an interchangeable part: any function of a window of actions can be registered in
-`signals`, and everything below calls its value continuity.
+`signals`, and everything below calls its value continuity. `dysl distill` takes the gripper's movement where there is a
+gripper, the paper's continuity of the whole trajectory elsewhere.
 """
 
 from __future__ import annotations
