@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -77,11 +78,17 @@ class Normalisation:
 
     def apply(self, values: FloatArray) -> FloatArray:
         """To mean 0 and deviation 1; (..., dimension)."""
-        return (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        mean, std = self._arrays
+        return (values - mean) / std
 
     def undo(self, values: FloatArray) -> FloatArray:
         """Back to the world's units; (..., dimension)."""
-        return values * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
+        mean, std = self._arrays
+        return values * std + mean
+
+    @cached_property
+    def _arrays(self) -> tuple[FloatArray, FloatArray]:
+        return np.array(self.mean, np.float32), np.array(self.std, np.float32)
 
 
 @dataclass(frozen=True)

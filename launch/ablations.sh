@@ -1,31 +1,32 @@
 #!/usr/bin/env bash
 # The ablation table: what each part of layer skipping is worth, on the same episodes as the full model.
 # Usage: launch/ablations.sh DEMONSTRATIONS [OUT] [path of the dysl command]
-# Three variants are trained differently, as long as the shipped one, and run at the same setting of the knob; about two hours
-# on two cores. It may be stopped: the same command goes on. STEPS and EPISODES make it shorter.
-# SKIP is the shipped setting, of its skip.json.
+# First the shipped heads with parts switched off; then heads trained in other ways, and once more in the shipped way, all of
+# them for STEPS steps, because what is compared must have been trained equally long. An hour and a half on two cores.
+# It may be stopped: the same command goes on. EPISODES a task; WORKERS side by side, one for timings that mean something.
 set -eu
 data=$1
 out=${2:-runs/ablations}
 dysl=${3:-dysl}
 policy=metaworld-mini
 episodes=${EPISODES:-20}
-skip=${SKIP:-0.99}
+workers=${WORKERS:-1}
+steps=${STEPS:-20000}
 
-"$dysl" eval --policy "$policy" --episodes "$episodes" --out "$out/parts" \
+"$dysl" eval --policy "$policy" --episodes "$episodes" --workers "$workers" --out "$out/parts" \
     --skip-config full,dysl,no-guidance,no-verification,controllers,random
 
 train() {
     variant=$1
     shift
-    "$dysl" distill --policy "$policy" --data "$data" --out "$out/$variant" \
-        --skip-steps "${STEPS:-40000}" "$@"
-    "$dysl" eval --policy "$out/$variant" --episodes "$episodes" --out "$out/$variant-eval" --skip "$skip"
+    "$dysl" distill --policy "$policy" --data "$data" --out "$out/$variant" --skip-steps "$steps" "$@"
+    "$dysl" eval --policy "$out/$variant" --episodes "$episodes" --workers "$workers" --out "$out/$variant-eval"
 }
 mkdir -p "$out"
 echo '{"plan": {"num_layers": 24, "static_layers": [23]}}' > "$out/no-static-split.json"
-train no-static-split --plan "$out/no-static-split.json"
-train one-stage --adapter-steps 0
 echo '{"plan": {"num_layers": 24, "static_layers": [0, 12, 23]}}' > "$out/all-exits.json"
+train as-shipped
+train one-stage --adapter-steps 0
 train all-exits --plan "$out/all-exits.json" --together 0
+train no-static-split --plan "$out/no-static-split.json" --together 0
 "$dysl" eval compare "$out/parts/full" "$out"/parts/{dysl,no-guidance,no-verification,controllers,random} "$out"/*-eval

@@ -28,7 +28,7 @@ from dysl_vla.files import replacing, write_json
 from dysl_vla.policies.base import BackbonePolicy
 from dysl_vla.skip_controller.guidance import WINDOW, Guide, GuideState, signals
 from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
-from dysl_vla.skip_controller.operating import SkipStatistics, Switches, random_rate
+from dysl_vla.skip_controller.operating import RandomExits, SkipStatistics, Switches
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.skip_controller.skipping import Step, attach
 from dysl_vla.types import ActionChunk, EpisodeState, FloatArray, InferenceTiming, Observation, PolicySpec, SkipTrace
@@ -63,7 +63,7 @@ class SkipSettings:
     statistics: SkipStatistics
     foresight: int = FORESIGHT
     signal: str = "continuity"
-    skip: float = 0.99
+    skip: float = 0.997
     mean_layers: float | None = None
 
     def __post_init__(self) -> None:
@@ -137,19 +137,9 @@ class DyslPolicy:
         if self._switches.random:
             if settings.mean_layers is None:
                 raise ConfigError("random: the checkpoint does not say how many layers to run; tune it first.")
-            static = settings.plan.num_layers - len(settings.plan.dynamic_layers)
             if self.skip != settings.skip:
                 raise ConfigError(f"skip: random runs as many layers as the stored setting does, {settings.skip}.")
-            plan = settings.plan
-            self._leave_at = [
-                [*(layer - block.first for layer in plan.exits_of(block)), block.length] for block in plan.blocks
-            ]
-            runs = [
-                sum(left <= layer for left in plan.exits_of(block))
-                for block in plan.blocks
-                for layer in range(block.first, block.landing)
-            ]
-            self._rate = random_rate(runs, settings.mean_layers - static)
+            self._random = RandomExits(settings.plan, settings.mean_layers)
         self._skipper = attach(policy.backbone, settings.plan, heads)
 
     @property
@@ -262,7 +252,8 @@ class DyslPolicy:
         if not isinstance(guide, GuideState):
             raise TypeError("states: must be made by this policy's reset().")
         dim = self._settings.action_dim
-        executed = np.stack(list(state.executed)[-WINDOW - 1 :]) if state.executed else np.empty((0, dim), np.float32)
+        latest = list(state.executed)[-WINDOW - 1 :]
+        executed: FloatArray = np.array(latest, np.float32) if latest else np.empty((0, dim), np.float32)
         self._guide.observe(guide, self._policy.spec.action_normalisation.apply(executed))
         return guide
 
@@ -271,9 +262,8 @@ class DyslPolicy:
 
     def _random_points(self, inputs: Mapping[str, Tensor]) -> NDArray[np.int64]:
         """Drawn by what each row sees, so that they can be repeated, and no episode is another's."""
-        seen = next(iter(inputs.values())).float().cpu().numpy()
-        rngs = [np.random.default_rng(zlib.crc32(row.tobytes())) for row in seen]
-        return np.array([[at[min(rng.geometric(self._rate), len(at)) - 1] for at in self._leave_at] for rng in rngs])
+        seen = max(inputs.values(), key=Tensor.numel).float().cpu().numpy()
+        return np.array([self._random.draw(zlib.crc32(row.tobytes())) for row in seen])
 
 
 def _trace(step: Step, row: int, guide: GuideState, resumed_from: int | None, verify_s: float) -> SkipTrace:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.guidance import Thresholds
+from dysl_vla.skip_controller.plan import SkipPlan
 
 VERIFIED = 0.002
 """Share of inferences that are verified, unless everything is skipped: one that is costs more than the full model."""
@@ -116,16 +117,32 @@ VARIANTS = {
 """Names for the command line."""
 
 
-def random_rate(runs: Sequence[int], dynamic_layers: float) -> float:
-    """How likely a random choice must leave a block at each exit so that so many dynamic layers run on average.
+class RandomExits:
+    """The comparator that knows nothing of the action: blocks are left at random, as often as a real setting does.
 
     Args:
-        runs: For each dynamic layer how many exits it has at or before it: it runs with probability (1 - p)^exits.
-        dynamic_layers: That run on average.
+        plan: Names the exits.
+        mean_layers: To run an inference, on average.
     """
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        run = sum((1 - middle) ** exits for exits in runs)
-        low, high = (middle, high) if run > dynamic_layers else (low, middle)
-    return (low + high) / 2
+
+    def __init__(self, plan: SkipPlan, mean_layers: float) -> None:
+        self._places = [
+            [*(layer - block.first for layer in plan.exits_of(block)), block.length] for block in plan.blocks
+        ]
+        exits_before = [
+            sum(left <= layer for left in plan.exits_of(block))
+            for block in plan.blocks
+            for layer in range(block.first, block.landing)
+        ]
+        dynamic_layers = mean_layers - (plan.num_layers - len(plan.dynamic_layers))
+        low, high = 0.0, 1.0  # leave at an exit with probability p: a layer runs with (1 - p) ** exits_before
+        for _ in range(50):
+            middle = (low + high) / 2
+            run = sum((1 - middle) ** exits for exits in exits_before)
+            low, high = (middle, high) if run > dynamic_layers else (low, middle)
+        self._probability = (low + high) / 2
+
+    def draw(self, seed: int) -> list[int]:
+        """For each block how many of its layers run."""
+        rng = np.random.default_rng(seed)
+        return [places[min(rng.geometric(self._probability), len(places)) - 1] for places in self._places]

@@ -169,7 +169,7 @@ class Skipper:
             raise ConfigError(
                 f"allow_points: shape {allow_points.shape} is not (batch, {len(self.plan.blocks)}), a value a block."
             )
-        self._step = Step(allow_points, threshold, mask, is_decreed)
+        self._step = Step(allow_points, threshold, _padding(mask), is_decreed)
         try:
             yield self._step
         finally:
@@ -235,7 +235,7 @@ class Skipper:
                 raise ConfigError(
                     f"places: {place} is not among {self.plan.exits_of(block)}, where {block} can be left."
                 )
-        self._bridged = Bridged(tuple(places), is_mixture, mask)
+        self._bridged = Bridged(tuple(places), is_mixture, _padding(mask))
         try:
             yield self._bridged
         finally:
@@ -483,6 +483,11 @@ def _outermost_lists(decoder: nn.Module) -> list[nn.ModuleList]:
     if not outermost:
         raise ConfigError(f"decoder: {type(decoder).__name__} has no list of layers (torch.nn.ModuleList).")
     return outermost
+
+
+def _padding(mask: Tensor | None) -> Tensor | None:
+    """A mask that hides something, or None: pooling without one is faster."""
+    return None if mask is None or mask.all() else mask
 
 
 def _cache(arguments: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from dysl_vla.policies import load_policy
 from dysl_vla.policies.dysl import DyslPolicy, SkipSettings, load_dysl, save_operating_point, save_skips
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan
-from dysl_vla.skip_controller.operating import SkipStatistics, Switches, random_rate
+from dysl_vla.skip_controller.operating import RandomExits, SkipStatistics, Switches
 from tests.conftest import MOCK_INSTRUCTIONS, make_tiny_policy
 
 PLAN = SkipPlan(6, (0, 3, 5))
@@ -215,9 +215,15 @@ def test_a_policy_without_heads_cannot_be_told_to_skip() -> None:
     assert load_policy("mock", skip=0).fingerprint == "mock"
 
 
-def test_a_random_rate_runs_so_many_layers() -> None:
-    rng = np.random.default_rng(0)
-    for lengths, wanted in (((7, 7, 6), 5.0), ((2, 1), 2.0), ((22,), 11.0)):
-        rate = random_rate([layer for length in lengths for layer in range(1, length + 1)], wanted)
-        runs = np.minimum(rng.geometric(rate, (20_000, len(lengths))) - 1, lengths).sum(axis=1)
-        assert runs.mean() == pytest.approx(wanted, rel=0.03)
+def test_random_exits_run_so_many_layers_and_can_be_repeated() -> None:
+    for plan, wanted in (
+        (SkipPlan(24, (7, 15, 23)), 8.0),
+        (SkipPlan(24, (0, 12, 23)), 5.0),
+        (SkipPlan(24, (0, 12, 23), exits=(1, 13)), 5.0),
+        (SkipPlan(24, (23,)), 12.0),
+    ):
+        exits = RandomExits(plan, wanted)
+        draws = np.array([exits.draw(seed) for seed in range(20_000)])
+        static = plan.num_layers - len(plan.dynamic_layers)
+        assert draws.sum(axis=1).mean() + static == pytest.approx(wanted, rel=0.03)
+        assert exits.draw(3) == draws[3].tolist()

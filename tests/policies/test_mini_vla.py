@@ -125,6 +125,7 @@ def test_packed_convolutions_answer_as_plain_ones_whatever_changes() -> None:
             plain = convolution(images)
         with torch.inference_mode():
             torch.testing.assert_close(convolution(images), plain)
+            torch.testing.assert_close(convolution(images, is_rectified=True), plain.relu())
 
     agrees(torch.randn(1, 3, 16, 16))
     agrees(torch.randn(5, 3, 16, 16))
@@ -137,3 +138,12 @@ def test_packed_convolutions_answer_as_plain_ones_whatever_changes() -> None:
     agrees(torch.randn(1, 3, 24, 12))
     convolution.load_state_dict({name: value + 1 for name, value in convolution.state_dict().items()})
     agrees(torch.randn(1, 3, 24, 12))
+
+
+def test_the_backbone_is_told_what_it_would_find_out_itself(tiny_policy: MiniVLA) -> None:
+    with torch.inference_mode():
+        inputs = tiny_policy.encode(observations(2))
+        told = tiny_policy.backbone(**inputs).last_hidden_state
+        alone = tiny_policy.backbone(inputs_embeds=inputs["inputs_embeds"]).last_hidden_state
+    assert torch.equal(told, alone)
+    assert all(len(value) == 2 for value in inputs.values())

@@ -168,6 +168,15 @@ def test_a_rows_result_does_not_depend_on_its_neighbours(name: str, data: st.Dat
     skipper.detach()
 
 
+def test_a_mask_that_hides_nothing_costs_nothing() -> None:
+    skipper = attach(make("llama"), PLAN, make_heads())
+    with skipper.step(np.zeros((2, 2), np.int64), mask=torch.ones(2, 7)) as step:
+        assert step.mask is None
+    hiding = mask(2, 7, "left")
+    with skipper.step(np.zeros((2, 2), np.int64), mask=hiding) as step:
+        assert step.mask is hiding
+
+
 @settings(deadline=None, max_examples=40)
 @given(name=st.sampled_from(list(ARCHITECTURES)), rows=st.integers(1, 4), data=st.data())
 def test_resumed_verification_equals_the_full_model(name: str, rows: int, data: st.DataObject) -> None:
