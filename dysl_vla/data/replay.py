@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,14 +42,22 @@ class Replayed:
     Attributes:
         traces: One a moment.
         errors: Mean distance of the executed actions from the full model's, normalised, (moments,).
-        llm_s: Mean time of the backbone, with all that skipping adds to it.
-        rest_s: Mean time of decoding and guidance.
+        llm_s: Time of the backbone, with all that skipping adds to it, (moments,).
+        rest_s: Time of decoding and guidance, (moments,).
     """
 
     traces: list[SkipTrace]
     errors: FloatArray
-    llm_s: float
-    rest_s: float
+    llm_s: FloatArray
+    rest_s: FloatArray
+
+    @classmethod
+    def joined(cls, parts: Sequence[Replayed]) -> Replayed:
+        """Several as one."""
+        return cls(
+            [trace for part in parts for trace in part.traces],
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("errors", "llm_s", "rest_s")),
+        )
 
     @property
     def mean_layers(self) -> float:
@@ -128,25 +137,31 @@ class Replay:
         return taken.reshape(-1, taken.shape[-1])
 
     def play(self, policy: DyslPolicy) -> Replayed:
-        """Let a policy predict at each moment, with the demonstrated actions as those executed."""
+        """Let a policy predict at each moment, with the full model's actions as those executed."""
+        return Replayed.joined([self.play_episode(policy, episode) for episode in range(len(self._episodes))])
+
+    def play_episode(self, policy: DyslPolicy, episode: int) -> Replayed:
+        """`play`, of one of the episodes, of which there are `len(replay)`."""
         traces: list[SkipTrace] = []
         errors, llm, rest = [], [], []
-        row = 0
-        for moments in self._episodes:
-            state = policy.reset()
-            for before in range(len(moments)):
-                state.executed.clear()
-                state.executed.extend(policy.spec.action_normalisation.undo(self._executed(row, before)))
-                [chunk] = policy.act(self.encoded.batch(np.array([row])), [state])
-                assert chunk.skips is not None
-                steps = policy.spec.execute_steps
-                predicted = policy.spec.action_normalisation.apply(chunk.actions[:steps])
-                errors.append(np.abs(predicted - self._targets[row][:steps]).mean())
-                traces.append(chunk.skips)
-                llm.append(chunk.timing.llm_s)
-                rest.append(chunk.timing.decode_s + chunk.timing.guidance_s)
-                row += 1
-        return Replayed(traces, np.array(errors, np.float32), float(np.mean(llm)), float(np.mean(rest)))
+        first = sum(map(len, self._episodes[:episode]))
+        state = policy.reset()
+        steps = policy.spec.execute_steps
+        for before in range(len(self._episodes[episode])):
+            row = first + before
+            state.executed.clear()
+            state.executed.extend(policy.spec.action_normalisation.undo(self._executed(row, before)))
+            [chunk] = policy.act(self.encoded.batch(np.array([row])), [state])
+            assert chunk.skips is not None
+            predicted = policy.spec.action_normalisation.apply(chunk.actions[:steps])
+            errors.append(np.abs(predicted - self._targets[row][:steps]).mean())
+            traces.append(chunk.skips)
+            llm.append(chunk.timing.llm_s)
+            rest.append(chunk.timing.decode_s + chunk.timing.guidance_s)
+        return Replayed(traces, *(np.array(values, np.float32) for values in (errors, llm, rest)))
+
+    def __len__(self) -> int:
+        return len(self._episodes)
 
 
 def _encoding_time(policy: BackbonePolicy, demonstrations: Demonstrations) -> float:

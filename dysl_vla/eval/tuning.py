@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from dysl_vla import provenance
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.replay import Replay
+from dysl_vla.data.replay import Replay, Replayed
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.compare import compare
 from dysl_vla.eval.runner import EvalConfig, evaluate
@@ -104,21 +105,24 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
 
 
 def measure_curve(folder: Path, data: Path) -> list[Point]:
-    """Replay held-out demonstrations at every setting of the knob."""
+    """Replay held-out demonstrations at every setting of the knob, the settings taking turns on each episode."""
     use_one_inference_thread()
     policy = load_backbone_policy(str(folder))
     replay = Replay(policy, Demonstrations(data))
+    parts: dict[float, list[Replayed]] = {skip: [] for skip in SETTINGS}
+    for episode in tqdm(range(len(replay)), desc="replaying", unit="episode"):
+        for skip in SETTINGS:
+            with closing(load_dysl(policy, folder, skip)) as dysl:
+                parts[skip].append(replay.play_episode(dysl, episode))
     curve = []
-    for skip in tqdm(SETTINGS, desc="replaying", unit="setting"):
-        dysl = load_dysl(policy, folder, skip)
-        played = replay.play(dysl)
-        dysl.close()
+    for skip, played in ((skip, Replayed.joined(part)) for skip, part in parts.items()):
+        llm_ms, rest_ms = 1e3 * float(played.llm_s.mean()), 1e3 * float(played.rest_s.mean())
         curve.append(
             Point(
                 skip=skip,
                 layers=played.mean_layers,
-                llm_ms=1e3 * played.llm_s,
-                total_ms=1e3 * (played.rest_s + played.llm_s + replay.encode_s),
+                llm_ms=llm_ms,
+                total_ms=llm_ms + rest_ms + 1e3 * replay.encode_s,
                 error=float(played.errors.mean()),
                 verified=float(np.mean([trace.is_verified for trace in played.traces])),
             )

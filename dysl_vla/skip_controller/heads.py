@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class Controller(nn.Module):
             (batch,); their sigmoid is the probability.
         """
         inner, out = self.hidden, self.out
-        pooled = torch.cat(_pool(hidden, mask), dim=-1)
+        pooled = _pool(hidden, mask)
         inside = functional.silu(functional.linear(pooled, inner.weight, inner.bias))
         return functional.linear(inside, out.weight, out.bias).view(-1)
 
@@ -93,17 +94,30 @@ class SkipHeads(nn.Module):
         self.controllers = nn.ModuleDict({str(layer): Controller(config) for layer in layers})
 
 
-def _pool(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """The last token and the mean of all, (batch, 2 hidden)."""
     if mask is None:
-        return hidden[:, -1], hidden.mean(dim=1)
-    weights = mask.to(hidden.dtype).unsqueeze(-1)
-    last = mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(dim=1)
-    rows = torch.arange(len(hidden), device=hidden.device)
-    return hidden[rows, last], (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        shares = _shares(hidden.shape[1], hidden.dtype, hidden.device)
+    else:
+        weights = mask.to(hidden.dtype)
+        last = mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(dim=1)
+        is_last = functional.one_hot(last, mask.shape[1]).to(hidden.dtype)
+        shares = torch.stack([is_last, weights / weights.sum(dim=1, keepdim=True)], dim=1)
+    return torch.matmul(shares, hidden).flatten(1)
+
+
+@lru_cache(maxsize=64)
+def _shares(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What each token counts, (2, tokens), without padding: one product is faster than a slice, a mean and a `cat`."""
+    with torch.inference_mode(False):
+        shares = torch.full((2, tokens), 1 / tokens, dtype=dtype, device=device)
+        shares[0] = 0
+        shares[0, -1] = 1
+    return shares
 
 
 def default_adapter_size(hidden_size: int, weights: int, dynamic_layers: int) -> int:
-    """Bottleneck of an adapter: 1.5 % of a wide backbone's weights in all, at most 128 beside a narrow one."""
+    """Bottleneck of an adapter: 1.5 % of a wide backbone's weights in all, at most 96 beside a narrow one."""
     if hidden_size <= 1024:
-        return min(hidden_size, 128)
+        return min(hidden_size, 96)
     return max(8, min(128, int(0.015 * weights / dynamic_layers / (2 * hidden_size + 1)) // 8 * 8))
