@@ -124,16 +124,8 @@ class DyslPolicy:
         self._provenance = dict(provenance or {})
         self._settings = settings
         self._switches = switches or Switches()
-        self.skip = settings.skip if skip is None else skip
-        self._point = settings.statistics.point(self.skip)
         self._lengths = np.array([block.length for block in settings.plan.blocks], np.int64)
-        self._guide = Guide(
-            self._lengths.tolist(),
-            action_dim,
-            self._point.thresholds,
-            foresight=settings.foresight,
-            signal=settings.signal,
-        )
+        self.set_skip(settings.skip if skip is None else skip)
         if self._switches.random:
             if settings.mean_layers is None:
                 raise ConfigError("random: the checkpoint does not say how many layers to run; tune it first.")
@@ -166,6 +158,22 @@ class DyslPolicy:
             digest.update(name.encode())
             digest.update(value.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def set_skip(self, skip: float) -> None:
+        """Turn the knob, for episodes that begin afterwards.
+
+        Raises:
+            ConfigError: Not above 0, or above 1.
+        """
+        self._point = self._settings.statistics.point(skip)
+        self.skip = skip
+        self._guide = Guide(
+            self._lengths.tolist(),
+            self._settings.action_dim,
+            self._point.thresholds,
+            foresight=self._settings.foresight,
+            signal=self._settings.signal,
+        )
 
     def close(self) -> None:
         """Take the skipping off the policy again."""
