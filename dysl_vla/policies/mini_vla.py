@@ -134,7 +134,10 @@ class PackedConv2d(nn.Conv2d):
 
 
 class RectifiedConvolutions(nn.Sequential):
-    """Convolutions with a ReLU behind each, computed in the same pass over memory where that is possible."""
+    """Convolutions with a ReLU behind each, computed in the same pass over memory where that is possible.
+
+    The `nn.ReLU` modules stand for what is computed, and keep the weights' names; they are never called.
+    """
 
     def __init__(self, *convolutions: PackedConv2d) -> None:
         super().__init__(*(module for convolution in convolutions for module in (convolution, nn.ReLU())))
@@ -273,7 +276,7 @@ class MiniVLA(nn.Module):
         text = self.backbone.embed_tokens(token_ids)
         proprio = self.state_token((state - self._state_mean) / self._state_std)[:, None]
         views = [
-            self.cameras[_module_name(name)](images[name].permute(0, 3, 1, 2).float().div_(255).sub_(0.5))
+            self.cameras[_module_name(name)]((images[name].permute(0, 3, 1, 2).float() / 255).sub_(0.5))
             for name in self.config.spec.cameras
         ]
         read_out = self.read_out.expand(len(state), 1, -1)

@@ -52,10 +52,12 @@ class DistillConfig:
     """Steps of linear warm-up, of each stage."""
     hidden_weight: float = 0.05
     """Weight of the landings' relative error in stage 2."""
-    together: float = 0.75
+    executed: float = 0.9
+    """Share of the action's loss that counts the executed actions alone; the rest counts the whole chunk."""
+    together: float = 0.6
     """Share of stage 2's steps that leave all blocks alike, as an unimportant action does."""
-    whole: float = 0.15
-    """Share of blocks that run whole in stage 2's other steps, so that others are also seen behind exact layers."""
+    whole: float = 0.5
+    """Share of blocks that run whole in stage 2's other steps, so that others are also seen beside exact layers."""
     quantile: float = 0.7
     """Objective `tolerance`: share of skips whose error counts as harmless."""
     layer_weight: float = 0.004
@@ -77,8 +79,9 @@ class DistillConfig:
             raise ConfigError(f"objective: {self.objective!r} is neither 'tolerance' nor 'mixture'.")
         if not 0 <= self.whole < 1 or not 0 < self.quantile < 1:
             raise ConfigError(f"whole, quantile: {self.whole}, {self.quantile} must be shares below 1.")
-        if not 0 <= self.together <= 1:
-            raise ConfigError(f"together: {self.together} must be a share.")
+        for name in ("together", "executed"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be a share.")
 
     @property
     def steps(self) -> int:
@@ -218,7 +221,7 @@ class Distillation:
         chosen = list(bridged.outputs)
         distance = (actions - target.actions).abs().mean(dim=2)
         error = distance[:, : self._execute].mean(dim=1)
-        task = 0.5 * distance.mean() + 0.5 * error.mean()
+        task = (1 - config.executed) * distance.mean() + config.executed * error.mean()
         hidden = torch.stack([relative_error(bridged.landings[b], target.landings[b], mask) for b in chosen]).mean()
         outputs = torch.stack([bridged.outputs[b] for b in chosen])  # (blocks, batch)
         if is_mixture:

@@ -24,7 +24,7 @@ class HeadsConfig:
     """
 
     hidden_size: int
-    adapter_size: int = 128
+    adapter_size: int = 96
     controller_size: int = 16
 
     def __post_init__(self) -> None:
@@ -97,12 +97,13 @@ class SkipHeads(nn.Module):
 def _pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """The last token and the mean of all, (batch, 2 hidden)."""
     if mask is None:
-        shares = _shares(hidden.shape[1], hidden.dtype, hidden.device)
+        shares_of = _shares.__wrapped__ if torch.compiler.is_compiling() else _shares  # a traced tensor is not kept
+        shares = shares_of(hidden.shape[1], hidden.dtype, hidden.device)
     else:
-        weights = mask.to(hidden.dtype)
+        weights = mask.float()
         last = mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(dim=1)
-        is_last = functional.one_hot(last, mask.shape[1]).to(hidden.dtype)
-        shares = torch.stack([is_last, weights / weights.sum(dim=1, keepdim=True)], dim=1)
+        is_last = functional.one_hot(last, mask.shape[1]).float()
+        shares = torch.stack([is_last, weights / weights.sum(dim=1, keepdim=True)], dim=1).to(hidden.dtype)
     return torch.matmul(shares, hidden).flatten(1)
 
 

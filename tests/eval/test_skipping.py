@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +18,15 @@ from safetensors.torch import load_file
 from dysl_vla.cli import main
 from dysl_vla.data.calibrating import CalibrateConfig, calibrate, read_plan
 from dysl_vla.data.distilling import DistillRunConfig, distill
+from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.replay import Replay, Replayed
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval import tuning
 from dysl_vla.eval.plot import plot
 from dysl_vla.eval.runner import EvalConfig, evaluate
 from dysl_vla.eval.tuning import TuneConfig, tune
-from dysl_vla.policies import load_policy
+from dysl_vla.policies import load_backbone_policy, load_policy
+from dysl_vla.policies.dysl import load_dysl
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.skip_controller.distill import DistillConfig
 from dysl_vla.video import read_video
@@ -48,6 +52,28 @@ def plan(teacher: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFacto
 def distilled(teacher: Path, plan: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("distilled") / "out"
     return distill(DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, training=TRAINING))
+
+
+def test_replayed_episodes_know_nothing_of_each_other(
+    distilled: Path, mock_demos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dysl_vla.data.encoding.HELD_OUT_EVERY", 5)
+    policy = load_backbone_policy(str(distilled))
+    replay = Replay(policy, Demonstrations(mock_demos))
+    assert len(replay) == 4
+    with closing(load_dysl(policy, distilled, 0.5)) as dysl:
+        in_order = replay.play(dysl)
+    parts = {}
+    with closing(load_dysl(policy, distilled, 1.0)) as dysl:
+        for episode in (2, 0, 3, 1):
+            dysl.set_skip(1.0)
+            replay.play_episode(dysl, episode)
+            dysl.set_skip(0.5)
+            parts[episode] = replay.play_episode(dysl, episode)
+    in_turns = Replayed.joined([parts[episode] for episode in range(4)])
+    np.testing.assert_array_equal(in_turns.errors, in_order.errors)
+    assert [trace.layers for trace in in_turns.traces] == [trace.layers for trace in in_order.traces]
+    assert len(in_turns.llm_s) == len(in_turns.traces)
 
 
 def test_calibration_leaves_a_plan_and_a_picture(plan: Path) -> None:

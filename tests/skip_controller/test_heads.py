@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan
-from dysl_vla.skip_controller.heads import Controller, default_adapter_size
+from dysl_vla.skip_controller.heads import Controller, _pool, default_adapter_size
 
 
 @pytest.mark.parametrize(("layers", "width"), [(24, 2048), (32, 4096), (18, 1536), (80, 8192)])
@@ -35,3 +35,16 @@ def test_padding_does_not_reach_a_controller(side: str) -> None:
     tokens = hidden[1:, 2:] if side == "left" else hidden[1:, :3]
     torch.testing.assert_close(controller(hidden, mask)[1:], controller(tokens))
     torch.testing.assert_close(controller(hidden, mask)[:1], controller(hidden[:1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_controllers_read_the_last_token_and_the_mean(dtype: torch.dtype, is_masked: bool) -> None:
+    hidden = torch.randn(2, 7, 8).to(dtype)
+    with torch.inference_mode():
+        pooled = _pool(hidden, torch.ones(2, 7) if is_masked else None)
+    wanted = torch.cat([hidden[:, -1].float(), hidden.float().mean(dim=1)], dim=1)
+    torch.testing.assert_close(pooled.float(), wanted, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=1e-2)
+    hidden.requires_grad_()
+    _pool(hidden, None).sum().backward()  # what inference made and kept can be trained through
+    assert hidden.grad is not None
