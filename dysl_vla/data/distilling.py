@@ -70,7 +70,7 @@ class DistillRunConfig:
     frames: int = 32_000
     """Frames to train on, evenly spread; kept encoded in memory."""
     adapter_size: int = 0
-    """Width of an adapter's bottleneck; 0: 96 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
+    """Width of an adapter's bottleneck; 0: 88 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
     controller_size: int = 16
     """Width of a controller's hidden layer."""
     signal: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class HeadsConfig:
     """
 
     hidden_size: int
-    adapter_size: int = 96
+    adapter_size: int = 88
     controller_size: int = 16
 
     def __post_init__(self) -> None:
@@ -48,9 +49,9 @@ class Adapter(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, tokens, hidden) to the same."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        down = self.down  # its weights, not its call, which costs as much again
-        inner = functional.silu(functional.linear(flat, down.weight, down.bias))
-        return torch.addmm(flat, inner, self.up).view_as(hidden)
+        inner = functional.silu(functional.linear(flat, *_weights(self, "down")))
+        up: Any = self._parameters["up"]
+        return torch.addmm(flat, inner, up).view_as(hidden)
 
 
 class Controller(nn.Module):
@@ -71,10 +72,8 @@ class Controller(nn.Module):
         Returns:
             (batch,); their sigmoid is the probability.
         """
-        inner, out = self.hidden, self.out
-        pooled = _pool(hidden, mask)
-        inside = functional.silu(functional.linear(pooled, inner.weight, inner.bias))
-        return functional.linear(inside, out.weight, out.bias).view(-1)
+        inside = functional.silu(functional.linear(_pool(hidden, mask), *_weights(self, "hidden")))
+        return functional.linear(inside, *_weights(self, "out")).view(-1)
 
 
 class SkipHeads(nn.Module):
@@ -92,6 +91,12 @@ class SkipHeads(nn.Module):
         layers = plan.exits or plan.dynamic_layers
         self.adapters = nn.ModuleDict({str(layer): Adapter(config) for layer in layers})
         self.controllers = nn.ModuleDict({str(layer): Controller(config) for layer in layers})
+
+
+def _weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear part, past calls and attribute look-ups, which would take as long as the product."""
+    linear: Any = module._modules[name]
+    return linear._parameters["weight"], linear._parameters["bias"]
 
 
 def _pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -118,7 +123,7 @@ def _shares(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def default_adapter_size(hidden_size: int, weights: int, dynamic_layers: int) -> int:
-    """Bottleneck of an adapter: 1.5 % of a wide backbone's weights in all, at most 96 beside a narrow one."""
+    """Bottleneck of an adapter: 1.5 % of a wide backbone's weights in all, at most 88 beside a narrow one."""
     if hidden_size <= 1024:
-        return min(hidden_size, 96)
+        return min(hidden_size, 88)
     return max(8, min(128, int(0.015 * weights / dynamic_layers / (2 * hidden_size + 1)) // 8 * 8))
