@@ -88,10 +88,13 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
     if not has_skips(config.policy):
         raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
     curve = measure_curve(config.policy, config.data)
-    if config.target_ms is not None:
-        chosen = choose_by_time(curve, config.target_ms)
-    else:
-        chosen = _choose_by_success(config, curve)
+    try:
+        if config.target_ms is not None:
+            chosen = choose_by_time(curve, config.target_ms)
+        else:
+            chosen = _choose_by_success(config, curve)
+    except ConfigError as error:  # minutes of measuring are worth showing
+        raise ConfigError(f"{error}\n{render_curve(curve)}") from error
     measured = {
         "target_ms": config.target_ms,
         "target_success_drop": config.target_success_drop,
@@ -184,7 +187,7 @@ def _evaluate(config: TuneConfig, out: Path, skip: float) -> Path:
     return out
 
 
-def render_curve(curve: list[Point], chosen: Point) -> str:
+def render_curve(curve: list[Point], chosen: Point | None = None) -> str:
     """The curve as Markdown."""
     lines = ["| skip | layers | LLM ms | policy ms | action error | verified |", "|---:|---:|---:|---:|---:|---:|"]
     for point in curve:

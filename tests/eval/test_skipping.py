@@ -190,7 +190,7 @@ def test_tuning_stores_what_meets_the_target(distilled: Path, mock_demos: Path) 
     assert chosen == curve[-1]  # all are fast enough: the most careful
     assert load_policy(str(distilled)).skip == chosen.skip  # type: ignore[attr-defined]
     before = (distilled / "skip.json").read_bytes()
-    with pytest.raises(ConfigError, match="nearest possible"):
+    with pytest.raises(ConfigError, match=r"nearest possible[\s\S]*\| 0.1 \|"):
         tune(TuneConfig(distilled, mock_demos, target_ms=1e-3))
     assert (distilled / "skip.json").read_bytes() == before
     _, chosen = tune(TuneConfig(distilled, mock_demos, target_success_drop=1.0, suite="mock", episodes=1))
