@@ -89,7 +89,7 @@ def calibrated_plan(policy: BackbonePolicy, demonstrations: Demonstrations) -> S
 
 
 def with_exits(plan: SkipPlan, exits: str) -> SkipPlan:
-    """A plan whose blocks can be left at their first layers alone, or at all."""
+    """A plan whose blocks can be left at their first layers alone ("first"), or at each of them ("all")."""
     first = tuple(layers[0] for block in plan.blocks if (layers := plan.exits_of(block)))
     return replace(plan, exits=first if exits == "first" else ())
 

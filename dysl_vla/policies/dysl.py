@@ -129,8 +129,6 @@ class DyslPolicy:
         if self._switches.random:
             if settings.mean_layers is None:
                 raise ConfigError("random: the checkpoint does not say how many layers to run; tune it first.")
-            if self.skip != settings.skip:
-                raise ConfigError(f"skip: random runs as many layers as the stored setting does, {settings.skip}.")
             self._random = RandomExits(settings.plan, settings.mean_layers)
         self._skipper = attach(policy.backbone, settings.plan, heads)
 
@@ -163,8 +161,10 @@ class DyslPolicy:
         """Turn the knob, for episodes that begin afterwards.
 
         Raises:
-            ConfigError: Not above 0, or above 1.
+            ConfigError: Not above 0, or above 1, or not the stored setting where skips are random.
         """
+        if self._switches.random and skip != self._settings.skip:
+            raise ConfigError(f"skip: random runs as many layers as the stored setting does, {self._settings.skip}.")
         self._point = self._settings.statistics.point(skip)
         self.skip = skip
         self._guide = Guide(

@@ -168,13 +168,25 @@ def test_a_rows_result_does_not_depend_on_its_neighbours(name: str, data: st.Dat
     skipper.detach()
 
 
-def test_a_mask_that_hides_nothing_costs_nothing() -> None:
-    skipper = attach(make("llama"), PLAN, make_heads())
-    with skipper.step(np.zeros((2, 2), np.int64), mask=torch.ones(2, 7)) as step:
-        assert step.mask is None
-    hiding = mask(2, 7, "left")
-    with skipper.step(np.zeros((2, 2), np.int64), mask=hiding) as step:
-        assert step.mask is hiding
+def test_a_mask_that_hides_nothing_changes_nothing() -> None:
+    model = make("llama")
+    skipper = attach(model, PLAN, make_heads())
+
+    def asked(ones: torch.Tensor | None) -> tuple[list[dict[int, float]], list[torch.Tensor]]:
+        points = np.full((2, len(PLAN.blocks)), 1)
+        with torch.inference_mode(), skipper.step(points, threshold=1.0, mask=ones) as step:
+            model(input_ids=batch(2))
+        assert step.mask is (ones if ones is not None and not ones.all() else None)
+        with skipper.bridge([1, None], mask=ones) as bridged:
+            model(input_ids=batch(2))
+        return step.outputs, list(bridged.outputs.values())
+
+    without, ones, hiding = asked(None), asked(torch.ones(2, 7)), asked(mask(2, 7, "left"))
+    assert all(map(len, without[0]))
+    assert ones[0] == without[0]
+    assert torch.equal(ones[1][0], without[1][0])
+    assert hiding[0] != without[0]
+    assert not torch.equal(hiding[1][0], without[1][0])
 
 
 @settings(deadline=None, max_examples=40)
