@@ -44,7 +44,7 @@ with needs_extra("policy"):
     from torch.utils.tensorboard.writer import SummaryWriter
 
     from dysl_vla.policies.dysl import FORESIGHT, DyslPolicy, SkipSettings, has_skips, save_skips
-    from dysl_vla.skip_controller.distill import Distillation, DistillConfig, Target
+    from dysl_vla.skip_controller.distill import Distillation, DistillConfig, Target, mixed_precision
     from dysl_vla.skip_controller.guidance import signals
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.plan import SkipPlan
@@ -142,7 +142,10 @@ class _Run:
         weights = sum(p.numel() for p in backbone.parameters())
         size = config.adapter_size or default_adapter_size(hidden, weights, len(plan.dynamic_layers))
         self._heads = SkipHeads(plan, HeadsConfig(hidden, size, config.controller_size))
-        self._skipper = attach(backbone, plan, self._heads)
+        like = next(backbone.parameters())
+        self._heads.to(like.device)
+        with mixed_precision(backbone):
+            self._skipper = attach(backbone, plan, self._heads)
         self._distillation = Distillation(
             self._skipper,
             lambda inputs: backbone(**inputs).last_hidden_state,
@@ -208,6 +211,7 @@ class _Run:
         spec = self._policy.spec
         foresight = min(FORESIGHT, spec.chunk_length - spec.execute_steps)
         signal = config.signal or ("gripper" if spec.action_names[-1] == "gripper" else "continuity")
+        self._heads.to(next(self._policy.backbone.parameters()).dtype)
         replay = Replay(self._policy, self._demonstrations)
         statistics = replay.statistics(self._skipper, foresight, signal)
         self._skipper.detach()

@@ -131,6 +131,7 @@ class Distillation:
         if not any(self._exits):
             raise ConfigError(f"plan: {skipper.plan} leaves layer 0 alone to skip, and the first layer always runs.")
         self._skipper, self._run, self._decode = skipper, run, decode
+        self._mixed = mixed_precision(skipper.layers)
         self._heads: nn.Module = skipper.heads
         self._execute = execute_steps
         self._config = config
@@ -144,10 +145,9 @@ class Distillation:
     @torch.no_grad()
     def target(self, inputs: Mapping[str, Tensor]) -> Target:
         """What the full model makes of a batch; the same for every step, so it can be kept."""
-        with self._skipper.record() as layers:
-            hidden = self._run(inputs)
-        landings = [layers[block.landing] for block in self._skipper.plan.blocks]
-        return Target(self._decode(hidden), landings)
+        with self._mixed, self._skipper.record() as layers:
+            actions = self._decode(self._run(inputs))
+        return Target(actions, [layers[block.landing] for block in self._skipper.plan.blocks])
 
     def rng(self) -> np.random.Generator:
         """Of the step that comes; draw the batch from it, then hand it to `update`."""
@@ -174,11 +174,12 @@ class Distillation:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
-        if self.is_first_stage:
-            loss, figures = self._adapter_loss(inputs)
-        else:
-            assert target is not None
-            loss, figures = self._skip_loss(inputs, target, rng)
+        with self._mixed:
+            if self.is_first_stage:
+                loss, figures = self._adapter_loss(inputs)
+            else:
+                assert target is not None
+                loss, figures = self._skip_loss(inputs, target, rng)
         if not math.isfinite(loss.item()):
             raise ConfigError(f"learning_rate: the loss is {loss.item()} at step {self.step}; start with a lower one.")
         self.optimizer.zero_grad(set_to_none=True)
@@ -225,7 +226,7 @@ class Distillation:
         hidden = torch.stack([relative_error(bridged.landings[b], target.landings[b], mask) for b in chosen]).mean()
         outputs = torch.stack([bridged.outputs[b] for b in chosen])  # (blocks, batch)
         if is_mixture:
-            kept = torch.tensor([float(plan.blocks[b].landing - (places[b] or 0)) for b in chosen])
+            kept = outputs.new_tensor([float(plan.blocks[b].landing - (places[b] or 0)) for b in chosen])
             controllers = config.layer_weight * ((1 - outputs) * kept[:, None]).sum(dim=0).mean()
         else:
             self._follow(error.detach())
@@ -256,6 +257,12 @@ class Distillation:
         quantile = float(error.float().quantile(self._config.quantile))
         begun = self.tolerance > 0
         self.tolerance = 0.99 * self.tolerance + 0.01 * quantile if begun else quantile
+
+
+def mixed_precision(decoder: nn.Module) -> torch.autocast:
+    """The context in which heads, which learn in float32, are attached to a decoder of fewer bits, and learn."""
+    like = next(decoder.parameters())
+    return torch.autocast(like.device.type, dtype=like.dtype, enabled=like.dtype != torch.float32)
 
 
 def relative_error(predicted: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:

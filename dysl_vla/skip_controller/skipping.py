@@ -106,7 +106,7 @@ class Skipper:
     """A decoder whose layers are wrapped; made by `attach`."""
 
     def __init__(self, layers: nn.ModuleList, plan: SkipPlan, heads: SkipHeads | None) -> None:
-        self._layers = layers
+        self.layers = layers
         self.plan = plan
         self.heads = heads
         self._step: Step | None = None
@@ -131,12 +131,12 @@ class Skipper:
 
     def detach(self) -> None:
         """Restore the layers' own forward."""
-        for layer, original in zip(self._layers, self._originals, strict=True):
+        for layer, original in zip(self.layers, self._originals, strict=True):
             if getattr(original, "__func__", None) is type(layer).forward:
                 del layer.__dict__["forward"]
             else:  # someone else had wrapped it before
                 layer.forward = original
-        del self._layers.__dict__["_skipper"]
+        del self.layers.__dict__["_skipper"]
 
     @contextmanager
     def step(
@@ -272,7 +272,7 @@ class Skipper:
             return self._answer(arguments[name])
         if index == step.first_skip:
             arguments[name], step.first_hidden = step.first_hidden, None
-        step.is_verified = index == len(self._layers) - 1
+        step.is_verified = index == len(self.layers) - 1
         return original(**arguments)
 
     def _bridging(self, index: int, original: Callable[..., Any], bridged: Bridged, arguments: dict[str, Any]) -> Any:
@@ -320,7 +320,7 @@ class Skipper:
         active = [row for row, landed in enumerate(self._landed) if landed <= index]
         if not step.is_decided:
             step.layers_run[active, index] = True
-            step.is_decided = index == len(self._layers) - 1
+            step.is_decided = index == len(self.layers) - 1
         if not active:
             return self._answer(hidden)
         output = original(**arguments) if len(active) == batch else _run_rows(original, name, arguments, active)
@@ -341,7 +341,7 @@ class Skipper:
             raise ConfigError("past_key_values: holds tokens of before the step; begin a step with an empty cache.")
         step.landings = [{} for _ in range(batch)]
         step.outputs = [{} for _ in range(batch)]
-        step.layers_run = np.zeros((batch, len(self._layers)), np.bool_)
+        step.layers_run = np.zeros((batch, len(self.layers)), np.bool_)
         step.first_skip = step.first_hidden = None
         step.tokens, step.cache = tokens, cache
 
@@ -431,8 +431,9 @@ def _check_heads(heads: SkipHeads, layers: nn.ModuleList) -> None:
     widths = {p.shape[0] for name, p in layers[0].named_parameters() if p.ndim == 1 and "norm" in name}
     if widths and heads.config.hidden_size not in widths:
         raise ConfigError(f"heads: were made for a width of {heads.config.hidden_size}, the decoder has {min(widths)}.")
+    is_cast = torch.is_autocast_enabled(theirs.device.type)
     for what, one, other in (("dtype", mine.dtype, theirs.dtype), ("device", mine.device, theirs.device)):
-        if one != other:
+        if one != other and not (what == "dtype" and is_cast):
             raise ConfigError(f"heads: are of {what} {one}, the decoder of {other}; move them with heads.to({other}).")
 
 

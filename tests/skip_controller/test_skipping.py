@@ -102,7 +102,7 @@ def test_attaching_changes_no_bit(name: str, side: str, cached: bool) -> None:
     assert step.layers_run.all()
     assert list(model.state_dict()) == names
     skipper.detach()
-    assert all("forward" not in layer.__dict__ for layer in skipper._layers)
+    assert all("forward" not in layer.__dict__ for layer in skipper.layers)
     assert torch.equal(model(**inputs).last_hidden_state, before)
 
 
@@ -213,7 +213,7 @@ def test_rows_that_skip_cost_nothing_and_verification_runs_the_rest_alone(name: 
     model = make(name)
     skipper = attach(model, PLAN, make_heads())
     seen: list[tuple[int, int]] = []
-    for index, layer in enumerate(skipper._layers):
+    for index, layer in enumerate(skipper.layers):
         for part in layer.children():
             part.register_forward_hook(
                 lambda _, args, output, index=index: seen.append((index, len(args[0]))) if args else None
