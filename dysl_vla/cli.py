@@ -149,6 +149,21 @@ def _eval_compare(arguments: Sequence[str]) -> int:
     return tyro.cli(compare_runs, args=arguments, prog="dysl eval compare")
 
 
+def _export(arguments: Sequence[str]) -> int:
+    from dysl_vla.deploy.export import ExportConfig, export
+
+    out = export(_parse(ExportConfig, arguments, "dysl export"))
+    print(f"Exported: {out}. Run it: dysl control --bundle {out} --robot mujoco:metaworld-drawer-open --seconds 10")
+    return 0
+
+
+def _control(arguments: Sequence[str]) -> int:
+    from dysl_vla.deploy.control import ControlConfig, control, render_account
+
+    print(render_account(control(_parse(ControlConfig, arguments, "dysl control"))))
+    return 0
+
+
 def _parse(config: type[T], arguments: Sequence[str], program: str) -> T:
     return tyro.cli(config, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,))
 
@@ -164,6 +179,8 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "bench backbone": (_bench_backbone, "measure what skipping costs beside what it saves, on a decoder of any size"),
     "plot": (_plot, "draw where an evaluation's layers went"),
     "eval": (_eval, "evaluate a policy: success, latency, videos"),
+    "export": (_export, "turn a policy that skips layers into a folder that needs no torch"),
+    "control": (_control, "run a policy on a robot, real or simulated, at a fixed rate"),
     "eval compare": (_eval_compare, "compare evaluations, paired by episode"),
 }
 

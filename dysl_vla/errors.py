@@ -34,3 +34,11 @@ class ActionError(DyslError):
 
 class RenderingError(DyslError):
     """No working OpenGL on this machine, so cameras cannot be rendered."""
+
+
+class RobotFault(DyslError):
+    """A robot that does not answer, or answers what cannot be."""
+
+
+class SafetyStop(DyslError):
+    """A reason to stop a robot at once; it was stopped."""

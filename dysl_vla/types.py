@@ -6,6 +6,7 @@ included, can import it.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -212,6 +213,7 @@ class SkipTrace:
         allow_points: For each block, the dynamic layers that had to run.
         continuity: Of the trajectory, before the inference; None while it is not known.
         is_verified: The full model predicted again.
+        is_verification_late: It should have, but there was no time left.
         resumed_from: The first layer that then ran once more.
         controllers_s: Seconds in controllers, for the whole batch.
         adapters_s: Seconds in adapters.
@@ -224,6 +226,7 @@ class SkipTrace:
     allow_points: tuple[int, ...]
     continuity: float | None
     is_verified: bool = False
+    is_verification_late: bool = False
     resumed_from: int | None = None
     controllers_s: float = 0.0
     adapters_s: float = 0.0
@@ -260,9 +263,15 @@ class EpisodeState:
 
     Attributes:
         executed: The latest executed actions, oldest first, each (action,) in the world's units.
+        needed_at: When the answer to the coming inference is needed, in seconds of `time.perf_counter`; None: no limit.
     """
 
     executed: deque[FloatArray] = field(default_factory=lambda: deque(maxlen=64))
+    needed_at: float | None = None
+
+    def has_time(self, seconds: float) -> bool:
+        """So much can still be spent on the answer."""
+        return self.needed_at is None or time.perf_counter() + seconds <= self.needed_at
 
 
 def check_actions(actions: NDArray[Any], action_dim: int) -> None:

@@ -15,7 +15,7 @@ from multiprocessing import get_context, parent_process
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of fresh processes; on leaving, what has not begun is cancelled."""
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=begin_worker)
     try:
         yield pool
     finally:
@@ -29,7 +29,8 @@ def use_one_inference_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
-def _begin() -> None:
+def begin_worker() -> None:
+    """What a process does first that must not outlive its parent."""
     use_one_inference_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()

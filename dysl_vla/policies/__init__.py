@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, cast
 from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_policy_type
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.policies.base import BackbonePolicy, Policy, check_fingerprint, policies
+from dysl_vla.policies.base import BackbonePolicy, ExportablePolicy, Policy, check_fingerprint, policies
 
 if TYPE_CHECKING:
     from dysl_vla.skip_controller.operating import Switches
 
-__all__ = ["BackbonePolicy", "Policy", "check_fingerprint", "load_backbone_policy", "load_policy", "policies"]
+__all__ = ["BackbonePolicy", "ExportablePolicy", "Policy", "check_fingerprint", "load_backbone_policy", "load_policy", "policies"]
 
 
 def load_policy(name: str, *, skip: float | None = None, switches: Switches | None = None) -> Policy:

@@ -76,6 +76,36 @@ class BackbonePolicy(Policy, Protocol):
         """Write a checkpoint that the class of its type loads."""
 
 
+class ExportablePolicy(BackbonePolicy, Protocol):
+    """A policy that `dysl export` can take away from Python: its encoder is a function of tensors.
+
+    `encode` must answer `{"inputs_embeds": embed(...)}` and otherwise only what the backbone would assume by itself.
+    """
+
+    @property
+    def crops(self) -> Mapping[str, tuple[int, int, int, int]]:
+        """Camera name to the part of its image that `embed` gets: top, left, height, width, in pixels."""
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of an instruction: shorter ones are padded, longer ones cut."""
+
+    def embed(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
+        """Everything that the backbone reads.
+
+        Args:
+            images: Camera name to (batch, height, width, 3) uint8, cropped.
+            state: (batch, state) float32, in the world's units.
+            token_ids: (batch, text) of the instruction.
+
+        Returns:
+            (batch, tokens, hidden).
+        """
+
+    def token_ids(self, instruction: str) -> list[int]:
+        """An instruction's token ids, `text_tokens` of them."""
+
+
 class PolicyClass(Protocol):
     """What a policy offers so that checkpoints of its type can be loaded."""
 

@@ -26,7 +26,7 @@ from dysl_vla.checkpoint import add_to_manifest, read_document, validated
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import replacing, write_json
 from dysl_vla.policies.base import BackbonePolicy
-from dysl_vla.skip_controller.guidance import WINDOW, Guide, GuideState, signals
+from dysl_vla.skip_controller.guidance import DyslState, Guide, GuideState, signals
 from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
 from dysl_vla.skip_controller.operating import RandomExits, SkipStatistics, Switches
 from dysl_vla.skip_controller.plan import SkipPlan
@@ -72,17 +72,6 @@ class SkipSettings:
         signals.get(self.signal)
 
 
-@dataclass
-class DyslState(EpisodeState):
-    """What a DySL policy remembers of an episode.
-
-    Attributes:
-        guide: Of guidance.
-    """
-
-    guide: GuideState | None = None
-
-
 class DyslPolicy:
     """A policy and its skipping. Implements `Policy`.
 
@@ -124,6 +113,7 @@ class DyslPolicy:
         self._provenance = dict(provenance or {})
         self._settings = settings
         self._switches = switches or Switches()
+        self._verify_s = 0.0  # what verification took, at most lately
         self._lengths = np.array([block.length for block in settings.plan.blocks], np.int64)
         self.set_skip(settings.skip if skip is None else skip)
         if self._switches.random:
@@ -143,6 +133,12 @@ class DyslPolicy:
         return self._settings
 
     @property
+    def heads(self) -> SkipHeads:
+        """Adapters and controllers."""
+        assert self._skipper.heads is not None
+        return self._skipper.heads
+
+    @property
     def provenance(self) -> Mapping[str, Any]:
         """Of the policy that skips; that of its adapters and controllers under `skipping`."""
         return {**self._policy.provenance, "skipping": self._provenance}
@@ -151,8 +147,7 @@ class DyslPolicy:
     def fingerprint(self) -> str:
         """Of weights, settings and switches."""
         digest = hashlib.sha256(f"{self._settings}{self.skip}{self._switches}".encode())  # holds the teacher's
-        assert self._skipper.heads is not None
-        for name, value in sorted(self._skipper.heads.state_dict().items()):
+        for name, value in sorted(self.heads.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -219,11 +214,13 @@ class DyslPolicy:
         thought = clock()
         actions: FloatArray = self._policy.decode(hidden).float().cpu().numpy()
         decoded = clock()
-        asked = [
-            self._guide.verify(guide, row, spec.execute_steps) and bool(step.landings[index])
+        wanted = [
+            self._guide.verify(guide, row, spec.execute_steps)
+            and bool(step.landings[index])
+            and self._switches.verification
             for index, (guide, row) in enumerate(zip(guides, actions, strict=True))
         ]
-        verified = [self._switches.verification and ask for ask in asked]
+        verified = [ask and state.has_time(self._verify_s) for ask, state in zip(wanted, states, strict=True)]
         judged = clock()
         verify_s = again_s = 0.0
         first_skip = step.first_skip
@@ -231,6 +228,7 @@ class DyslPolicy:
             with self._skipper.verify(step):
                 exact = self._policy.backbone(**inputs).last_hidden_state
             verify_s = clock() - judged
+            self._verify_s = max(verify_s, 0.95 * self._verify_s)
             actions = np.where(
                 np.array(verified)[:, None, None], self._policy.decode(exact).float().cpu().numpy(), actions
             )
@@ -250,19 +248,23 @@ class DyslPolicy:
             ActionChunk(
                 actions=world[row],
                 timing=timing,
-                skips=_trace(step, row, guide, first_skip if verified[row] else None, verify_s),
+                skips=_trace(
+                    step,
+                    row,
+                    guide,
+                    resumed_from=first_skip if verified[row] else None,
+                    is_late=wanted[row] and not verified[row],
+                    verify_s=verify_s,
+                ),
             )
             for row, guide in enumerate(guides)
         ]
 
     def _observe(self, state: EpisodeState) -> GuideState:
         guide = getattr(state, "guide", None)
-        if not isinstance(guide, GuideState):
+        if not isinstance(state, DyslState) or not isinstance(guide, GuideState):
             raise TypeError("states: must be made by this policy's reset().")
-        dim = self._settings.action_dim
-        latest = list(state.executed)[-WINDOW - 1 :]
-        executed: FloatArray = np.array(latest, np.float32) if latest else np.empty((0, dim), np.float32)
-        self._guide.observe(guide, self._policy.spec.action_normalisation.apply(executed))
+        self._guide.observe(guide, state.latest(self._policy.spec.action_normalisation, self._settings.action_dim))
         return guide
 
     def _points(self, guide: GuideState) -> NDArray[np.int64]:
@@ -274,7 +276,9 @@ class DyslPolicy:
         return np.array([self._random.draw(zlib.crc32(row.tobytes())) for row in seen])
 
 
-def _trace(step: Step, row: int, guide: GuideState, resumed_from: int | None, verify_s: float) -> SkipTrace:
+def _trace(
+    step: Step, row: int, guide: GuideState, *, resumed_from: int | None, is_late: bool, verify_s: float
+) -> SkipTrace:
     return SkipTrace(
         layers_run=step.layers_run[row],
         skips=step.landings[row],
@@ -282,6 +286,7 @@ def _trace(step: Step, row: int, guide: GuideState, resumed_from: int | None, ve
         allow_points=tuple(step.allow_points[row].tolist()),
         continuity=guide.continuity,
         is_verified=resumed_from is not None,
+        is_verification_late=is_late,
         resumed_from=resumed_from,
         controllers_s=step.controllers_s,
         adapters_s=step.adapters_s,

@@ -323,6 +323,16 @@ class MiniVLA(nn.Module):
         timing = InferenceTiming(encode_s=encoded - started, llm_s=thought - encoded, decode_s=decoded - thought)
         return [ActionChunk(actions=row, timing=timing) for row in actions]
 
+    @property
+    def crops(self) -> dict[str, tuple[int, int, int, int]]:
+        """Camera name to the part that is looked at; see `ExportablePolicy`."""
+        return {name: (c.top, c.left, c.height, c.width) for name, c in self.config.crops.items()}
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of an instruction."""
+        return self.config.text_tokens
+
     def _images(self, name: str, observations: Sequence[Observation]) -> Tensor:
         crop = self.config.crops[name]
         rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from dysl_vla.errors import ActionError, ConfigError
 from dysl_vla.registry import Registry
+from dysl_vla.types import EpisodeState, FloatArray, Normalisation
 
 Signal = Callable[[NDArray[np.float32] | NDArray[np.float64]], float | None]
 """Normalised successive actions, (time, action), to a number that falls where they get important; None: too few."""
@@ -75,6 +76,22 @@ class GuideState:
     change: float | None = None
     fell: bool = False
     falls: bool = False
+
+
+@dataclass
+class DyslState(EpisodeState):
+    """What a policy that skips layers remembers of an episode.
+
+    Attributes:
+        guide: Of guidance.
+    """
+
+    guide: GuideState | None = None
+
+    def latest(self, normalisation: Normalisation, action_dim: int) -> FloatArray:
+        """The executed actions that guidance looks back on, normalised, (at most WINDOW + 1, action)."""
+        actions = list(self.executed)[-WINDOW - 1 :]
+        return normalisation.apply(np.array(actions, np.float32) if actions else np.empty((0, action_dim), np.float32))
 
 
 class Guide:

@@ -101,9 +101,10 @@ def _weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
 
 def _pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """The last token and the mean of all, (batch, 2 hidden)."""
+    if mask is None and torch.compiler.is_compiling():  # a traced tensor cannot be kept
+        return torch.cat([hidden[:, -1], hidden.mean(dim=1)], dim=1)
     if mask is None:
-        shares_of = _shares.__wrapped__ if torch.compiler.is_compiling() else _shares  # a traced tensor is not kept
-        shares = shares_of(hidden.shape[1], hidden.dtype, hidden.device)
+        shares = _shares(hidden.shape[1], hidden.dtype, hidden.device)
     else:
         weights = mask.float()
         last = mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(dim=1)

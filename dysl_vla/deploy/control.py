@@ -1,0 +1,533 @@
+"""The control loop: actions go out at a fixed rate, whatever inference and cameras do. Knows no simulator and no torch.
+
+Two threads. One looks and infers: it waits for a reading, predicts a chunk, and puts it down. The other keeps the
+schedule, an absolute one: each cycle it takes, from the latest chunk, the action that was predicted for this very time
+(the i-th of a chunk is for i periods after its reading), joins it to what it sent before, checks it against the limits,
+and sends it. An action of a reading that is too old is never sent; what happens instead is declared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dysl_vla.deploy.limits import Guard, Limits
+from dysl_vla.deploy.robot import Reading, Robot, make_robot
+from dysl_vla.errors import ConfigError, DyslError, RobotFault, SafetyStop
+from dysl_vla.files import is_unused, write_json
+from dysl_vla.policies.base import Policy
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, ActionChunk, FloatArray, ImageArray, Observation
+from dysl_vla.workers import use_one_inference_thread
+
+clock = time.perf_counter
+LOG, ACCOUNT = "cycles.jsonl", "account.json"
+HISTORY = 64
+FIRST_CHUNK_S = 10.0
+LATE = 0.1
+"""A cycle that sends this share of a period after its time is late; a whole period after it, missed."""
+HISTOGRAM_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a control loop behaves."""
+
+    on_miss: Literal["hold", "continue", "stop"] = "continue"
+    """When no fresh chunk is there: hold still, go on with the last chunk as long as it is not too old, or stop."""
+    stop_after: int = 20
+    """Missed cycles in a row after which the robot is stopped; with `--on-miss stop` the first one does."""
+    max_age_s: float = 0.4
+    """Age of a reading beyond which no action that was predicted from it is sent."""
+    blend: int = 2
+    """Cycles in which a new chunk takes over from the one before; 0: at once."""
+    frozen_s: float = 1.0
+    """A camera that shows the very same image for so long, while the arm is told to move, stops the robot."""
+    warm_up: int = 10
+    """Inferences before the robot is enabled: the first ones are slow."""
+
+    def __post_init__(self) -> None:
+        if self.on_miss not in ("hold", "continue", "stop"):
+            raise ConfigError(f"on_miss: {self.on_miss!r} is none of hold, continue, stop.")
+        if self.stop_after < 1 or self.warm_up < 1 or self.blend < 0:
+            raise ConfigError("stop_after and warm_up must be at least 1, blend not negative.")
+        for name in ("max_age_s", "frozen_s"):
+            if not 0 < getattr(self, name) < np.inf:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be above zero and finite.")
+
+
+@dataclass
+class Account:
+    """What became of the cycles.
+
+    Attributes:
+        cycles: In all.
+        on_time: Sent within a tenth of a period of their time.
+        late: Sent later, within the period.
+        missed: Sent after it, or without a fresh action.
+        clamped: Changed by a limit.
+        inferences: Chunks predicted.
+        verified: Of them, predicted again by the full model.
+        unverified: Of them, to be predicted again, for which there was no time.
+        stopped: Why the robot was stopped; empty: the time was over.
+        jitter_ms: Delay of sending behind the schedule, of each cycle.
+        inference_ms: Of each chunk.
+        age_ms: Age of the reading behind each sent action.
+        robot: What the robot reports.
+    """
+
+    cycles: int = 0
+    on_time: int = 0
+    late: int = 0
+    missed: int = 0
+    clamped: int = 0
+    inferences: int = 0
+    verified: int = 0
+    unverified: int = 0
+    stopped: str = ""
+    jitter_ms: list[float] = field(default_factory=list)
+    inference_ms: list[float] = field(default_factory=list)
+    age_ms: list[float] = field(default_factory=list)
+    robot: Mapping[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, percentiles and the histogram of jitter."""
+        counts = {
+            name: getattr(self, name)
+            for name in ("cycles", "on_time", "late", "missed", "clamped", "inferences", "verified", "unverified")
+        }
+        parts = {name: _percentiles(getattr(self, name)) for name in ("jitter_ms", "inference_ms", "age_ms")}
+        edges = [0.0, *HISTOGRAM_MS, np.inf]
+        histogram = np.histogram(np.maximum(self.jitter_ms, 0), edges)[0].tolist() if self.jitter_ms else []
+        return {**counts, "stopped": self.stopped, "robot": dict(self.robot), **parts, "jitter_histogram": histogram}
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """A chunk and its reading."""
+
+    number: int
+    chunk: ActionChunk
+    taken_at: float
+    seconds: float
+
+
+class ControlLoop:
+    """Runs a policy on a robot.
+
+    Args:
+        policy: A bundle, or any policy.
+        robot: Not connected yet.
+        rate_hz: Cycles a second.
+        limits: Checked last.
+        config: Of deadlines and watchdogs.
+        instruction: Replaces the robot's own; None: the reading's.
+        log: Folder for the log; None: none.
+
+    Raises:
+        ConfigError: Policy, robot, rate and limits do not fit each other.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        robot: Robot,
+        rate_hz: float,
+        limits: Limits,
+        config: LoopConfig | None = None,
+        *,
+        instruction: str | None = None,
+        log: Path | None = None,
+    ) -> None:
+        if not 0 < rate_hz < np.inf:
+            raise ConfigError(f"rate_hz: {rate_hz} must be above zero and finite.")
+        self._config = config or LoopConfig()
+        if self._config.max_age_s < 1 / rate_hz:
+            raise ConfigError(f"max_age_s: {self._config.max_age_s} is shorter than a period, {1 / rate_hz:g} s.")
+        policy.spec.check_world(robot.world)
+        self._guard = Guard(limits, robot.world)
+        self._limits = limits
+        self._policy, self._robot = policy, robot
+        self._period = 1 / rate_hz
+        self._instruction = instruction
+        self._log_folder = log
+        self._stop = threading.Event()
+        self._stop_reason = ""
+        self._fault: DyslError | None = None
+        self._predicted: _Predicted | None = None
+        self._history: deque[tuple[float, FloatArray]] = deque(maxlen=HISTORY)
+        self._next_cycle_at = 0.0
+        self._is_moving = False
+        self._images: dict[str, tuple[ImageArray, float]] = {}
+        self.account = Account()
+
+    def stop(self, reason: str) -> None:
+        """Ask the loop to end, from any thread or signal handler."""
+        self._stop_reason = self._stop_reason or reason
+        self._stop.set()
+
+    def run(self, seconds: float) -> Account:
+        """Connect, warm up, control for so long, stop.
+
+        Args:
+            seconds: Of control.
+
+        Returns:
+            The account; `stopped` says why it ended early.
+
+        Raises:
+            ConfigError: The first reading does not fit the policy.
+            RobotFault: The robot could not be connected, or never answered.
+            SafetyStop: Something was wrong while it moved; it was stopped, and the log is whole.
+        """
+        if not 0 < seconds < np.inf:
+            raise ConfigError(f"seconds: {seconds} must be above zero and finite.")
+        log = _Log(self._log_folder)
+        eyes = threading.Thread(target=self._look, name="inference", daemon=True)
+        try:
+            with self._signals():
+                try:
+                    self._robot.connect(1 / self._period)
+                    self._warm_up()
+                    eyes.start()
+                    self._await_first_chunk()
+                    self._cycle(math.ceil(seconds / self._period), log)
+                finally:
+                    self._stop.set()
+                    self._robot.stop()
+                    self.account.robot = self._robot.report()
+            if self._fault is not None:
+                raise self._fault
+            self.account.stopped = self._stop_reason
+        except BaseException as error:
+            self.account.stopped = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            if eyes.is_alive():
+                eyes.join(timeout=5)
+            log.close({**self.account.summary(), "config": asdict(self._config), "limits": asdict(self._limits)})
+        return self.account
+
+    def _warm_up(self) -> None:
+        """The first inferences are slow, and their readings show whether robot and policy fit."""
+        reading = self._robot.observe(-math.inf)
+        for _ in range(self._config.warm_up):
+            self._policy.infer([self._seen(reading)], [self._policy.reset()])
+
+    def _look(self) -> None:
+        """The inference thread."""
+        period, spec = self._period, self._policy.spec
+        after = -math.inf
+        try:
+            state = self._policy.reset()
+            while not self._stop.is_set():
+                reading = self._robot.observe(after)
+                observation = self._seen(reading)
+                self._watch(reading)
+                executed = [action for sent_at, action in list(self._history) if sent_at < reading.taken_at]
+                state.executed.clear()
+                state.executed.extend(executed)
+                state.needed_at = self._next_cycle_at or None
+                started = clock()
+                [chunk] = self._policy.infer([observation], [state])
+                ready_at = clock()
+                if not np.isfinite(chunk.actions).all():
+                    raise SafetyStop(f"action: the policy answered a value that is not finite: {chunk.actions.tolist()}.")
+                self._record(chunk, ready_at - started)
+                number = self._predicted.number + 1 if self._predicted else 0
+                self._predicted = _Predicted(number, chunk, reading.taken_at, ready_at - started)
+                self._guard.observe(observation[STATE_KEY], reading.taken_at)
+                after = reading.taken_at + (spec.execute_steps - 0.5) * period
+        except DyslError as error:
+            self._fault = error
+        except Exception as error:  # whatever it is, the robot must stop, and the loop's thread says why
+            self._fault = RobotFault(f"inference: {type(error).__name__}: {error}")
+        finally:
+            self.stop(str(self._fault) if self._fault else "")
+
+    def _seen(self, reading: Reading) -> Observation:
+        return reading.observation if self._instruction is None else {**reading.observation, TASK_KEY: self._instruction}
+
+    def _watch(self, reading: Reading) -> None:
+        """A camera that does not change, while the robot is told to move, is broken."""
+        for name, image in reading.observation.items():
+            if not name.startswith(IMAGE_PREFIX):
+                continue
+            last, since = self._images.get(name, (None, reading.taken_at))
+            if last is None or not self._is_moving or not np.array_equal(last, image):
+                self._images[name] = image, reading.taken_at
+            elif reading.taken_at - since >= self._config.frozen_s:
+                raise SafetyStop(
+                    f"{name}: the camera has shown the very same image for {reading.taken_at - since:.1f} s while the "
+                    "robot was told to move; see to it."
+                )
+
+    def _record(self, chunk: ActionChunk, seconds: float) -> None:
+        account = self.account
+        account.inferences += 1
+        account.inference_ms.append(1e3 * seconds)
+        if chunk.skips is not None:
+            account.verified += chunk.skips.is_verified
+            account.unverified += chunk.skips.is_verification_late
+
+    def _await_first_chunk(self) -> None:
+        limit = clock() + FIRST_CHUNK_S
+        while self._predicted is None and not self._stop.wait(0.001):
+            if clock() > limit:
+                raise RobotFault(f"inference: no action within {FIRST_CHUNK_S:g} s of enabling.")
+
+    def _cycle(self, cycles: int, log: _Log) -> None:
+        """The loop's own thread."""
+        account, period = self.account, self._period
+        start = clock() + period
+        plan: _Plan | None = None
+        last: FloatArray | None = None
+        misses = 0
+        for cycle in range(cycles):
+            due = start + cycle * period
+            self._next_cycle_at = due
+            while (left := due - clock()) > 0 and not self._stop.wait(left):
+                pass
+            if self._stop.is_set():
+                return
+            now = clock()
+            account.cycles += 1
+            line: dict[str, Any] = {"cycle": cycle, "due_s": round(due - start, 6)}
+            predicted = self._predicted
+            assert predicted is not None
+            if plan is None or plan.number != predicted.number:
+                plan = _Plan.joined(predicted, plan, now, period, self._config.blend)
+                line["inference"] = _told(predicted)
+            index = plan.index(now, period)
+            age = now - plan.taken_at
+            is_usable = index < len(plan.actions) and age <= self._config.max_age_s
+            is_fresh = is_usable and index <= self._policy.spec.execute_steps
+            is_passed = now - due >= period  # the machine had no time for us: this cycle's time is over
+            action: FloatArray | None = None
+            if is_passed:
+                line["sent"] = "nothing"
+            elif is_fresh or (is_usable and self._config.on_miss == "continue"):
+                action, line["sent"] = plan.actions[index], "action"
+                line["chunk"], line["index"] = plan.number, index
+            else:
+                action, line["sent"] = self._robot.hold(last), "hold"
+            if action is not None:
+                action, breaches = self._guard.check(np.asarray(action, np.float32), last)
+                self._robot.act(action)
+                sent_at = clock()
+                self._history.append((sent_at, action))
+                self._is_moving = self._guard.moves(action)
+                last = action
+                account.clamped += bool(breaches)
+                line |= {"action": action.tolist(), "breaches": breaches}
+                if line["sent"] == "action":
+                    account.age_ms.append(1e3 * age)
+                    line["age_ms"] = round(1e3 * age, 3)
+            jitter = clock() - due
+            account.jitter_ms.append(1e3 * jitter)
+            is_missed = is_passed or not is_fresh
+            status = "missed" if is_missed else "late" if jitter > LATE * period else "on_time"
+            setattr(account, status, getattr(account, status) + 1)
+            log.write({**line, "status": status, "jitter_ms": round(1e3 * jitter, 3), "state": self._guard.state})
+            misses = misses + 1 if is_missed else 0
+            if is_missed and (self._config.on_miss == "stop" or misses >= self._config.stop_after):
+                raise SafetyStop(f"deadline: {misses} cycles in a row were missed, the last one {_why(is_passed, age)}.")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the loop; only Python's main thread may say so."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, lambda number, _: self.stop(signal.Signals(number).name))
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is being executed: a chunk, joined to the one before."""
+
+    number: int
+    actions: FloatArray
+    taken_at: float
+
+    def index(self, now: float, period: float) -> int:
+        """Of the action that is for now."""
+        return max(0, math.floor((now - self.taken_at) / period))
+
+    @classmethod
+    def joined(cls, predicted: _Predicted, before: _Plan | None, now: float, period: float, blend: int) -> _Plan:
+        """A new chunk takes over in equal parts, so that no action jumps."""
+        plan = cls(predicted.number, predicted.chunk.actions, predicted.taken_at)
+        if before is None or not blend:
+            return plan
+        mine, theirs = plan.index(now, period), before.index(now, period)
+        steps = min(blend, len(plan.actions) - mine, len(before.actions) - theirs)
+        if steps < 1:
+            return plan
+        actions = plan.actions.copy()
+        share = (np.arange(1, steps + 1, dtype=np.float32) / (blend + 1))[:, None]
+        actions[mine : mine + steps] *= share
+        actions[mine : mine + steps] += (1 - share) * before.actions[theirs : theirs + steps]
+        return cls(plan.number, actions, plan.taken_at)
+
+
+class _Log:
+    """Lines to a file, written by a thread of its own: a disk may be slow."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        if folder is not None:
+            if not is_unused(folder):
+                raise ConfigError(f"log: {folder} is not empty; give a new folder.")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._thread = threading.Thread(target=self._work, name="log", daemon=True)
+            self._thread.start()
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self._folder is not None:
+            self._lines.put(line)
+
+    def close(self, account: Mapping[str, Any]) -> None:
+        if self._folder is not None:
+            self._lines.put(None)
+            self._thread.join()
+            write_json(self._folder / ACCOUNT, account)
+
+    def _work(self) -> None:
+        assert self._folder is not None
+        with (self._folder / LOG).open("w", encoding="utf-8") as file:
+            while (line := self._lines.get()) is not None:
+                file.write(json.dumps(line, default=_plain) + "\n")
+                file.flush()
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist()
+
+
+def _told(predicted: _Predicted) -> dict[str, Any]:
+    """What the log says of a chunk."""
+    skips = predicted.chunk.skips
+    told: dict[str, Any] = {"chunk": predicted.number, "inference_ms": round(1e3 * predicted.seconds, 3)}
+    if skips is not None:
+        told |= {
+            "layers": skips.layers,
+            "continuity": skips.continuity,
+            "verified": skips.is_verified,
+            "no_time_to_verify": skips.is_verification_late,
+        }
+    return told
+
+
+def _why(is_passed: bool, age: float) -> str:
+    return "because this process was not run in time" if is_passed else f"by a reading that is {age:.2f} s old"
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    p50, p95, p99 = np.percentile(values, (50, 95, 99))
+    return {"p50": round(p50, 3), "p95": round(p95, 3), "p99": round(p99, 3), "max": round(max(values), 3)}
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Run a policy on a robot, at a fixed rate, within limits, with an account of every cycle."""
+
+    robot: str
+    """KIND:NAME: "mujoco:metaworld-drawer-open" (simulated, in real time), "lerobot:FILE.json", or a plugin's."""
+    bundle: Path | None = None
+    """Folder of `dysl export`."""
+    policy: str | None = None
+    """Instead of a bundle: a shipped name, a checkpoint's folder or a hub id, run by PyTorch."""
+    rate: float | None = None
+    """Actions a second; None: those of the world that the policy was trained in. Simulated time runs as they come."""
+    seconds: float = 60.0
+    """How long."""
+    instruction: str | None = None
+    """What to do; None: what the robot's readings say."""
+    skip: float | None = None
+    """How much to skip, from 0, the full model, to 1; None: the stored operating point."""
+    log: Path | None = None
+    """New folder for the log, a line a cycle, and the account."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    limits: Limits = field(default_factory=Limits)
+
+
+def control(config: ControlConfig) -> Account:
+    """Load, connect, run.
+
+    Raises:
+        DyslError: See `ControlLoop`.
+    """
+    if (config.bundle is None) == (config.policy is None):
+        raise ConfigError("bundle, policy: give one of them.")
+    policy: Policy
+    if config.bundle is not None:
+        from dysl_vla.deploy.runtime import Bundle
+
+        policy = Bundle(config.bundle, skip=config.skip)
+    else:
+        from dysl_vla.policies import load_policy
+
+        assert config.policy is not None
+        policy = load_policy(config.policy, skip=config.skip)
+        use_one_inference_thread()
+    robot = make_robot(config.robot, policy.spec.cameras)
+    try:
+        rate = policy.spec.rate_hz if config.rate is None else config.rate
+        loop = ControlLoop(
+            policy, robot, rate, config.limits, config.loop, instruction=config.instruction, log=config.log
+        )
+    except BaseException:
+        robot.stop()
+        raise
+    return loop.run(config.seconds)
+
+
+def render_account(account: Account) -> str:
+    """For people."""
+    told = account.summary()
+    lines = [
+        f"{told['cycles']} cycles: {told['on_time']} on time, {told['late']} late, {told['missed']} missed; "
+        f"{told['clamped']} clamped; {told['inferences']} inferences, {told['verified']} verified, "
+        f"{told['unverified']} not for lack of time.",
+        "",
+        "| ms | p50 | p95 | p99 | max |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    names = {"jitter_ms": "sent after its time", "inference_ms": "inference", "age_ms": "age of the reading"}
+    for key, name in names.items():
+        values = told[key]
+        if values:
+            lines.append(f"| {name} | {values['p50']:.2f} | {values['p95']:.2f} | {values['p99']:.2f} | {values['max']:.2f} |")
+    edges = [*(f"< {edge:g} ms" for edge in HISTOGRAM_MS), f">= {HISTOGRAM_MS[-1]:g} ms"]
+    most = max(told["jitter_histogram"], default=0)
+    lines.append("")
+    for edge, count in zip(edges, told["jitter_histogram"], strict=False):
+        if count:
+            lines.append(f"{edge:>10}  {count:6d}  {'#' * math.ceil(40 * count / most)}")
+    for name, value in account.robot.items():
+        lines.append(f"robot: {name} {value}")
+    if account.stopped:
+        lines.append(f"Stopped early: {account.stopped}")
+    return "\n".join(lines)

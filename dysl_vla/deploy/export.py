@@ -1,0 +1,254 @@
+"""`dysl export`: from a checkpoint that skips layers to a bundle that needs no torch."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dysl_vla import provenance
+from dysl_vla.checkpoint import TOKENIZER as CHECKPOINT_TOKENIZER
+from dysl_vla.checkpoint import find_checkpoint
+from dysl_vla.deploy.runtime import (
+    BACKBONE,
+    DOCUMENT,
+    EMBEDS,
+    ENCODER,
+    EXAMPLE,
+    FILES,
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    Bundle,
+)
+from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.extras import needs_extra
+from dysl_vla.files import TEMPORARY, claimed, is_unused, replacing, sha256, write_json, write_text
+from dysl_vla.policies import ExportablePolicy, load_backbone_policy
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
+
+with needs_extra("policy"):
+    import torch
+    from torch import Tensor, nn
+
+    from dysl_vla.policies.dysl import has_skips, load_dysl, read_skips
+    from dysl_vla.skip_controller.conditional import ConditionalDecoder
+    from dysl_vla.skip_controller.heads import SkipHeads
+    from dysl_vla.skip_controller.plan import SkipPlan
+    from dysl_vla.skip_controller.skipping import attach
+
+OPSET = 18
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Turn a checkpoint that skips layers into a folder that runs with NumPy and ONNX Runtime alone."""
+
+    out: Path
+    """Folder for the bundle; a bundle in it is replaced."""
+    policy: str = "metaworld-mini"
+    """A shipped name, a checkpoint's folder or a hub id; one made by `dysl distill`."""
+    precision: Literal["fp32", "int8"] = "fp32"
+    """Of weights and matrix products: as trained, or 8 bits, which are smaller, and less exact."""
+    skip: float | None = None
+    """The operating point that the bundle stands at; None: the checkpoint's."""
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the bundle, and check it against PyTorch.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        ConfigError: The policy cannot be exported, or `out` holds something else.
+        CheckpointError: The policy is damaged, or the exported one computes something else.
+        MissingExtraError: onnx is not installed.
+    """
+    with needs_extra("export"):
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    if not is_unused(config.out) and not (config.out / DOCUMENT).exists():
+        raise ConfigError(f"out: {config.out} is not empty and holds no bundle; give a new folder.")
+    if config.skip is not None and not 0 < config.skip <= 1:
+        raise ConfigError(f"skip: {config.skip} must be above 0 and at most 1.")
+    policy = _exportable(config.policy)
+    folder = find_checkpoint(config.policy)
+    if not has_skips(folder):
+        raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
+    with claimed(config.out), tempfile.TemporaryDirectory(dir=config.out, suffix=TEMPORARY) as name:
+        made = Path(name)
+        _write(config, policy, folder, made)
+        try:
+            Bundle(made)
+        except CheckpointError as error:
+            raise CheckpointError(f"the exported policy does not answer as the checkpoint does: {error}") from error
+        for file in (*FILES, MANIFEST):  # the manifest comes last: until then, the folder is no bundle
+            (made / file).replace(config.out / file)
+    return config.out
+
+
+def _exportable(name: str) -> ExportablePolicy:
+    policy = load_backbone_policy(name)
+    for part in ("crops", "text_tokens", "embed", "token_ids"):
+        if not hasattr(policy, part):
+            raise ConfigError(f"policy: {name!r} offers no {part!r}; export needs a policies.ExportablePolicy.")
+    return cast("ExportablePolicy", policy)
+
+
+class _Encoder(nn.Module):
+    """A policy's `embed`, as a module."""
+
+    def __init__(self, policy: ExportablePolicy) -> None:
+        super().__init__()
+        self._policy = policy
+
+    def forward(self, images: dict[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
+        return self._policy.embed(images, state, token_ids)
+
+
+class _Decode(nn.Module):
+    """A policy's `decode`, as a module."""
+
+    def __init__(self, policy: ExportablePolicy) -> None:
+        super().__init__()
+        self._policy = policy
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self._policy.decode(hidden)
+
+
+def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Path) -> None:
+    settings, document = read_skips(folder)
+    with closing(load_dysl(policy, folder)) as dysl:
+        heads = dysl.heads
+    heads.requires_grad_(False)
+    example = _example(policy)
+    with tqdm(total=4, desc="exporting", unit="part") as progress:
+        images = {
+            camera: torch.from_numpy(example[IMAGE_PREFIX + camera][None, top : top + height, left : left + width])
+            for camera, (top, left, height, width) in policy.crops.items()
+        }
+        state = torch.from_numpy(example[STATE_KEY][None])
+        token_ids = torch.tensor([policy.token_ids(str(example[TASK_KEY]))])
+        encoder = _Encoder(policy)
+        _write_graph(
+            encoder,
+            (images, state, token_ids),
+            ([*(IMAGE_PREFIX + camera for camera in images), STATE_KEY, "token_ids"], [EMBEDS]),
+            out / ENCODER,
+        )
+        progress.update()
+        with torch.no_grad():
+            embeds = encoder(images, state, token_ids)
+        points = torch.zeros(len(settings.plan.blocks), dtype=torch.int64)
+        _write_graph(
+            ConditionalDecoder(policy.backbone, settings.plan, heads, _Decode(policy)),
+            ({EMBEDS: embeds}, points, torch.tensor(0.0), torch.tensor(0)),
+            (
+                [EMBEDS, "allow_points", "threshold", "resume_from"],
+                ["actions", "asked", "log_odds", "left", "first_hidden"],
+            ),
+            out / BACKBONE,
+        )
+        progress.update()
+        if config.precision == "int8":
+            for name in (ENCODER, BACKBONE):
+                _quantize(out / name)
+        progress.update()
+        write_text(out / TOKENIZER, (folder / CHECKPOINT_TOKENIZER).read_text(encoding="utf-8"))
+        instructions = [*policy.provenance.get("data", {}).get("instructions", []), str(example[TASK_KEY])]
+        write_json(
+            out / DOCUMENT,
+            {
+                "format": FORMAT,
+                "precision": config.precision,
+                "spec": asdict(policy.spec),
+                "crops": policy.crops,
+                "text_tokens": policy.text_tokens,
+                "instructions": {text: policy.token_ids(text) for text in instructions},
+                "skipping": {
+                    "plan": asdict(settings.plan),
+                    "statistics": asdict(settings.statistics),
+                    "foresight": settings.foresight,
+                    "signal": settings.signal,
+                    "skip": settings.skip if config.skip is None else config.skip,
+                },
+                "provenance": {
+                    **policy.provenance,
+                    "skipping": document.get("provenance"),
+                    "export": {
+                        **provenance.record(),
+                        "policy": policy.fingerprint,
+                        "config": json.loads(json.dumps(asdict(config), default=str)),
+                    },
+                },
+            },
+        )
+        answers = _answers(policy, settings.plan, heads, embeds)
+        with replacing(out / EXAMPLE) as temporary, temporary.open("wb") as file:
+            np.savez(file, **example, **answers)
+        write_json(out / MANIFEST, {name: sha256(out / name) for name in FILES})
+        progress.update()
+
+
+def _example(policy: ExportablePolicy) -> dict[str, NDArray[Any]]:
+    """An observation with something in every pixel: noise, the same each time."""
+    rng = np.random.default_rng(0)
+    spec = policy.spec
+    instructions = policy.provenance.get("data", {}).get("instructions", ["do it"])
+    return {
+        **{
+            IMAGE_PREFIX + camera: rng.integers(0, 256, (height, width, 3), np.uint8)
+            for camera, (height, width) in spec.cameras.items()
+        },
+        STATE_KEY: spec.state_normalisation.undo(rng.normal(size=len(spec.state_names)).astype(np.float32)),
+        TASK_KEY: np.array(instructions[0]),
+    }
+
+
+@torch.no_grad()
+def _answers(policy: ExportablePolicy, plan: SkipPlan, heads: SkipHeads, embeds: Tensor) -> dict[str, NDArray[Any]]:
+    """The policy's actions, normalised, (chunk, action), of the whole backbone and of as little as possible."""
+    full = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
+    skipper = attach(policy.backbone, plan, heads)
+    with skipper.step(np.zeros((1, len(plan.blocks)), np.int64), threshold=-1.0):
+        skipping = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
+    skipper.detach()
+    return {"full": full[0].numpy(), "skipping": skipping[0].numpy()}
+
+
+def _write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[list[str], list[str]], path: Path) -> None:
+    """Trace a module into an ONNX graph in one file. Conditions need the strict tracer, which understands less else."""
+    is_strict = isinstance(module, ConditionalDecoder)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module.eval(), arguments, strict=is_strict)
+        graph = torch.onnx.export(
+            program, dynamo=True, input_names=names[0], output_names=names[1], opset_version=OPSET, verbose=False
+        )
+    assert graph is not None
+    with replacing(path) as temporary:
+        graph.save(temporary, external_data=False)
+
+
+def _quantize(path: Path) -> None:
+    """Weights of a graph's matrix products to 8 bits, those in conditions included."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with replacing(path) as temporary:
+        quantize_dynamic(
+            path,
+            temporary,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            extra_options={"EnableSubgraph": True},
+        )

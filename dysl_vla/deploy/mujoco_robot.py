@@ -1,0 +1,375 @@
+"""A simulated robot in real time: the simulator in a process of its own, with its own clock, cameras and faults.
+
+What it does at a tick is what a robot's controller does: it takes the latest command, unless that has become too old,
+moves for one period, and shows what its cameras see then. Nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.shared_memory import SharedMemory
+from multiprocessing.synchronize import Lock as LockType
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dysl_vla.deploy.robot import Reading, robots
+from dysl_vla.envs.base import ManipulationEnv
+from dysl_vla.envs.suites import get_suite, suites
+from dysl_vla.errors import ConfigError, DyslError, RobotFault
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, FloatArray, Observation, WorldSpec
+from dysl_vla.workers import begin_worker
+
+clock = time.perf_counter
+START_S, STOP_S = 60.0, 2.0
+POLL_S = 0.0005
+COMMAND_AGE_S = 0.25
+"""A command that is older is not executed any more: the robot holds, as one does whose controller has died."""
+COUNTS = ("ticks", "overruns", "commands", "unsafe", "held", "episodes", "successes")
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is simulated, and what goes wrong, in seconds after the start; infinity: never."""
+
+    task: str
+    """Suite's first word and task: "metaworld-drawer-open"."""
+    episode: int = 0
+    """Index of the first episode; at the horizon the next one begins."""
+    seed: int = 100_000
+    """Of the initial states."""
+    answer_s: float = 0.5
+    """No reading for so long is a fault."""
+    freeze_after: float = math.inf
+    """From then on, the cameras show what they showed."""
+    drop_after: float = math.inf
+    """From then on, no reading arrives."""
+    late_after: float = math.inf
+    """From then on, readings arrive `late_s` after they were taken."""
+    late_s: float = 0.5
+    """See `late_after`."""
+    nan_after: float = math.inf
+    """From then on, the state has a NaN."""
+    stall_after: float = math.inf
+    """The process stops running."""
+
+    @classmethod
+    def parse(cls, text: str) -> Simulation:
+        """From "TASK?name=value&...".
+
+        Raises:
+            ConfigError: An unknown name, or a value that is no number.
+        """
+        task, _, query = text.partition("?")
+        kinds = {field.name: int if field.name in ("episode", "seed") else float for field in fields(cls)[1:]}
+        values: dict[str, Any] = {}
+        for name, value in parse_qsl(query, keep_blank_values=True):
+            if name not in kinds:
+                raise ConfigError(f"robot: {name!r} is no option of a simulated one; there are: {', '.join(kinds)}.")
+            try:
+                values[name] = kinds[name](value)
+            except ValueError as error:
+                raise ConfigError(f"robot: {name}={value} is no number.") from error
+        return cls(task, **values)
+
+
+class MujocoRobot:
+    """Implements `Robot` with a simulator. Its process starts when its world is asked for.
+
+    Args:
+        simulation: What, and what goes wrong.
+        cameras: To sizes; None: the suite's own.
+    """
+
+    def __init__(self, simulation: Simulation, cameras: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self._simulation, self._cameras = simulation, cameras
+        self._process: BaseProcess | None = None
+        self._world: WorldSpec | None = None
+        self._shared: _Shared | None = None
+        self._counts = np.zeros(len(COUNTS), np.int64)
+
+    @property
+    def world(self) -> WorldSpec:
+        """Of the suite."""
+        if self._world is None:
+            self._start()
+        assert self._world is not None
+        return self._world
+
+    def connect(self, rate_hz: float) -> None:
+        """Start the clock. One simulated period passes for each action, so at another rate time runs slower or faster."""
+        assert self.world is not None
+        self._pipe.send(1 / rate_hz)
+
+    def observe(self, after: float) -> Reading:
+        """See `Robot.observe`."""
+        limit = max(clock(), after) + self._simulation.answer_s
+        shared = self._connected()
+        while True:
+            reading = shared.read(after, self._simulation.answer_s)
+            if reading is not None:
+                return Reading({**reading[0], TASK_KEY: self._instruction}, reading[1])
+            if clock() > limit:
+                assert self._process is not None
+                what = "is alive" if self._process.is_alive() else f"ended with code {self._process.exitcode}"
+                raise RobotFault(f"robot: no reading for {self._simulation.answer_s:g} s; its process {what}.")
+            time.sleep(POLL_S)
+
+    def act(self, action: FloatArray) -> None:
+        """See `Robot.act`."""
+        self._connected().command(action, self._simulation.answer_s)
+
+    def hold(self, last: FloatArray | None) -> FloatArray:
+        """No motion, the gripper as it is."""
+        return _hold(self.world, last)
+
+    def stop(self) -> None:
+        """End the process; a stalled one is killed."""
+        if self._shared is None or self._process is None:
+            return
+        self._shared.end()
+        self._process.join(STOP_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._counts = self._shared.close()
+        self._shared = None
+
+    def report(self) -> dict[str, int]:
+        """What the robot's side counted: ticks, overruns (it could not keep real time), commands executed, those of
+        them that were unsafe (not finite, or out of range), ticks without a command, episodes, successes."""
+        counts = self._counts if self._shared is None else self._shared.counts
+        return dict(zip(COUNTS, counts.tolist(), strict=True))
+
+    def _connected(self) -> _Shared:
+        if self._shared is None:
+            raise RobotFault("robot: is not connected, or was stopped.")
+        return self._shared
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        lock = context.Lock()
+        self._process = context.Process(
+            target=_simulate, args=(self._simulation, self._cameras, lock, theirs), name="simulator", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        answer: Any = None
+        try:
+            if self._pipe.poll(START_S):
+                answer = self._pipe.recv()
+        except EOFError:
+            pass
+        if not isinstance(answer, tuple):
+            self._process.kill()
+            self._process.join()
+            if isinstance(answer, DyslError):
+                raise answer
+            raise RobotFault("robot: the simulator did not start; try dysl doctor.")
+        self._world, self._instruction = answer
+        self._shared = _Shared(self._world, lock)
+        self._pipe.send(self._shared.name)
+
+
+class _Shared:
+    """Memory that both processes see: the latest reading, the latest command, counts.
+
+    Args:
+        world: Decides the sizes.
+        lock: Held while reading or command are copied.
+        name: Of memory that exists; empty: make it.
+    """
+
+    def __init__(self, world: WorldSpec, lock: LockType, name: str = "") -> None:
+        images = [(IMAGE_PREFIX + camera, np.uint8, (*size, 3)) for camera, size in world.cameras.items()]
+        kind = np.dtype(
+            [
+                ("is_over", np.int64),
+                ("counts", np.int64, (len(COUNTS),)),
+                ("taken_at", np.float64),
+                ("commanded_at", np.float64),
+                ("command", np.float32, (len(world.action_names),)),
+                (STATE_KEY, np.float32, (len(world.state_names),)),
+                *images,
+            ]
+        )
+        self._memory = SharedMemory(name or None, create=not name, size=kind.itemsize)
+        self.name = self._memory.name
+        self._lock = lock
+        self._values: Any = np.ndarray((), kind, self._memory.buf)
+        self._shown = [STATE_KEY, *(image[0] for image in images)]
+        if not name:
+            self._values["is_over"] = 0
+            self._values["counts"] = 0
+            self._values["taken_at"] = self._values["commanded_at"] = -math.inf
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Of `COUNTS`, changed in place by the robot's side."""
+        counts: NDArray[np.int64] = self._values["counts"]
+        return counts
+
+    @property
+    def is_over(self) -> bool:
+        """The robot shall end."""
+        return bool(self._values["is_over"])
+
+    def end(self) -> None:
+        """Tell the robot to end."""
+        self._values["is_over"] = 1
+
+    def show(self, observation: Observation, taken_at: float) -> None:
+        """Publish a reading."""
+        with self._lock:
+            for name in self._shown:
+                self._values[name][...] = observation[name]
+            self._values["taken_at"] = taken_at
+
+    def read(self, after: float, wait_s: float) -> tuple[dict[str, Any], float] | None:
+        """The reading, if it was taken later than that."""
+        if not self._lock.acquire(timeout=wait_s):
+            return None
+        try:
+            taken_at = float(self._values["taken_at"])
+            return ({name: self._values[name].copy() for name in self._shown}, taken_at) if taken_at > after else None
+        finally:
+            self._lock.release()
+
+    def command(self, action: FloatArray, wait_s: float) -> None:
+        """Set the command.
+
+        Raises:
+            RobotFault: The other side holds the lock, and does not run.
+        """
+        if not self._lock.acquire(timeout=wait_s):
+            raise RobotFault(f"robot: takes no command for {wait_s:g} s.")
+        self._values["command"][...] = action
+        self._values["commanded_at"] = clock()
+        self._lock.release()
+
+    def commanded(self) -> tuple[FloatArray, float]:
+        """The latest command, and when it came."""
+        with self._lock:
+            return self._values["command"].copy(), float(self._values["commanded_at"])
+
+    def close(self) -> NDArray[np.int64]:
+        """Free the memory; the last counts."""
+        counts = self.counts.copy()
+        del self._values
+        self._memory.close()
+        self._memory.unlink()
+        return counts
+
+
+def _simulate(
+    simulation: Simulation, cameras: Mapping[str, tuple[int, int]] | None, lock: LockType, pipe: Connection
+) -> None:
+    """The simulator's process."""
+    begin_worker()
+    try:
+        env = _make_env(simulation.task, cameras)
+        env.reset(seed=simulation.seed, options={"episode_index": simulation.episode})
+        env.observe()  # a renderer's first frame is slow
+    except DyslError as error:
+        pipe.send(error)
+        return
+    world = env.world_spec
+    pipe.send((world, env.instruction))
+    shared = _Shared(world, lock, pipe.recv())
+    while not pipe.poll(0.01):
+        if shared.is_over:
+            return
+    _tick(simulation, env, shared, pipe.recv())
+    env.close()
+
+
+def _tick(simulation: Simulation, env: ManipulationEnv, shared: _Shared, period: float) -> None:
+    count = dict.fromkeys(COUNTS, 0)
+    pending: deque[tuple[Observation, float]] = deque()
+    frozen: dict[str, Any] = {}
+    low, high = np.array(env.world_spec.action_low), np.array(env.world_spec.action_high)
+    start = due = clock()
+    last: FloatArray | None = None
+    has_succeeded = False
+    count["episodes"] = 1
+    while not shared.is_over:
+        if (left := due - clock()) > 0:
+            time.sleep(left)
+        elif count["ticks"] and -left > period:
+            count["overruns"] += 1
+            due = clock()
+        now = clock()
+        if now - start >= simulation.stall_after:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if count["ticks"]:
+            action, commanded_at = shared.commanded()
+            if now - commanded_at > COMMAND_AGE_S:
+                count["held"] += 1
+                action = _hold(env.world_spec, last)
+            else:
+                count["commands"] += 1
+                if not np.isfinite(action).all() or (action < low).any() or (action > high).any():
+                    count["unsafe"] += 1
+                    action = _hold(env.world_spec, last)
+            last = action
+            _, is_truncated, info = env.advance(action)
+            if info["success"] and not has_succeeded:
+                has_succeeded = True
+                count["successes"] += 1
+            if is_truncated:
+                env.reset()
+                count["episodes"] += 1
+                has_succeeded = False
+        observation = env.observe()
+        if now - start >= simulation.freeze_after:
+            frozen = frozen or {name: value for name, value in observation.items() if name.startswith(IMAGE_PREFIX)}
+            observation |= frozen
+        if now - start >= simulation.nan_after:
+            observation[STATE_KEY] = np.full_like(observation[STATE_KEY], np.nan)
+        if now - start < simulation.drop_after:
+            pending.append((observation, now))
+        delay = simulation.late_s if now - start >= simulation.late_after else 0.0
+        while pending and clock() - pending[0][1] >= delay:
+            shared.show(*pending.popleft())
+        count["ticks"] += 1
+        shared.counts[:] = list(count.values())
+        due += period
+
+
+def _make_env(name: str, cameras: Mapping[str, tuple[int, int]] | None) -> ManipulationEnv:
+    family, _, task = name.partition("-")
+    tasks: list[str] = []
+    for suite_name in suites.names():
+        if suite_name.partition("-")[0] == family:
+            suite = get_suite(suite_name)
+            if task in suite.tasks:
+                return suite.make(task, cameras)
+            tasks.extend(f"{family}-{other}" for other in suite.tasks)
+    known = ", ".join(dict.fromkeys(tasks)) or f"tasks of {', '.join(suites.names())}"
+    raise ConfigError(f"robot: nothing to simulate is named {name!r}; there are: {known}.")
+
+
+def _hold(world: WorldSpec, last: FloatArray | None) -> FloatArray:
+    action = np.zeros(len(world.action_names), np.float32) if last is None else last.copy()
+    for index, name in enumerate(world.action_names):
+        if name.startswith("d"):
+            action[index] = 0.0
+    return world.clip(action)
+
+
+@robots.register("mujoco")
+def make_mujoco_robot(text: str, cameras: Mapping[str, tuple[int, int]]) -> MujocoRobot:
+    """A simulated robot: "mujoco:metaworld-drawer-open?episode=3"."""
+    return MujocoRobot(Simulation.parse(text), cameras)

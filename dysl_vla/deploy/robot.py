@@ -1,0 +1,111 @@
+"""The robot protocol: all that the control loop knows of a robot, simulated or real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.extras import needs_extra
+from dysl_vla.registry import Registry
+from dysl_vla.types import FloatArray, Observation, WorldSpec
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a robot saw, and when.
+
+    Attributes:
+        observation: Under LeRobot's keys.
+        taken_at: When it was so, in seconds of `time.perf_counter`: of the oldest of its parts.
+    """
+
+    observation: Observation
+    taken_at: float
+
+
+class Robot(Protocol):
+    """A robot, or a simulated one, with its cameras.
+
+    `observe` is called by one thread, `act`, `hold` and `stop` by another. None may wait longer than a control period,
+    but for `connect`, and `observe`, which may wait for the next frame.
+    """
+
+    @property
+    def world(self) -> WorldSpec:
+        """Cameras; names and units of state and actions, by name; the range of actions; the rate of actions."""
+
+    def connect(self, rate_hz: float) -> None:
+        """Get ready, without moving.
+
+        Args:
+            rate_hz: Actions a second that will come.
+
+        Raises:
+            ConfigError: It cannot take that rate.
+            RobotFault: It does not answer.
+        """
+
+    def observe(self, after: float) -> Reading:
+        """The latest reading.
+
+        Args:
+            after: Wait for one that was taken later than that.
+
+        Raises:
+            RobotFault: None came within the robot's own time limit.
+        """
+
+    def act(self, action: FloatArray) -> None:
+        """Execute an action, (action,), in the world's units, until the next one; returns at once.
+
+        Raises:
+            RobotFault: It does not take it.
+        """
+
+    def hold(self, last: FloatArray | None) -> FloatArray | None:
+        """The action that keeps it where it is.
+
+        Args:
+            last: The action that was sent last; None: none yet.
+
+        Returns:
+            (action,); None: the robot holds by itself when no action comes.
+        """
+
+    def report(self) -> Mapping[str, Any]:
+        """What its side knows of the run, for the account; nothing is fine."""
+
+    def stop(self) -> None:
+        """Stop moving, and stay so; called once, whatever happened, also without `connect`. Must not raise."""
+
+
+RobotMaker = Callable[[str, Mapping[str, tuple[int, int]]], Robot]
+"""From the part of a name behind the colon, and the cameras that the policy needs, with their sizes."""
+robots: Registry[RobotMaker] = Registry("robot", "dysl_vla.robots")
+"""Robots by the part of their name before the colon."""
+OURS = {"mujoco": ("dysl_vla.deploy.mujoco_robot", "sim"), "lerobot": ("dysl_vla.deploy.lerobot_robot", "robot")}
+"""Modules that register kinds of robots, and the extras that they need: a controller need not have a simulator."""
+
+
+def make_robot(name: str, cameras: Mapping[str, tuple[int, int]]) -> Robot:
+    """The robot of a name like "mujoco:metaworld-drawer-open".
+
+    Args:
+        name: Its kind and what it is.
+        cameras: That the policy needs, with their sizes.
+
+    Raises:
+        ConfigError: Unknown, or it cannot be made so.
+        MissingExtraError: What it needs is not installed.
+    """
+    kind, separator, rest = name.partition(":")
+    known = sorted({*robots.names(), *OURS})
+    if not separator:
+        raise ConfigError(f"robot: {name!r} must be KIND:NAME, with KIND one of: {', '.join(known)}.")
+    if kind in OURS:
+        with needs_extra(OURS[kind][1]):
+            import_module(OURS[kind][0])
+    return robots.get(kind)(rest, cameras)

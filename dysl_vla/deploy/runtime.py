@@ -1,0 +1,320 @@
+"""A policy on a robot's controller: NumPy and ONNX Runtime, nothing else.
+
+    bundle.json        spec, what is looked at, skipping; versions and provenance
+    encoder.onnx       cropped images, state and token ids to the backbone's input
+    backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions
+    tokenizer.json     of the `tokenizers` library, which is needed only for instructions that bundle.json does not list
+    example.npz        an observation and the actions that the exported policy answered
+    manifest.json      SHA-256 of the other files
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.extras import needs_extra
+from dysl_vla.files import read_json, sha256
+from dysl_vla.skip_controller.guidance import DyslState, Guide, GuideState
+from dysl_vla.skip_controller.operating import SkipStatistics
+from dysl_vla.skip_controller.plan import SkipPlan
+from dysl_vla.types import (
+    IMAGE_PREFIX,
+    STATE_KEY,
+    TASK_KEY,
+    ActionChunk,
+    EpisodeState,
+    FloatArray,
+    InferenceTiming,
+    Normalisation,
+    Observation,
+    PolicySpec,
+    SkipTrace,
+)
+
+with needs_extra("robot"):
+    import onnxruntime
+
+FORMAT = 1
+DOCUMENT, MANIFEST, EXAMPLE, TOKENIZER = "bundle.json", "manifest.json", "example.npz", "tokenizer.json"
+ENCODER, BACKBONE = "encoder.onnx", "backbone.onnx"
+FILES = (DOCUMENT, ENCODER, BACKBONE, TOKENIZER, EXAMPLE)
+TOLERANCES = {"fp32": 1e-4, "int8": 2e-2}
+"""How far from the recorded actions a machine may be, in deviations of the demonstrated actions."""
+EMBEDS = "inputs_embeds"
+
+
+class Bundle:
+    """An exported policy. Implements `Policy`.
+
+    Args:
+        folder: Of `dysl export`.
+        skip: The knob, from 0, the full model, to 1; None: the exported operating point.
+        threads: Of ONNX Runtime, for one operation.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or edited, or this machine computes something else than the one
+            that exported it.
+        ConfigError: A value of `skip` that cannot work.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, folder: Path, *, skip: float | None = None, threads: int = 1) -> None:
+        self._folder = folder
+        _check_manifest(folder)
+        self.fingerprint = sha256(folder / MANIFEST)
+        document = _read(folder / DOCUMENT)
+        try:
+            if document["format"] != FORMAT:
+                raise CheckpointError(f"{folder / DOCUMENT}: is of format {document['format']}, this reads {FORMAT}.")
+            self.precision: str = document["precision"]
+            self.spec = _spec(document["spec"])
+            self.provenance: Mapping[str, Any] = document["provenance"]
+            self._crops = {name: tuple(map(int, crop)) for name, crop in document["crops"].items()}
+            self._text_tokens = int(document["text_tokens"])
+            self._token_ids = {text: _ids(ids) for text, ids in document["instructions"].items()}
+            skipping = document["skipping"]
+            self._plan = SkipPlan(
+                skipping["plan"]["num_layers"],
+                tuple(skipping["plan"]["static_layers"]),
+                tuple(skipping["plan"]["exits"]),
+            )
+            self._statistics = SkipStatistics(**{name: tuple(v) for name, v in skipping["statistics"].items()})
+            self._exported_skip = float(skipping["skip"])
+            self._foresight, self._signal = int(skipping["foresight"]), str(skipping["signal"])
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+            raise CheckpointError(f"{folder / DOCUMENT}: {type(error).__name__}: {error}; export it again.") from error
+        self._exits = [layer for block in self._plan.blocks for layer in self._plan.exits_of(block)]
+        self._block_of = {
+            layer: (number, block.landing)
+            for number, block in enumerate(self._plan.blocks)
+            for layer in range(block.first, block.landing)
+        }
+        self._lengths = np.array([block.length for block in self._plan.blocks], np.int64)
+        self._encoder = _session(folder / ENCODER, threads)
+        self._backbone = _session(folder / BACKBONE, threads)
+        self._encoder_inputs = [node.name for node in self._encoder.get_inputs()]
+        self._encoded_names = [node.name for node in self._encoder.get_outputs()]
+        self._from_start = np.array(0, np.int64)
+        self._verify_s = 0.0  # what verification took, at most lately
+        self.set_skip(self._exported_skip)
+        self.check_example()
+        self.set_skip(self._exported_skip if skip is None else skip)
+
+    def set_skip(self, skip: float) -> None:
+        """Turn the knob, for episodes that begin afterwards.
+
+        Raises:
+            ConfigError: Below 0 or above 1.
+        """
+        self._is_full = skip == 0
+        point = self._statistics.point(1.0 if self._is_full else skip)
+        self.skip = skip
+        self._threshold = np.array(_log_odds(point.threshold), np.float32)
+        self._guide = Guide(
+            self._lengths.tolist(),
+            len(self.spec.action_names),
+            point.thresholds,
+            foresight=self._foresight,
+            signal=self._signal,
+        )
+
+    def reset(self) -> DyslState:
+        """The state of an episode that begins."""
+        return DyslState(guide=self._guide.reset())
+
+    def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
+        """Predict a chunk for each episode, one after the other; see `Policy.infer`."""
+        return [self._infer(observation, state) for observation, state in zip(observations, states, strict=True)]
+
+    def check_example(self) -> None:
+        """Answer the recorded observation as the exporting machine did.
+
+        Raises:
+            CheckpointError: The answers differ.
+        """
+        path = self._folder / EXAMPLE
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                example = {name: file[name] for name in file.files}
+            observation: dict[str, Any] = {
+                IMAGE_PREFIX + camera: example[IMAGE_PREFIX + camera] for camera in self.spec.cameras
+            }
+            observation |= {STATE_KEY: example[STATE_KEY], TASK_KEY: str(example[TASK_KEY])}
+            wanted = {"full": example["full"], "skipping": example["skipping"]}
+        except (OSError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); export it again.") from error
+        self.spec.check_observation(observation)
+        encoded = self._encode(observation)
+        for name, points, threshold in (
+            ("full", self._lengths, math.inf),
+            ("skipping", np.zeros_like(self._lengths), -math.inf),
+        ):
+            actions = self._run(encoded, points, np.array(threshold, np.float32), self._from_start)[0][0]
+            error = float(np.abs(actions - wanted[name]).max())
+            if not error <= TOLERANCES[self.precision]:
+                raise CheckpointError(
+                    f"{path}: with {name.replace('skipping', 'everything skipped')}, this machine's actions differ from the recorded ones by {error:.2g} "
+                    f"(deviations; at most {TOLERANCES[self.precision]:g}); do not run this bundle here: export it with "
+                    "this machine's ONNX Runtime, or in --precision fp32."
+                )
+
+    def _infer(self, observation: Observation, state: EpisodeState) -> ActionChunk:
+        clock = time.perf_counter
+        spec = self.spec
+        guide = getattr(state, "guide", None)
+        if not isinstance(state, DyslState) or not isinstance(guide, GuideState):
+            raise TypeError("states: must be made by this policy's reset().")
+        started = clock()
+        spec.check_observation(observation)
+        encoded = self._encode(observation)
+        seen = clock()
+        self._guide.observe(guide, state.latest(spec.action_normalisation, len(spec.action_names)))
+        points = self._lengths if self._is_full else guide.allow_points
+        observed = clock()
+        answer, asked, logits, lefts, first = self._run(encoded, points, self._threshold, self._from_start)
+        thought = clock()
+        actions: FloatArray = answer[0]
+        skips = self._skips(lefts)
+        wanted = self._guide.verify(guide, actions, spec.execute_steps) and bool(skips)
+        is_verified = wanted and state.has_time(self._verify_s)
+        verify_s = 0.0
+        resumed_from = None
+        judged = clock()
+        if is_verified:
+            resumed_from = min(skips)
+            exact = self._run({**encoded, EMBEDS: first}, self._lengths, self._threshold, np.array(resumed_from))
+            actions = exact[0][0]
+            verify_s = clock() - judged
+            self._verify_s = max(verify_s, 0.95 * self._verify_s)
+            self._guide.verify(guide, actions, spec.execute_steps)
+        world = spec.action_normalisation.undo(actions)
+        ended = clock()
+        return ActionChunk(
+            actions=world,
+            timing=InferenceTiming(
+                encode_s=seen - started,
+                llm_s=thought - observed + verify_s,
+                decode_s=0.0,  # the action head is part of the backbone's graph
+                guidance_s=observed - seen + (ended - thought) - verify_s,
+            ),
+            skips=SkipTrace(
+                layers_run=self._layers_run(skips),
+                skips=skips,
+                outputs={
+                    layer: 1 / (1 + math.exp(-float(np.clip(logit, -50, 50))))
+                    for layer, is_asked, logit in zip(self._exits, asked, logits, strict=True)
+                    if is_asked
+                },
+                allow_points=tuple(points.tolist()),
+                continuity=guide.continuity,
+                is_verified=is_verified,
+                is_verification_late=wanted and not is_verified,
+                resumed_from=resumed_from,
+                verify_s=verify_s,
+            ),
+        )
+
+    def _encode(self, observation: Observation) -> dict[str, NDArray[Any]]:
+        feeds: dict[str, NDArray[Any]] = {}
+        for name in self._encoder_inputs:
+            if name == "token_ids":
+                feeds[name] = self._tokens(observation[TASK_KEY])
+            elif name == STATE_KEY:
+                feeds[name] = np.asarray(observation[STATE_KEY], np.float32)[None]
+            else:
+                top, left, height, width = self._crops[name.removeprefix(IMAGE_PREFIX)]
+                feeds[name] = observation[name][None, top : top + height, left : left + width]
+        return dict(zip(self._encoded_names, self._encoder.run(None, feeds), strict=True))
+
+    def _run(
+        self,
+        encoded: Mapping[str, NDArray[Any]],
+        points: NDArray[np.int64],
+        threshold: NDArray[np.float32],
+        resume_from: NDArray[np.int64],
+    ) -> list[NDArray[Any]]:
+        """One pass of the backbone; its arguments and answers are those of `ConditionalDecoder`."""
+        answers: list[NDArray[Any]] = self._backbone.run(
+            None, {**encoded, "allow_points": points, "threshold": threshold, "resume_from": resume_from}
+        )
+        return answers
+
+    def _tokens(self, instruction: str) -> NDArray[np.int64]:
+        if instruction not in self._token_ids:
+            with needs_extra("policy"):
+                from tokenizers import Tokenizer
+            tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
+            tokenizer.enable_padding(length=self._text_tokens)
+            tokenizer.enable_truncation(self._text_tokens)
+            self._token_ids[instruction] = _ids(tokenizer.encode(instruction).ids)
+        return self._token_ids[instruction]
+
+    def _skips(self, lefts: NDArray[np.bool_]) -> dict[int, int]:
+        return {
+            layer: self._block_of[layer][1] for layer, left in zip(self._exits, lefts.tolist(), strict=True) if left
+        }
+
+    def _layers_run(self, skips: Mapping[int, int]) -> NDArray[np.bool_]:
+        run = np.ones(self._plan.num_layers, np.bool_)
+        for layer, landing in skips.items():
+            run[layer:landing] = False
+        return run
+
+
+def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors share no base but this
+        raise CheckpointError(f"{path}: ONNX Runtime {onnxruntime.__version__} refuses it ({error}).") from error
+
+
+def _check_manifest(folder: Path) -> None:
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder}: is no bundle (there is no {MANIFEST}); make one with dysl export.")
+    manifest = _read(folder / MANIFEST)
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: is missing; export it again.")
+        if manifest.get(name) != sha256(folder / name):
+            raise CheckpointError(
+                f"{folder / name}: is damaged or edited (its SHA-256 is not the manifest's); export it again."
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{error} Export it again.") from error
+
+
+def _spec(values: Mapping[str, Any]) -> PolicySpec:
+    normalisations = {
+        name: Normalisation(tuple(values[name]["mean"]), tuple(values[name]["std"]))
+        for name in ("state_normalisation", "action_normalisation")
+    }
+    names = {name: tuple(values[name]) for name in ("state_names", "action_names")}
+    cameras = {camera: (int(size[0]), int(size[1])) for camera, size in values["cameras"].items()}
+    return PolicySpec(**{**values, **normalisations, **names, "cameras": cameras})
+
+
+def _ids(values: Sequence[int]) -> NDArray[np.int64]:
+    return np.array([values], np.int64)
+
+
+def _log_odds(probability: float) -> float:
+    """Of a threshold; below 0 all pass, from 1 none does."""
+    if probability <= 0:
+        return -math.inf
+    return math.inf if probability >= 1 else math.log(probability / (1 - probability))

@@ -1,0 +1,114 @@
+"""A skipping decoder as data flow: what `skipping` does with control flow, in operations that an exporter can trace.
+
+Each layer becomes a condition (`torch.cond`), so that one graph answers for every pattern of skips, and a layer that is
+skipped is not computed. For a batch of one, and one forward a control step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller.heads import SkipHeads
+from dysl_vla.skip_controller.plan import SkipPlan
+from dysl_vla.skip_controller.skipping import find_layers
+
+EMBEDS = "inputs_embeds"
+
+
+class ConditionalDecoder(nn.Module):
+    """A decoder with its adapters and controllers, to be exported.
+
+    Args:
+        decoder: A Hugging Face decoder, not attached, whose layers answer a tensor.
+        plan: Which layers may be skipped.
+        heads: Of the plan.
+        decode: The decoder's output, (1, tokens, hidden), to what the graph shall answer.
+
+    Attributes:
+        exits: Layers at which a block may be left, in the order of the answers about them.
+
+    Raises:
+        ConfigError: The decoder has no list of layers of the plan's depth, or is attached.
+    """
+
+    def __init__(self, decoder: nn.Module, plan: SkipPlan, heads: SkipHeads, decode: nn.Module) -> None:
+        super().__init__()
+        self.decoder, self.heads, self.decode = decoder, heads, decode
+        layers = find_layers(decoder, plan.num_layers)
+        if "_skipper" in layers.__dict__:
+            raise ConfigError("decoder: is attached; detach it first.")
+        self._layers = list(layers)
+        self._block_of = {
+            layer: (number, layer - block.first)
+            for number, block in enumerate(plan.blocks)
+            for layer in range(block.first, block.landing)
+        }
+        self.exits = [layer for block in plan.blocks for layer in plan.exits_of(block)]
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], allow_points: Tensor, threshold: Tensor, resume_from: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One pass.
+
+        Args:
+            inputs: Of the decoder; `inputs_embeds`, (1, tokens, hidden), is among them. To resume: what was answered as
+                the first skip's hidden state.
+            allow_points: (blocks,), dynamic layers of each block that must run before it may be left.
+            threshold: Log-odds of a controller above which a block is left.
+            resume_from: The first layer to run, and from it all; 0: the whole decoder, with skips.
+
+        Returns:
+            `decode`'s answer; for each exit whether its controller was asked, its log-odds, and whether the block was
+            left there, (exits,); what the first layer that a block was left at got, (1, tokens, hidden).
+        """
+        skips = resume_from == 0
+        asked: list[Tensor] = []
+        logits: list[Tensor] = []
+        lefts: list[Tensor] = []
+        has_left = torch.zeros_like(skips)  # anywhere
+        is_passed: Tensor | None = None  # the running block was left
+        first = torch.zeros_like(inputs[EMBEDS])
+        mask = inputs.get("attention_mask")
+
+        def wrapped(index: int, original: Callable[..., Any]) -> Callable[..., Tensor]:
+            def run(hidden: Tensor, *arguments: Any, **named: Any) -> Tensor:
+                nonlocal has_left, is_passed, first
+                if index not in self._block_of:
+                    is_passed = None
+                elif index in self.exits:
+                    number, offset = self._block_of[index]
+                    controller, adapter = self.heads.controllers[str(index)], self.heads.adapters[str(index)]
+                    asks = skips & (allow_points[number] <= offset)
+                    asks = asks if is_passed is None else asks & ~is_passed
+                    [logit] = torch.cond(asks, lambda h: controller(h, mask), lambda h: h.new_zeros(1), (hidden,))
+                    leaves = asks & (logit > threshold)
+                    first = torch.cond(
+                        leaves & ~has_left, lambda h, _: h.clone(), lambda _, kept: kept.clone(), (hidden, first)
+                    )
+                    hidden = torch.cond(leaves, lambda h: adapter(h), lambda h: h.clone(), (hidden,))
+                    has_left = has_left | leaves
+                    is_passed = leaves if is_passed is None else is_passed | leaves
+                    asked.append(asks)
+                    logits.append(logit)
+                    lefts.append(leaves)
+                passes = index < resume_from if is_passed is None else is_passed | (index < resume_from)
+                return torch.cond(
+                    passes, lambda h: h.clone(), lambda h: original(h, *arguments, **named), (hidden,)
+                )
+
+            return run
+
+        originals = [layer.forward for layer in self._layers]
+        try:
+            for index, (layer, original) in enumerate(zip(self._layers, originals, strict=True)):
+                layer.forward = wrapped(index, original)
+            hidden = self.decoder(**inputs).last_hidden_state
+        finally:
+            for layer in self._layers:
+                layer.__dict__.pop("forward", None)
+        return self.decode(hidden), torch.stack(asked), torch.stack(logits), torch.stack(lefts), first
