@@ -164,6 +164,13 @@ def _control(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _serve(arguments: Sequence[str]) -> int:
+    from dysl_vla.deploy.server import ServeConfig, serve_policy
+
+    serve_policy(_parse(ServeConfig, arguments, "dysl serve"))
+    return 0
+
+
 def _parse(config: type[T], arguments: Sequence[str], program: str) -> T:
     return tyro.cli(config, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,))
 
@@ -181,6 +188,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (_eval, "evaluate a policy: success, latency, videos"),
     "export": (_export, "turn a policy that skips layers into a folder that needs no torch"),
     "control": (_control, "run a policy on a robot, real or simulated, at a fixed rate"),
+    "serve": (_serve, "serve a policy to openpi clients over websockets"),
     "eval compare": (_eval_compare, "compare evaluations, paired by episode"),
 }
 

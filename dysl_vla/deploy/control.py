@@ -24,12 +24,11 @@ from typing import Any, Literal
 import numpy as np
 
 from dysl_vla.deploy.limits import Guard, Limits
-from dysl_vla.deploy.robot import Reading, Robot, make_robot
+from dysl_vla.deploy.robot import Reading, Robot, make_robot, open_policy
 from dysl_vla.errors import ConfigError, DyslError, RobotFault, SafetyStop
 from dysl_vla.files import is_unused, write_json
 from dysl_vla.policies.base import Policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, ActionChunk, FloatArray, ImageArray, Observation
-from dysl_vla.workers import use_one_inference_thread
 
 clock = time.perf_counter
 LOG, ACCOUNT = "cycles.jsonl", "account.json"
@@ -479,19 +478,7 @@ def control(config: ControlConfig) -> Account:
     Raises:
         DyslError: See `ControlLoop`.
     """
-    if (config.bundle is None) == (config.policy is None):
-        raise ConfigError("bundle, policy: give one of them.")
-    policy: Policy
-    if config.bundle is not None:
-        from dysl_vla.deploy.runtime import Bundle
-
-        policy = Bundle(config.bundle, skip=config.skip)
-    else:
-        from dysl_vla.policies import load_policy
-
-        assert config.policy is not None
-        policy = load_policy(config.policy, skip=config.skip)
-        use_one_inference_thread()
+    policy = open_policy(config.bundle, config.policy, config.skip)
     robot = make_robot(config.robot, policy.spec.cameras)
     try:
         rate = policy.spec.rate_hz if config.rate is None else config.rate

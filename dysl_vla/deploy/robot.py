@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
+from dysl_vla.policies.base import Policy
 from dysl_vla.registry import Registry
 from dysl_vla.types import FloatArray, Observation, WorldSpec
 
@@ -109,3 +111,26 @@ def make_robot(name: str, cameras: Mapping[str, tuple[int, int]]) -> Robot:
         with needs_extra(OURS[kind][1]):
             import_module(OURS[kind][0])
     return robots.get(kind)(rest, cameras)
+
+
+def open_policy(bundle: Path | None, policy: str | None, skip: float | None) -> Policy:
+    """What runs on a controller: a bundle, or a checkpoint with PyTorch.
+
+    Raises:
+        ConfigError: Not exactly one is named, or it cannot skip so.
+        CheckpointError: It is damaged, foreign or edited.
+        MissingExtraError: What it needs is not installed.
+    """
+    if (bundle is None) == (policy is None):
+        raise ConfigError("bundle, policy: give one of them.")
+    if bundle is not None:
+        from dysl_vla.deploy.runtime import Bundle
+
+        return Bundle(bundle, skip=skip)
+    from dysl_vla.policies import load_policy
+    from dysl_vla.workers import use_one_inference_thread
+
+    assert policy is not None
+    loaded = load_policy(policy, skip=skip)
+    use_one_inference_thread()
+    return loaded

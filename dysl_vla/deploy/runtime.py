@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,7 +150,7 @@ class Bundle:
             }
             observation |= {STATE_KEY: example[STATE_KEY], TASK_KEY: str(example[TASK_KEY])}
             wanted = {"full": example["full"], "skipping": example["skipping"]}
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); export it again.") from error
         self.spec.check_observation(observation)
         encoded = self._encode(observation)

@@ -107,7 +107,7 @@ class ConditionalDecoder(nn.Module):
         try:
             for index, (layer, original) in enumerate(zip(self._layers, originals, strict=True)):
                 layer.forward = wrapped(index, original)
-            hidden = self.decoder(**inputs).last_hidden_state
+            hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
         finally:
             for layer in self._layers:
                 layer.__dict__.pop("forward", None)

@@ -1,0 +1,365 @@
+"""`dysl serve`: a policy behind the openpi websocket protocol; every connection is one robot and one running episode.
+
+The event loop only moves bytes. One thread infers; what waits for it meanwhile is inferred together, where that was
+measured to be faster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dysl_vla import provenance
+from dysl_vla.deploy.robot import open_policy
+from dysl_vla.deploy.wire import pack, unpack
+from dysl_vla.errors import ConfigError, DyslError, ObservationError
+from dysl_vla.extras import needs_extra
+from dysl_vla.policies.base import Policy
+from dysl_vla.types import (
+    IMAGE_PREFIX,
+    STATE_KEY,
+    TASK_KEY,
+    ActionChunk,
+    EpisodeState,
+    Observation,
+    PolicySpec,
+    check_actions,
+)
+
+with needs_extra("serve"):
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from websockets.asyncio.server import ServerConnection, serve
+    from websockets.datastructures import Headers
+    from websockets.exceptions import ConnectionClosed
+    from websockets.http11 import Request, Response
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+PROMPT, RESET, EXECUTED = "prompt", "reset", "executed"
+SEND_S = 10.0
+"""A client that takes no answer for so long is let go."""
+DRAIN_S = 4.0
+"""For what runs when the server is told to end."""
+BATCHES = (2, 4, 8)
+WORTH = 0.9
+"""A batch must take less than this share of its rows one by one."""
+BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+log = logging.getLogger("dysl.serve")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a policy to openpi clients over websockets."""
+
+    bundle: Path | None = None
+    """Folder of `dysl export`."""
+    policy: str | None = None
+    """Instead of a bundle: a shipped name, a checkpoint's folder or a hub id, run by PyTorch."""
+    host: str = "127.0.0.1"
+    """Address to listen on; another than this machine's own needs a key."""
+    port: int = 8000
+    """Port to listen on; 0: any free one."""
+    api_key_file: Path | None = None
+    """File with the key that clients must show; nobody else should be able to read it."""
+    skip: float | None = None
+    """How much to skip, from 0, the full model, to 1; None: the stored operating point."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port: {self.port} is none.")
+        if self.host not in LOOPBACK and self.api_key_file is None:
+            raise ConfigError(f"host: {self.host} can be reached from other machines; give an --api-key-file.")
+
+
+@dataclass
+class _Waiting:
+    """A request on its way through the inference thread."""
+
+    observation: Observation
+    state: EpisodeState
+    answer: asyncio.Future[ActionChunk]
+
+
+class PolicyServer:
+    """Serves a policy.
+
+    Args:
+        policy: Any.
+        api_key: What clients must show; None: nothing.
+
+    Attributes:
+        port: That it listens on, once it does.
+    """
+
+    def __init__(self, policy: Policy, api_key: str | None = None) -> None:
+        self._policy = policy
+        self._key = api_key
+        self._spec = policy.spec
+        self._inference = ThreadPoolExecutor(1, thread_name_prefix="inference")
+        self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._running = 0
+        self._is_ending = False
+        self._end = asyncio.Event()
+        self.port = 0
+        self.max_batch = 1
+        registry = self._registry = CollectorRegistry()
+        self._robots = Gauge("dysl_connections", "Open connections.", registry=registry)
+        self._requests = Counter("dysl_requests", "Requests by outcome.", ["outcome"], registry=registry)
+        self._seconds = Histogram(
+            "dysl_request_seconds", "From a whole request to its answer.", buckets=BUCKETS, registry=registry
+        )
+        self._inference_seconds = Histogram(
+            "dysl_inference_seconds", "Of the policy.", buckets=BUCKETS, registry=registry
+        )
+        self._layers = Counter("dysl_layers", "Layers of the backbone that ran.", registry=registry)
+
+    async def run(self, host: str, port: int, *, handle_signals: bool = True) -> None:
+        """Serve until told to end.
+
+        Args:
+            host: To listen on.
+            port: To listen on; 0: any.
+            handle_signals: SIGTERM and SIGINT end it.
+
+        Raises:
+            OSError: The address is taken, or not this machine's.
+        """
+        loop = asyncio.get_running_loop()
+        self.max_batch = await loop.run_in_executor(self._inference, self._measure_batches)
+        images = sum(height * width * 3 for height, width in self._spec.cameras.values())
+        batcher = asyncio.create_task(self._infer_forever())
+        async with serve(
+            self._connection,
+            host,
+            port,
+            process_request=self._http,
+            compression=None,
+            max_size=4 * images + 65536,
+            write_limit=65536,
+        ) as server:
+            self.port = next(iter(server.sockets)).getsockname()[1]
+            if handle_signals:
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    loop.add_signal_handler(number, self._end.set)
+            log.info("serving on ws://%s:%d, %d rows at a time", host, self.port, self.max_batch)
+            print(f"Serving on ws://{host}:{self.port}", flush=True)
+            await self._end.wait()
+            self._is_ending = True
+            limit = time.monotonic() + DRAIN_S
+            while self._running and time.monotonic() < limit:
+                await asyncio.sleep(0.01)
+            server.close()
+        batcher.cancel()
+        self._inference.shutdown(wait=False, cancel_futures=True)
+
+    def end(self) -> None:
+        """Finish what runs, and return from `run`; from the loop's thread."""
+        self._end.set()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The first frame of every connection."""
+        spec = self._spec
+        return {
+            "observation": {
+                **{
+                    IMAGE_PREFIX + camera: {"shape": [*size, 3], "dtype": "uint8"}
+                    for camera, size in spec.cameras.items()
+                },
+                STATE_KEY: {"shape": [len(spec.state_names)], "dtype": "float32", "names": list(spec.state_names)},
+                PROMPT: {"shape": [], "dtype": "str"},
+                RESET: {"shape": [], "dtype": "bool", "optional": True},
+                EXECUTED: {"shape": [-1, len(spec.action_names)], "dtype": "float32", "optional": True},
+            },
+            "actions": {"shape": [spec.chunk_length, len(spec.action_names)], "names": list(spec.action_names)},
+            "execute_steps": spec.execute_steps,
+            "rate_hz": spec.rate_hz,
+            "versions": provenance.versions(),
+        }
+
+    def _measure_batches(self) -> int:
+        """How many rows are worth waiting for each other."""
+        spec = self._spec
+        observation = {
+            **{IMAGE_PREFIX + c: np.zeros((*size, 3), np.uint8) for c, size in spec.cameras.items()},
+            STATE_KEY: np.array(spec.state_normalisation.mean, np.float32),
+            TASK_KEY: "",
+        }
+
+        def seconds(rows: int) -> float:
+            times = []
+            for _ in range(8):
+                states = [self._policy.reset() for _ in range(rows)]
+                started = time.perf_counter()
+                self._policy.infer([observation] * rows, states)
+                times.append(time.perf_counter() - started)
+            return float(np.median(times))
+
+        one = seconds(1)
+        best = 1
+        for rows in BATCHES:
+            if seconds(rows) > WORTH * rows * one:
+                break
+            best = rows
+        return best
+
+    def _http(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Plain HTTP, and who may connect."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            return connection.respond(503, "ending\n") if self._is_ending else connection.respond(200, "OK\n")
+        if path == "/metrics":
+            return Response(
+                200, "OK", Headers({"Content-Type": CONTENT_TYPE_LATEST}), generate_latest(self._registry)
+            )
+        if self._is_ending:
+            return connection.respond(503, "ending\n")
+        if self._key is not None:
+            shown = request.headers.get("Authorization", "")
+            if not hmac.compare_digest(shown.encode(), f"Api-Key {self._key}".encode()):
+                return connection.respond(401, "Send the header 'Authorization: Api-Key KEY'.\n")
+        return None
+
+    async def _connection(self, connection: ServerConnection) -> None:
+        """One robot."""
+        state = self._policy.reset()
+        planned: list[Any] = []  # what a client that does not say otherwise has executed
+        self._robots.inc()
+        try:
+            await self._send(connection, pack(self.metadata))
+            previous_s: float | None = None
+            async for frame in connection:
+                started = time.perf_counter()
+                self._running += 1
+                try:
+                    if self._is_ending:
+                        raise ConfigError("server: is ending; connect to another.")
+                    observation, begins, executed = self._read(frame)
+                    if begins:
+                        state = self._policy.reset()
+                    state.executed.extend(planned if executed is None and not begins else executed or ())
+                    chunk = await self._ask(observation, state)
+                    planned = list(chunk.actions[: self._spec.execute_steps])
+                    answer: bytes | str = pack(self._answer(chunk, previous_s))
+                    outcome = "ok"
+                except DyslError as error:
+                    answer, outcome = str(error), "refused"
+                except Exception as error:  # what a client sent must never end the server
+                    log.exception("a request failed")
+                    answer, outcome = f"server: {type(error).__name__}: {error}", "failed"
+                finally:
+                    self._running -= 1
+                self._requests.labels(outcome).inc()
+                await self._send(connection, answer)
+                previous_s = time.perf_counter() - started
+                self._seconds.observe(previous_s)
+        except (ConnectionClosed, TimeoutError):
+            pass
+        finally:
+            self._robots.dec()
+
+    async def _send(self, connection: ServerConnection, answer: bytes | str) -> None:
+        """To a client that may not read: it is waited for a while, and nobody else is."""
+        try:
+            await asyncio.wait_for(connection.send(answer), SEND_S)
+        except TimeoutError:
+            connection.transport.abort()
+            raise
+
+    def _read(self, frame: bytes | str) -> tuple[dict[str, Any], bool, list[Any] | None]:
+        """A request: the observation, whether it begins an episode, and what was executed since the last one."""
+        if isinstance(frame, str):
+            raise ObservationError("frame: is text; send a msgpack map.")
+        message = unpack(frame)
+        begins = message.get(RESET, False)
+        if not isinstance(begins, (bool, np.bool_)):
+            raise ObservationError(f"{RESET}: expected true or false, got {type(begins).__name__}.")
+        observation = {IMAGE_PREFIX + camera: message.get(IMAGE_PREFIX + camera) for camera in self._spec.cameras}
+        observation |= {STATE_KEY: message.get(STATE_KEY), TASK_KEY: message.get(PROMPT)}
+        if not isinstance(observation[TASK_KEY], str):
+            raise ObservationError(f"{PROMPT}: expected the instruction as text.")
+        self._spec.check_observation(observation)
+        executed = message.get(EXECUTED)
+        if executed is None:
+            return observation, bool(begins), None
+        if not isinstance(executed, np.ndarray) or executed.ndim != 2:  # noqa: PLR2004
+            raise ObservationError(f"{EXECUTED}: expected an array (steps, {len(self._spec.action_names)}).")
+        check_actions(executed, len(self._spec.action_names))
+        return observation, bool(begins), list(executed.astype(np.float32))
+
+    async def _ask(self, observation: Observation, state: EpisodeState) -> ActionChunk:
+        waiting = _Waiting(observation, state, asyncio.get_running_loop().create_future())
+        self._waiting.put_nowait(waiting)
+        return await waiting.answer
+
+    async def _infer_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self._waiting.get()]
+            while len(batch) < self.max_batch and not self._waiting.empty():
+                batch.append(self._waiting.get_nowait())
+            batch = [waiting for waiting in batch if not waiting.answer.done()]  # its client may be gone
+            if not batch:
+                continue
+            started = time.perf_counter()
+            try:
+                chunks = await loop.run_in_executor(
+                    self._inference, self._policy.infer, [w.observation for w in batch], [w.state for w in batch]
+                )
+            except Exception as error:  # to those who asked
+                for waiting in batch:
+                    if not waiting.answer.done():
+                        waiting.answer.set_exception(error)
+                continue
+            self._inference_seconds.observe(time.perf_counter() - started)
+            for waiting, chunk in zip(batch, chunks, strict=True):
+                if chunk.skips is not None:
+                    self._layers.inc(chunk.skips.layers)
+                if not waiting.answer.done():
+                    waiting.answer.set_result(chunk)
+
+    def _answer(self, chunk: ActionChunk, previous_s: float | None) -> dict[str, Any]:
+        timing = chunk.timing
+        server: dict[str, float] = {"infer_ms": 1e3 * timing.total_s}
+        if previous_s is not None:
+            server["prev_total_ms"] = 1e3 * previous_s
+        return {
+            "actions": chunk.actions,
+            "server_timing": server,
+            "policy_timing": {
+                "infer_ms": 1e3 * timing.total_s,
+                "encode_ms": 1e3 * timing.encode_s,
+                "llm_ms": 1e3 * timing.llm_s,
+            },
+        }
+
+
+def serve_policy(config: ServeConfig) -> None:
+    """Load, and serve until SIGTERM or SIGINT.
+
+    Raises:
+        DyslError: The policy cannot be loaded, or the key not be read.
+        OSError: The address is taken, or not this machine's.
+    """
+    policy = open_policy(config.bundle, config.policy, config.skip)
+    asyncio.run(PolicyServer(policy, _read_key(config.api_key_file)).run(config.host, config.port))
+
+
+def _read_key(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"api_key_file: {path} cannot be read ({error}).") from error
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(f"api_key_file: {path} must hold one line of printable ASCII.")
+    return key

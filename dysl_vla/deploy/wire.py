@@ -1,0 +1,105 @@
+"""openpi's wire format: msgpack maps in which arrays are maps with byte keys. NumPy and msgpack alone.
+
+What comes from outside is checked before anything of its size is allocated: kinds of numbers, shapes, lengths, depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dysl_vla.errors import ObservationError
+from dysl_vla.extras import needs_extra
+
+with needs_extra("serve"):
+    import msgpack
+
+ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"
+KINDS = "biuf"
+MAX_DIMENSIONS = 8
+MAX_ITEMS = 1024
+"""Of a map or a list."""
+
+
+def pack(value: Mapping[str, Any]) -> bytes:
+    """A map to a frame.
+
+    Raises:
+        TypeError: Something in it has no place in a frame.
+    """
+    frame: bytes = msgpack.packb(value, default=_pack)
+    return frame
+
+
+def unpack(frame: bytes) -> dict[str, Any]:
+    """A frame to a map; its arrays are views of the frame, which cannot be written to.
+
+    Raises:
+        ObservationError: It is not a whole map, or holds what no frame may.
+    """
+    size = len(frame)
+    try:
+        value = msgpack.unpackb(
+            frame,
+            object_hook=_unpack,
+            max_bin_len=size,
+            max_str_len=size,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+            max_ext_len=0,
+        )
+    except ObservationError:
+        raise
+    except Exception as error:  # msgpack's errors share no base: ValueError, its own, of UTF-8, of recursion
+        raise ObservationError(f"frame: is no msgpack map ({type(error).__name__}: {error}).") from error
+    if not isinstance(value, dict):
+        raise ObservationError(f"frame: expected a map, got {type(value).__name__}.")
+    for key in value:
+        if not isinstance(key, str):
+            raise ObservationError(f"frame: a key is {key!r:.50}; keys must be text.")
+    return value
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind in KINDS:
+        return {ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+    if isinstance(value, np.generic) and value.dtype.kind in KINDS:
+        return {SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
+    raise TypeError(f"{type(value).__name__} has no place in a frame.")
+
+
+def _unpack(value: dict[Any, Any]) -> Any:
+    if ARRAY in value:
+        dtype = _dtype(value.get(b"dtype"))
+        shape, data = value.get(b"shape"), value.get(b"data")
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
+            raise ObservationError(f"array: shape {shape!r:.80} is no list of at most {MAX_DIMENSIONS} sizes.")
+        if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
+            raise ObservationError(f"array: its data is not that of {dtype} {tuple(shape)!r:.80}.")
+        return np.frombuffer(data, dtype).reshape(shape)
+    if SCALAR in value:
+        item = value.get(b"data")
+        if not isinstance(item, (bool, int, float)):
+            raise ObservationError(f"scalar: {type(item).__name__} is no number.")
+        dtype = _dtype(value.get(b"dtype"))
+        if dtype.kind in "iu" and not np.iinfo(dtype).min <= item <= np.iinfo(dtype).max:
+            raise ObservationError(f"scalar: {item!r:.50} does not fit {dtype}.")
+        with np.errstate(over="ignore"):
+            try:
+                return dtype.type(item)
+            except OverflowError as error:
+                raise ObservationError(f"scalar: {item!r:.50} does not fit {dtype}.") from error
+    return value
+
+
+def _dtype(name: Any) -> np.dtype[Any]:
+    try:
+        dtype = np.dtype(name) if isinstance(name, str) and len(name) <= 4 else None  # noqa: PLR2004
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.kind not in KINDS or dtype.itemsize == 0:
+        raise ObservationError(f"array: {name!r:.50} is no kind of numbers.")
+    return dtype

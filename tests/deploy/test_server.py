@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from websockets.sync.client import connect
+
+from dysl_vla.deploy.client import Client
+from dysl_vla.deploy.runtime import Bundle
+from dysl_vla.deploy.server import PolicyServer, ServeConfig
+from dysl_vla.deploy.wire import pack, unpack
+from dysl_vla.errors import ConfigError, RobotFault
+from tests.policies.test_dysl import make_dysl, observe
+
+
+def message(number: int, **changes: Any) -> dict[str, Any]:
+    observation = observe(number)
+    observation["prompt"] = observation.pop("task")
+    return {**observation, **changes}
+
+
+@contextmanager
+def served(policy: Any, key: str | None = None) -> Iterator[tuple[PolicyServer, str]]:
+    """A server in a thread of this process, and its address."""
+    ready = threading.Event()
+    parts: dict[str, Any] = {}
+
+    def work() -> None:
+        async def run() -> None:
+            server = parts["server"] = PolicyServer(policy, key)
+            parts["loop"] = asyncio.get_running_loop()
+            task = asyncio.create_task(server.run("127.0.0.1", 0, handle_signals=False))
+            while not server.port and not task.done():
+                await asyncio.sleep(0.01)
+            ready.set()
+            await task
+
+        asyncio.run(run())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield parts["server"], f"ws://127.0.0.1:{parts['server'].port}"
+    finally:
+        parts["loop"].call_soon_threadsafe(parts["server"].end)
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def uri(bundle_folder: Path) -> Iterator[str]:
+    with served(Bundle(bundle_folder)) as (_, address):
+        yield address
+
+
+def answers_alone(policy: Any, numbers: range) -> list[Any]:
+    state = policy.reset()
+    answers = []
+    for number in numbers:
+        [chunk] = policy.infer([observe(number)], [state])
+        state.executed.extend(chunk.actions[: policy.spec.execute_steps])
+        answers.append(chunk.actions)
+    return answers
+
+
+def test_openpis_client_and_ours_get_what_the_policy_answers(uri: str, bundle_folder: Path) -> None:
+    expected = answers_alone(Bundle(bundle_folder), range(12))
+    theirs = WebsocketClientPolicy(uri)
+    assert theirs.get_server_metadata()["actions"]["shape"] == [4, 3]
+    with Client(uri) as ours:
+        assert ours.metadata["observation"]["observation.images.top"] == {"shape": [32, 32, 3], "dtype": "uint8"}
+        for number, actions in enumerate(expected):
+            np.testing.assert_array_equal(theirs.infer(message(number))["actions"], actions)
+            answer = ours.infer(message(number))
+            np.testing.assert_array_equal(answer["actions"], actions)
+            assert answer["server_timing"]["infer_ms"] > 0
+        ours.reset()
+        np.testing.assert_array_equal(ours.infer(message(0))["actions"], expected[0])
+
+
+def test_each_connection_is_an_episode_of_its_own(uri: str, bundle_folder: Path) -> None:
+    def play(_: int) -> list[Any]:
+        with Client(uri) as client:
+            return [client.infer(message(number))["actions"] for number in range(12)]
+
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(play, range(8)))
+    expected = answers_alone(Bundle(bundle_folder), range(12))
+    for run in runs:
+        for mine, other in zip(run, expected, strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+def test_requests_that_wait_are_batched_when_that_is_faster_and_answer_the_same() -> None:
+    policy = make_dysl(skip=0.5)
+    expected = answers_alone(policy, range(8))
+    seen = []
+    infer = policy.infer
+
+    def spy(observations: Any, states: Any) -> Any:
+        seen.append(len(observations))
+        time.sleep(0.005)  # as a large model: rows are nearly free
+        return infer(observations, states)
+
+    policy.infer = spy  # type: ignore[method-assign]
+    with served(policy) as (server, address):
+        assert server.max_batch == 8
+        seen.clear()
+
+        def play(_: int) -> list[Any]:
+            with Client(address) as client:
+                return [client.infer(message(number))["actions"] for number in range(8)]
+
+        with ThreadPoolExecutor(8) as pool:
+            runs = list(pool.map(play, range(8)))
+    assert max(seen) > 1
+    for run in runs:
+        for mine, other in zip(run, expected, strict=True):
+            np.testing.assert_allclose(mine, other, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"observation.state": np.zeros(3, np.float32)}, "observation.state"),
+        ({"observation.state": np.full(2, np.nan, np.float32)}, "not finite"),
+        ({"observation.images.top": np.zeros((32, 32, 3), np.float32)}, "observation.images.top"),
+        ({"observation.images.top": "picture"}, "observation.images.top"),
+        ({"prompt": None}, "prompt"),
+        ({"reset": "yes"}, "reset"),
+        ({"executed": np.zeros((2, 7), np.float32)}, "action"),
+        ({"executed": np.full((2, 3), np.inf, np.float32)}, "not finite"),
+    ],
+)
+def test_a_bad_request_gets_an_error_and_the_next_one_an_answer(uri: str, changes: dict[str, Any], words: str) -> None:
+    with Client(uri) as client:
+        with pytest.raises(RobotFault, match=words):
+            client.infer(message(0, **changes))
+        assert client.infer(message(0))["actions"].shape == (4, 3)
+
+
+FRAME = pack(message(0))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.one_of(
+        st.binary(max_size=40),
+        st.text(max_size=20),
+        st.lists(st.tuples(st.integers(0, len(FRAME) - 1), st.integers(0, 255)), min_size=1, max_size=4),
+        st.integers(0, len(FRAME) - 1),
+    )
+)
+def test_no_frame_ends_a_connection_or_goes_without_an_answer(uri: str, change: Any) -> None:
+    frame: bytes | str
+    if isinstance(change, list):
+        data = bytearray(FRAME)
+        for index, value in change:
+            data[index] = value
+        frame = bytes(data)
+    else:
+        frame = FRAME[:change] if isinstance(change, int) else change
+    socket_ = _connection(uri)
+    socket_.send(frame)
+    answer = socket_.recv(timeout=5)
+    assert isinstance(answer, str) or unpack(answer)["actions"].shape == (4, 3)
+
+
+_open: dict[str, Any] = {}
+
+
+def _connection(uri: str) -> Any:
+    if uri not in _open:
+        _open[uri] = connect(uri, compression=None)
+        _open[uri].recv(timeout=5)
+    return _open[uri]
+
+
+def test_a_frame_that_is_too_large_ends_its_own_connection_alone(uri: str) -> None:
+    with Client(uri) as other:
+        huge = connect(uri, compression=None)
+        huge.recv(timeout=5)
+        huge.send(b"\0" * 3_000_000)
+        with pytest.raises(Exception, match="1009|too big|closed"):
+            huge.recv(timeout=5)
+        assert other.infer(message(0))["actions"].shape == (4, 3)
+
+
+def test_a_client_that_never_reads_delays_nobody(uri: str) -> None:
+    deaf = connect(uri, compression=None, max_queue=1)
+    for _ in range(50):
+        deaf.send(FRAME)
+    with Client(uri) as client:
+        times = []
+        for number in range(20):
+            started = time.perf_counter()
+            client.infer(message(number))
+            times.append(time.perf_counter() - started)
+    assert np.median(times) < 0.5
+    deaf.close_socket()
+
+
+def get(address: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(address.replace("ws://", "http://"), timeout=5) as answer:  # noqa: S310
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_health_and_metrics_are_plain_http(uri: str) -> None:
+    with Client(uri) as client:
+        client.infer(message(0))
+        assert get(f"{uri}/healthz") == (200, "OK\n")
+        status, text = get(f"{uri}/metrics")
+    assert status == 200
+    assert 'dysl_requests_total{outcome="ok"}' in text
+    assert "dysl_request_seconds_bucket" in text
+
+
+def test_a_key_is_asked_for_before_anything_else(bundle_folder: Path) -> None:
+    with served(Bundle(bundle_folder), "secret") as (_, address):
+        for key in (None, "wrong", "secre", "Secret"):
+            with pytest.raises(ConfigError, match="API key"):
+                Client(address, api_key=key)
+        with Client(address, api_key="secret") as client:
+            assert client.infer(message(0))["actions"].shape == (4, 3)
+        assert WebsocketClientPolicy(address, api_key="secret").infer(message(0))["actions"].shape == (4, 3)
+        assert get(f"{address}/healthz")[0] == 200
+
+
+def test_other_machines_need_a_key() -> None:
+    for host in ("0.0.0.0", "192.168.1.5", "::"):  # noqa: S104
+        with pytest.raises(ConfigError, match="api-key-file"):
+            ServeConfig(Path("b"), host=host)
+    with pytest.raises(ConfigError, match="port"):
+        ServeConfig(Path("b"), port=70000)
+
+
+@contextmanager
+def process(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dysl_vla.cli", "serve", "--bundle", str(bundle), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert "Serving on" in server.stdout.readline()
+        yield server, f"ws://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_sigterm_answers_what_runs_and_exits_0(bundle_folder: Path) -> None:
+    with process(bundle_folder) as (server, address), Client(address) as client:
+        assert client.infer(message(0))["actions"].shape == (4, 3)
+        started = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(5) == 0
+        assert time.monotonic() - started < 5
+        with pytest.raises(RobotFault):
+            client.infer(message(1))
+
+
+def test_a_killed_client_touches_nobody(bundle_folder: Path) -> None:
+    with process(bundle_folder) as (_, address), Client(address) as client:
+        script = (
+            "from tests.deploy.test_server import message, Client\n"
+            f"client = Client({address!r})\n"
+            "print('ready', flush=True)\n"
+            "while True: client.infer(message(0))"
+        )
+        victim = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == "ready\n"
+        for number in range(30):
+            if number == 10:
+                os.kill(victim.pid, signal.SIGKILL)
+                victim.wait()
+            assert client.infer(message(number))["actions"].shape == (4, 3)
+
+
+def test_frames_stay_msgpack_maps() -> None:
+    assert msgpack.unpackb(pack({"a": 1})) == {"a": 1}
