@@ -102,6 +102,13 @@ def _bench_backbone(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _bench_bundle(arguments: Sequence[str]) -> int:
+    from dysl_vla.deploy.bench import BundleBenchConfig, bench_bundle, render_bundle
+
+    print(render_bundle(bench_bundle(_parse(BundleBenchConfig, arguments, "dysl bench bundle"))))
+    return 0
+
+
 def _plot(arguments: Sequence[str]) -> int:
     from dysl_vla.eval.plot import plot
 
@@ -164,6 +171,31 @@ def _control(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _control_replay(arguments: Sequence[str]) -> int:
+    from dysl_vla.deploy.logs import ReplayConfig, replay
+
+    for name, value in replay(_parse(ReplayConfig, arguments, "dysl control replay")).items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _control_view(arguments: Sequence[str]) -> int:
+    from dysl_vla.deploy.logs import view
+
+    def show(folder: tyro.conf.Positional[Path], out: Path | None = None) -> int:
+        """Write a log of the control loop as a recording for Rerun's viewer.
+
+        Args:
+            folder: Of `dysl control --log`.
+            out: The recording; None: cycles.rrd beside the log.
+        """
+        path = view(folder, out)
+        print(f"{path}: open it with: rerun {path}")
+        return 0
+
+    return tyro.cli(show, args=arguments, prog="dysl control view")
+
+
 def _serve(arguments: Sequence[str]) -> int:
     from dysl_vla.deploy.server import ServeConfig, serve_policy
 
@@ -184,10 +216,13 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "distill": (_distill, "train adapters and controllers, so that a policy skips layers"),
     "tune": (_tune, "choose how much a policy skips, by time or by success"),
     "bench backbone": (_bench_backbone, "measure what skipping costs beside what it saves, on a decoder of any size"),
+    "bench bundle": (_bench_bundle, "measure an exported policy beside the one that it was made from"),
     "plot": (_plot, "draw where an evaluation's layers went"),
     "eval": (_eval, "evaluate a policy: success, latency, videos"),
     "export": (_export, "turn a policy that skips layers into a folder that needs no torch"),
     "control": (_control, "run a policy on a robot, real or simulated, at a fixed rate"),
+    "control replay": (_control_replay, "send the actions of a control log to a robot again"),
+    "control view": (_control_view, "write a control log as a recording for Rerun"),
     "serve": (_serve, "serve a policy to openpi clients over websockets"),
     "eval compare": (_eval_compare, "compare evaluations, paired by episode"),
 }

@@ -36,9 +36,9 @@ class RenderingError(DyslError):
     """No working OpenGL on this machine, so cameras cannot be rendered."""
 
 
-class RobotFault(DyslError):
+class RobotFault(DyslError):  # noqa: N818 # the field's word
     """A robot that does not answer, or answers what cannot be."""
 
 
-class SafetyStop(DyslError):
+class SafetyStop(DyslError):  # noqa: N818 # the field's word
     """A reason to stop a robot at once; it was stopped."""

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dysl_vla import provenance
 from dysl_vla.deploy.limits import Guard, Limits
 from dysl_vla.deploy.robot import Reading, Robot, make_robot, open_policy
 from dysl_vla.errors import ConfigError, DyslError, RobotFault, SafetyStop
@@ -34,6 +35,8 @@ clock = time.perf_counter
 LOG, ACCOUNT = "cycles.jsonl", "account.json"
 HISTORY = 64
 FIRST_CHUNK_S = 10.0
+MOVED = 0.1
+"""Change of the state, in deviations of the demonstrated states, that a camera must show."""
 LATE = 0.1
 """A cycle that sends this share of a period after its time is late; a whole period after it, missed."""
 HISTOGRAM_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -52,7 +55,7 @@ class LoopConfig:
     blend: int = 2
     """Cycles in which a new chunk takes over from the one before; 0: at once."""
     frozen_s: float = 1.0
-    """A camera that shows the very same image for so long, while the arm is told to move, stops the robot."""
+    """A camera that shows the very same image for so long, although the robot has moved, stops it."""
     warm_up: int = 10
     """Inferences before the robot is enabled: the first ones are slow."""
 
@@ -113,6 +116,15 @@ class Account:
 
 
 @dataclass(frozen=True)
+class _Seen:
+    """When a camera's image was first the present one, and the normalised state then."""
+
+    image: ImageArray
+    state: FloatArray
+    since: float
+
+
+@dataclass(frozen=True)
 class _Predicted:
     """A chunk and its reading."""
 
@@ -132,7 +144,8 @@ class ControlLoop:
         limits: Checked last.
         config: Of deadlines and watchdogs.
         instruction: Replaces the robot's own; None: the reading's.
-        log: Folder for the log; None: none.
+        log: New folder for the log; None: none.
+        robot_name: For the log.
 
     Raises:
         ConfigError: Policy, robot, rate and limits do not fit each other.
@@ -148,6 +161,7 @@ class ControlLoop:
         *,
         instruction: str | None = None,
         log: Path | None = None,
+        robot_name: str = "",
     ) -> None:
         if not 0 < rate_hz < np.inf:
             raise ConfigError(f"rate_hz: {rate_hz} must be above zero and finite.")
@@ -155,20 +169,20 @@ class ControlLoop:
         if self._config.max_age_s < 1 / rate_hz:
             raise ConfigError(f"max_age_s: {self._config.max_age_s} is shorter than a period, {1 / rate_hz:g} s.")
         policy.spec.check_world(robot.world)
-        self._guard = Guard(limits, robot.world)
+        self._guard = Guard(limits, robot.world, rate_hz)
         self._limits = limits
         self._policy, self._robot = policy, robot
         self._period = 1 / rate_hz
         self._instruction = instruction
-        self._log_folder = log
+        self._log_folder, self._robot_name = log, robot_name
         self._stop = threading.Event()
         self._stop_reason = ""
         self._fault: DyslError | None = None
         self._predicted: _Predicted | None = None
         self._history: deque[tuple[float, FloatArray]] = deque(maxlen=HISTORY)
+        self._last: FloatArray | None = None
         self._next_cycle_at = 0.0
-        self._is_moving = False
-        self._images: dict[str, tuple[ImageArray, float]] = {}
+        self._images: dict[str, _Seen] = {}
         self.account = Account()
 
     def stop(self, reason: str) -> None:
@@ -215,8 +229,23 @@ class ControlLoop:
         finally:
             if eyes.is_alive():
                 eyes.join(timeout=5)
-            log.close({**self.account.summary(), "config": asdict(self._config), "limits": asdict(self._limits)})
+            log.close({**self.account.summary(), **self._described()})
         return self.account
+
+    def _described(self) -> dict[str, Any]:
+        """What a log must know to be read and played back."""
+        world = self._robot.world
+        return {
+            "rate_hz": 1 / self._period,
+            "robot_name": self._robot_name,
+            "action_names": world.action_names,
+            "state_names": world.state_names,
+            "cameras": self._policy.spec.cameras,
+            "config": asdict(self._config),
+            "limits": asdict(self._limits),
+            "policy": self._policy.fingerprint,
+            **provenance.record(),
+        }
 
     def _warm_up(self) -> None:
         """The first inferences are slow, and their readings show whether robot and policy fit."""
@@ -233,7 +262,6 @@ class ControlLoop:
             while not self._stop.is_set():
                 reading = self._robot.observe(after)
                 observation = self._seen(reading)
-                self._watch(reading)
                 executed = [action for sent_at, action in list(self._history) if sent_at < reading.taken_at]
                 state.executed.clear()
                 state.executed.extend(executed)
@@ -242,11 +270,14 @@ class ControlLoop:
                 [chunk] = self._policy.infer([observation], [state])
                 ready_at = clock()
                 if not np.isfinite(chunk.actions).all():
-                    raise SafetyStop(f"action: the policy answered a value that is not finite: {chunk.actions.tolist()}.")
+                    raise SafetyStop(
+                        f"action: the policy answered a value that is not finite: {chunk.actions.tolist()}."
+                    )
                 self._record(chunk, ready_at - started)
                 number = self._predicted.number + 1 if self._predicted else 0
                 self._predicted = _Predicted(number, chunk, reading.taken_at, ready_at - started)
                 self._guard.observe(observation[STATE_KEY], reading.taken_at)
+                self._watch(reading)
                 after = reading.taken_at + (spec.execute_steps - 0.5) * period
         except DyslError as error:
             self._fault = error
@@ -256,20 +287,26 @@ class ControlLoop:
             self.stop(str(self._fault) if self._fault else "")
 
     def _seen(self, reading: Reading) -> Observation:
-        return reading.observation if self._instruction is None else {**reading.observation, TASK_KEY: self._instruction}
+        observation = reading.observation
+        if self._instruction is not None:
+            observation = {**observation, TASK_KEY: self._instruction}
+        self._policy.spec.check_observation(observation)
+        return observation
 
     def _watch(self, reading: Reading) -> None:
-        """A camera that does not change, while the robot is told to move, is broken."""
-        for name, image in reading.observation.items():
-            if not name.startswith(IMAGE_PREFIX):
+        """A camera that shows the same, while the robot has moved, is broken."""
+        state = self._policy.spec.state_normalisation.apply(reading.observation[STATE_KEY])
+        for camera in self._policy.spec.cameras:
+            image = reading.observation[IMAGE_PREFIX + camera]
+            seen = self._images.get(camera)
+            if seen is None or not np.array_equal(seen.image, image):
+                self._images[camera] = _Seen(image, state, reading.taken_at)
                 continue
-            last, since = self._images.get(name, (None, reading.taken_at))
-            if last is None or not self._is_moving or not np.array_equal(last, image):
-                self._images[name] = image, reading.taken_at
-            elif reading.taken_at - since >= self._config.frozen_s:
+            seconds = reading.taken_at - seen.since
+            if seconds >= self._config.frozen_s and np.abs(state - seen.state).max() > MOVED:
                 raise SafetyStop(
-                    f"{name}: the camera has shown the very same image for {reading.taken_at - since:.1f} s while the "
-                    "robot was told to move; see to it."
+                    f"{camera}: the camera has shown the very same image for {seconds:.1f} s, and the robot has moved "
+                    "meanwhile; see to the camera."
                 )
 
     def _record(self, chunk: ActionChunk, seconds: float) -> None:
@@ -291,7 +328,6 @@ class ControlLoop:
         account, period = self.account, self._period
         start = clock() + period
         plan: _Plan | None = None
-        last: FloatArray | None = None
         misses = 0
         for cycle in range(cycles):
             due = start + cycle * period
@@ -301,47 +337,45 @@ class ControlLoop:
             if self._stop.is_set():
                 return
             now = clock()
-            account.cycles += 1
             line: dict[str, Any] = {"cycle": cycle, "due_s": round(due - start, 6)}
             predicted = self._predicted
             assert predicted is not None
             if plan is None or plan.number != predicted.number:
                 plan = _Plan.joined(predicted, plan, now, period, self._config.blend)
                 line["inference"] = _told(predicted)
-            index = plan.index(now, period)
-            age = now - plan.taken_at
-            is_usable = index < len(plan.actions) and age <= self._config.max_age_s
-            is_fresh = is_usable and index <= self._policy.spec.execute_steps
             is_passed = now - due >= period  # the machine had no time for us: this cycle's time is over
-            action: FloatArray | None = None
-            if is_passed:
-                line["sent"] = "nothing"
-            elif is_fresh or (is_usable and self._config.on_miss == "continue"):
-                action, line["sent"] = plan.actions[index], "action"
-                line["chunk"], line["index"] = plan.number, index
-            else:
-                action, line["sent"] = self._robot.hold(last), "hold"
-            if action is not None:
-                action, breaches = self._guard.check(np.asarray(action, np.float32), last)
-                self._robot.act(action)
-                sent_at = clock()
-                self._history.append((sent_at, action))
-                self._is_moving = self._guard.moves(action)
-                last = action
-                account.clamped += bool(breaches)
-                line |= {"action": action.tolist(), "breaches": breaches}
-                if line["sent"] == "action":
-                    account.age_ms.append(1e3 * age)
-                    line["age_ms"] = round(1e3 * age, 3)
+            is_fresh = not is_passed and self._send(plan, now, line)
             jitter = clock() - due
+            status = "missed" if not is_fresh else "late" if jitter > LATE * period else "on_time"
+            account.cycles += 1
             account.jitter_ms.append(1e3 * jitter)
-            is_missed = is_passed or not is_fresh
-            status = "missed" if is_missed else "late" if jitter > LATE * period else "on_time"
             setattr(account, status, getattr(account, status) + 1)
             log.write({**line, "status": status, "jitter_ms": round(1e3 * jitter, 3), "state": self._guard.state})
-            misses = misses + 1 if is_missed else 0
-            if is_missed and (self._config.on_miss == "stop" or misses >= self._config.stop_after):
-                raise SafetyStop(f"deadline: {misses} cycles in a row were missed, the last one {_why(is_passed, age)}.")
+            misses = 0 if is_fresh else misses + 1
+            if misses and (self._config.on_miss == "stop" or misses >= self._config.stop_after):
+                raise SafetyStop(f"deadline: {misses} cycles in a row were missed, {_why(is_passed, now, plan)}.")
+
+    def _send(self, plan: _Plan, now: float, line: dict[str, Any]) -> bool:
+        """Send what is for now, or what was declared for want of it; was it fresh?"""
+        index, age = plan.index(now, self._period), now - plan.taken_at
+        is_usable = index < len(plan.actions) and age <= self._config.max_age_s
+        is_fresh = is_usable and index <= self._policy.spec.execute_steps
+        action: FloatArray | None
+        if is_fresh or (is_usable and self._config.on_miss == "continue"):
+            action = plan.actions[index]
+            self.account.age_ms.append(1e3 * age)
+            line |= {"sent": "action", "chunk": plan.number, "index": index, "age_ms": round(1e3 * age, 3)}
+        else:
+            action = self._robot.hold(self._last)
+            line["sent"] = "hold"
+        if action is not None:
+            action, breaches = self._guard.check(np.asarray(action, np.float32), self._last)
+            self._robot.act(action)
+            self._history.append((clock(), action))
+            self._last = action
+            self.account.clamped += bool(breaches)
+            line |= {"action": action.tolist(), "breaches": breaches}
+        return is_fresh
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -437,8 +471,10 @@ def _told(predicted: _Predicted) -> dict[str, Any]:
     return told
 
 
-def _why(is_passed: bool, age: float) -> str:
-    return "because this process was not run in time" if is_passed else f"by a reading that is {age:.2f} s old"
+def _why(is_passed: bool, now: float, plan: _Plan) -> str:
+    if is_passed:
+        return "the last one because this process was not run in time"
+    return f"the latest prediction is of a reading that is {now - plan.taken_at:.2f} s old"
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:
@@ -483,7 +519,14 @@ def control(config: ControlConfig) -> Account:
     try:
         rate = policy.spec.rate_hz if config.rate is None else config.rate
         loop = ControlLoop(
-            policy, robot, rate, config.limits, config.loop, instruction=config.instruction, log=config.log
+            policy,
+            robot,
+            rate,
+            config.limits,
+            config.loop,
+            instruction=config.instruction,
+            log=config.log,
+            robot_name=config.robot,
         )
     except BaseException:
         robot.stop()
@@ -506,7 +549,8 @@ def render_account(account: Account) -> str:
     for key, name in names.items():
         values = told[key]
         if values:
-            lines.append(f"| {name} | {values['p50']:.2f} | {values['p95']:.2f} | {values['p99']:.2f} | {values['max']:.2f} |")
+            numbers = " | ".join(f"{values[part]:.2f}" for part in ("p50", "p95", "p99", "max"))
+            lines.append(f"| {name} | {numbers} |")
     edges = [*(f"< {edge:g} ms" for edge in HISTOGRAM_MS), f">= {HISTOGRAM_MS[-1]:g} ms"]
     most = max(told["jitter_histogram"], default=0)
     lines.append("")

@@ -12,8 +12,6 @@ from dysl_vla.types import FloatArray, WorldSpec
 
 AXES = ("x", "y", "z")
 GRIPPER = "gripper"
-MOVES = 0.1
-"""Part of the range of a relative action above which it counts as motion."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Guard:
     Args:
         limits: What is allowed.
         world: The robot's.
+        rate_hz: Actions a second.
 
     Raises:
         ConfigError: The limits do not fit the robot.
@@ -73,7 +72,7 @@ class Guard:
         state: The robot's latest, (state,); None: not known yet.
     """
 
-    def __init__(self, limits: Limits, world: WorldSpec) -> None:
+    def __init__(self, limits: Limits, world: WorldSpec, rate_hz: float) -> None:
         dim = len(world.action_names)
         for name in ("low", "high", "max_change"):
             if len(getattr(limits, name)) not in (0, dim):
@@ -95,10 +94,14 @@ class Guard:
         change = np.array(limits.max_change or [np.inf] * dim, np.float32)
         if limits.gripper_rate is not None:
             index = world.action_names.index(GRIPPER)
-            change[index] = min(change[index], limits.gripper_rate / world.rate_hz)
+            change[index] = min(change[index], limits.gripper_rate / rate_hz)
         self._change = change
-        self._positions = [world.state_names.index(axis) for axis in AXES] if set(AXES) <= set(world.state_names) else []
-        self._absolute = [(a, world.action_names.index(axis)) for a, axis in enumerate(AXES) if axis in world.action_names]
+        self._positions = (
+            [world.state_names.index(axis) for axis in AXES] if set(AXES) <= set(world.state_names) else []
+        )
+        self._absolute = [
+            (a, world.action_names.index(axis)) for a, axis in enumerate(AXES) if axis in world.action_names
+        ]
         self._relative = [
             (a, world.action_names.index(f"d{axis}")) for a, axis in enumerate(AXES) if f"d{axis}" in world.action_names
         ]
@@ -117,11 +120,6 @@ class Guard:
             moved = state[self._positions] - self.state[self._positions]
             self._speed = float(np.linalg.norm(moved)) / (taken_at - self._taken_at)
         self.state, self._taken_at = state, taken_at
-
-    def moves(self, action: FloatArray) -> bool:
-        """Does an action tell the robot, its gripper aside, to move?"""
-        indices = [index for _, index in self._relative]
-        return bool(np.abs(action[indices]).max(initial=0.0) > MOVES) if indices else True
 
     def check(self, action: FloatArray, last: FloatArray | None) -> tuple[FloatArray, list[str]]:
         """The action that may be sent.

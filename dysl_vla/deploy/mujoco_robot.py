@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -108,7 +108,7 @@ class MujocoRobot:
         return self._world
 
     def connect(self, rate_hz: float) -> None:
-        """Start the clock. One simulated period passes for each action, so at another rate time runs slower or faster."""
+        """Start the clock. Each action lasts one simulated period, so at another rate time runs slower or faster."""
         assert self.world is not None
         self._pipe.send(1 / rate_hz)
 
@@ -147,8 +147,11 @@ class MujocoRobot:
         self._shared = None
 
     def report(self) -> dict[str, int]:
-        """What the robot's side counted: ticks, overruns (it could not keep real time), commands executed, those of
-        them that were unsafe (not finite, or out of range), ticks without a command, episodes, successes."""
+        """What the robot's side counted, by the names in `COUNTS`.
+
+        `overruns`: it could not keep real time; `commands`: executed; `unsafe`: not finite or out of range, and not
+        executed; `held`: ticks without a command.
+        """
         counts = self._counts if self._shared is None else self._shared.counts
         return dict(zip(COUNTS, counts.tolist(), strict=True))
 
@@ -287,65 +290,92 @@ def _simulate(
         return
     world = env.world_spec
     pipe.send((world, env.instruction))
-    shared = _Shared(world, lock, pipe.recv())
-    while not pipe.poll(0.01):
-        if shared.is_over:
-            return
-    _tick(simulation, env, shared, pipe.recv())
-    env.close()
+    try:
+        shared = _Shared(world, lock, pipe.recv())
+        while not pipe.poll(0.01):
+            if shared.is_over:
+                return
+        _tick(simulation, env, shared, pipe.recv())
+    except EOFError:  # the other side is gone
+        pass
+    finally:
+        env.close()
 
 
 def _tick(simulation: Simulation, env: ManipulationEnv, shared: _Shared, period: float) -> None:
+    """The robot's controller: move, look, publish, until told to end."""
     count = dict.fromkeys(COUNTS, 0)
-    pending: deque[tuple[Observation, float]] = deque()
-    frozen: dict[str, Any] = {}
-    low, high = np.array(env.world_spec.action_low), np.array(env.world_spec.action_high)
-    start = due = clock()
-    last: FloatArray | None = None
-    has_succeeded = False
     count["episodes"] = 1
+    arm, eyes = _Arm(env, count), _Eyes(simulation, clock())
+    due = eyes.start
     while not shared.is_over:
         if (left := due - clock()) > 0:
             time.sleep(left)
-        elif count["ticks"] and -left > period:
+        elif -left > period:
             count["overruns"] += 1
             due = clock()
         now = clock()
-        if now - start >= simulation.stall_after:
+        if now - eyes.start >= simulation.stall_after:
             os.kill(os.getpid(), signal.SIGSTOP)
         if count["ticks"]:
-            action, commanded_at = shared.commanded()
-            if now - commanded_at > COMMAND_AGE_S:
-                count["held"] += 1
-                action = _hold(env.world_spec, last)
-            else:
-                count["commands"] += 1
-                if not np.isfinite(action).all() or (action < low).any() or (action > high).any():
-                    count["unsafe"] += 1
-                    action = _hold(env.world_spec, last)
-            last = action
-            _, is_truncated, info = env.advance(action)
-            if info["success"] and not has_succeeded:
-                has_succeeded = True
-                count["successes"] += 1
-            if is_truncated:
-                env.reset()
-                count["episodes"] += 1
-                has_succeeded = False
-        observation = env.observe()
-        if now - start >= simulation.freeze_after:
-            frozen = frozen or {name: value for name, value in observation.items() if name.startswith(IMAGE_PREFIX)}
-            observation |= frozen
-        if now - start >= simulation.nan_after:
-            observation[STATE_KEY] = np.full_like(observation[STATE_KEY], np.nan)
-        if now - start < simulation.drop_after:
-            pending.append((observation, now))
-        delay = simulation.late_s if now - start >= simulation.late_after else 0.0
-        while pending and clock() - pending[0][1] >= delay:
-            shared.show(*pending.popleft())
+            arm.move(*shared.commanded(), now)
+        for observation, taken_at in eyes.look(env.observe(), now):
+            shared.show(observation, taken_at)
         count["ticks"] += 1
         shared.counts[:] = list(count.values())
         due += period
+
+
+class _Arm:
+    """Executes commands, and counts them."""
+
+    def __init__(self, env: ManipulationEnv, count: dict[str, int]) -> None:
+        self._env, self._count = env, count
+        self._last: FloatArray | None = None
+        self._has_succeeded = False
+
+    def move(self, action: FloatArray, commanded_at: float, now: float) -> None:
+        env, count = self._env, self._count
+        if now - commanded_at > COMMAND_AGE_S:
+            count["held"] += 1
+            action = _hold(env.world_spec, self._last)
+        elif not np.isfinite(action).all() or (action != env.world_spec.clip(action)).any():
+            count["unsafe"] += 1
+            action = _hold(env.world_spec, self._last)
+        else:
+            count["commands"] += 1
+        self._last = action
+        _, is_truncated, info = env.advance(action)
+        if info["success"] and not self._has_succeeded:
+            self._has_succeeded = True
+            count["successes"] += 1
+        if is_truncated:
+            env.reset()
+            count["episodes"] += 1
+            self._has_succeeded = False
+
+
+class _Eyes:
+    """Shows what the cameras see, and what is wrong with them."""
+
+    def __init__(self, simulation: Simulation, start: float) -> None:
+        self._simulation, self.start = simulation, start
+        self._pending: deque[tuple[Observation, float]] = deque()
+        self._frozen: dict[str, Any] = {}
+
+    def look(self, observation: dict[str, Any], now: float) -> Iterator[tuple[Observation, float]]:
+        """Readings that are due now."""
+        simulation, since = self._simulation, now - self.start
+        if since >= simulation.freeze_after:
+            self._frozen = self._frozen or {k: v for k, v in observation.items() if k.startswith(IMAGE_PREFIX)}
+            observation |= self._frozen
+        if since >= simulation.nan_after:
+            observation[STATE_KEY] = np.full_like(observation[STATE_KEY], np.nan)
+        if since < simulation.drop_after:
+            self._pending.append((observation, now))
+        delay = simulation.late_s if since >= simulation.late_after else 0.0
+        while self._pending and clock() - self._pending[0][1] >= delay:
+            yield self._pending.popleft()
 
 
 def _make_env(name: str, cameras: Mapping[str, tuple[int, int]] | None) -> ManipulationEnv:

@@ -1,11 +1,11 @@
 """A policy on a robot's controller: NumPy and ONNX Runtime, nothing else.
 
-    bundle.json        spec, what is looked at, skipping; versions and provenance
-    encoder.onnx       cropped images, state and token ids to the backbone's input
-    backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions
-    tokenizer.json     of the `tokenizers` library, which is needed only for instructions that bundle.json does not list
-    example.npz        an observation and the actions that the exported policy answered
-    manifest.json      SHA-256 of the other files
+bundle.json        spec, what is looked at, skipping; versions and provenance
+encoder.onnx       cropped images, state and token ids to the backbone's input
+backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions
+tokenizer.json     of the `tokenizers` library, which is needed only for instructions that bundle.json does not list
+example.npz        an observation and the actions that the exported policy answered
+manifest.json      SHA-256 of the other files
 """
 
 from __future__ import annotations
@@ -159,12 +159,13 @@ class Bundle:
             ("skipping", np.zeros_like(self._lengths), -math.inf),
         ):
             actions = self._run(encoded, points, np.array(threshold, np.float32), self._from_start)[0][0]
-            error = float(np.abs(actions - wanted[name]).max())
-            if not error <= TOLERANCES[self.precision]:
+            distance = float(np.abs(actions - wanted[name]).max())
+            limit = TOLERANCES[self.precision]
+            if not distance <= limit:
                 raise CheckpointError(
-                    f"{path}: with {name.replace('skipping', 'everything skipped')}, this machine's actions differ from the recorded ones by {error:.2g} "
-                    f"(deviations; at most {TOLERANCES[self.precision]:g}); do not run this bundle here: export it with "
-                    "this machine's ONNX Runtime, or in --precision fp32."
+                    f"{path}: this machine's actions ({name}) differ from the recorded ones by {distance:.2g} "
+                    f"deviations; at most {limit:g} may. Do not run this bundle here; export it on this kind of machine, "
+                    "or with --precision fp32."
                 )
 
     def _infer(self, observation: Observation, state: EpisodeState) -> ActionChunk:

@@ -31,7 +31,6 @@ from dysl_vla.types import (
     ActionChunk,
     EpisodeState,
     Observation,
-    PolicySpec,
     check_actions,
 )
 
@@ -217,9 +216,7 @@ class PolicyServer:
         if path == "/healthz":
             return connection.respond(503, "ending\n") if self._is_ending else connection.respond(200, "OK\n")
         if path == "/metrics":
-            return Response(
-                200, "OK", Headers({"Content-Type": CONTENT_TYPE_LATEST}), generate_latest(self._registry)
-            )
+            return Response(200, "OK", Headers({"Content-Type": CONTENT_TYPE_LATEST}), generate_latest(self._registry))
         if self._is_ending:
             return connection.respond(503, "ending\n")
         if self._key is not None:
@@ -290,7 +287,7 @@ class PolicyServer:
         executed = message.get(EXECUTED)
         if executed is None:
             return observation, bool(begins), None
-        if not isinstance(executed, np.ndarray) or executed.ndim != 2:  # noqa: PLR2004
+        if not isinstance(executed, np.ndarray) or executed.ndim != 2:
             raise ObservationError(f"{EXECUTED}: expected an array (steps, {len(self._spec.action_names)}).")
         check_actions(executed, len(self._spec.action_names))
         return observation, bool(begins), list(executed.astype(np.float32))

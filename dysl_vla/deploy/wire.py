@@ -75,7 +75,11 @@ def _unpack(value: dict[Any, Any]) -> Any:
     if ARRAY in value:
         dtype = _dtype(value.get(b"dtype"))
         shape, data = value.get(b"shape"), value.get(b"data")
-        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
+        if (
+            not isinstance(shape, list)
+            or len(shape) > MAX_DIMENSIONS
+            or not all(type(n) is int and n >= 0 for n in shape)
+        ):
             raise ObservationError(f"array: shape {shape!r:.80} is no list of at most {MAX_DIMENSIONS} sizes.")
         if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
             raise ObservationError(f"array: its data is not that of {dtype} {tuple(shape)!r:.80}.")
@@ -97,7 +101,7 @@ def _unpack(value: dict[Any, Any]) -> Any:
 
 def _dtype(name: Any) -> np.dtype[Any]:
     try:
-        dtype = np.dtype(name) if isinstance(name, str) and len(name) <= 4 else None  # noqa: PLR2004
+        dtype = np.dtype(name) if isinstance(name, str) and len(name) <= 4 else None
     except TypeError:
         dtype = None
     if dtype is None or dtype.kind not in KINDS or dtype.itemsize == 0:

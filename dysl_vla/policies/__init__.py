@@ -16,7 +16,15 @@ from dysl_vla.policies.base import BackbonePolicy, ExportablePolicy, Policy, che
 if TYPE_CHECKING:
     from dysl_vla.skip_controller.operating import Switches
 
-__all__ = ["BackbonePolicy", "ExportablePolicy", "Policy", "check_fingerprint", "load_backbone_policy", "load_policy", "policies"]
+__all__ = [
+    "BackbonePolicy",
+    "ExportablePolicy",
+    "Policy",
+    "check_fingerprint",
+    "load_backbone_policy",
+    "load_policy",
+    "policies",
+]
 
 
 def load_policy(name: str, *, skip: float | None = None, switches: Switches | None = None) -> Policy:

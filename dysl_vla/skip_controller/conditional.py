@@ -75,8 +75,8 @@ class ConditionalDecoder(nn.Module):
         first = torch.zeros_like(inputs[EMBEDS])
         mask = inputs.get("attention_mask")
 
-        def wrapped(index: int, original: Callable[..., Any]) -> Callable[..., Tensor]:
-            def run(hidden: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        def wrapped(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+            def run(hidden: Tensor, *arguments: Any, **named: Any) -> Any:
                 nonlocal has_left, is_passed, first
                 if index not in self._block_of:
                     is_passed = None
@@ -90,16 +90,14 @@ class ConditionalDecoder(nn.Module):
                     first = torch.cond(
                         leaves & ~has_left, lambda h, _: h.clone(), lambda _, kept: kept.clone(), (hidden, first)
                     )
-                    hidden = torch.cond(leaves, lambda h: adapter(h), lambda h: h.clone(), (hidden,))
+                    hidden = torch.cond(leaves, adapter, lambda h: h.clone(), (hidden,))
                     has_left = has_left | leaves
                     is_passed = leaves if is_passed is None else is_passed | leaves
                     asked.append(asks)
                     logits.append(logit)
                     lefts.append(leaves)
                 passes = index < resume_from if is_passed is None else is_passed | (index < resume_from)
-                return torch.cond(
-                    passes, lambda h: h.clone(), lambda h: original(h, *arguments, **named), (hidden,)
-                )
+                return torch.cond(passes, lambda h: h.clone(), lambda h: original(h, *arguments, **named), (hidden,))
 
             return run
 
@@ -111,4 +109,5 @@ class ConditionalDecoder(nn.Module):
         finally:
             for layer in self._layers:
                 layer.__dict__.pop("forward", None)
-        return self.decode(hidden), torch.stack(asked), torch.stack(logits), torch.stack(lefts), first
+        answer: Tensor = self.decode(hidden)
+        return answer, torch.stack(asked), torch.stack(logits), torch.stack(lefts), first

@@ -20,9 +20,7 @@ PLANS = [SkipPlan(6, (0, 3, 5)), SkipPlan(6, (5,)), SkipPlan(6, (0, 5), exits=(1
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "smolvlm"])
 @torch.inference_mode()
-def test_it_decides_and_answers_as_the_skipper_does(
-    name: str, plan: SkipPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_decides_and_answers_as_the_skipper_does(name: str, plan: SkipPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     # outside of an export, torch.cond would compile each condition
     monkeypatch.setattr(torch, "cond", lambda which, one, other, inputs: (one if which else other)(*inputs))
     model, heads = make(name), make_heads(plan)

@@ -1,0 +1,201 @@
+"""`dysl bench bundle`: an exported policy beside the one that it was made from, on the same moments, in turns.
+
+What skipping gives and what the runtime gives are told apart: PyTorch and ONNX Runtime each run the full model and the
+one that skips. Whole episodes are played, so that decisions and actions can be compared where they matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dysl_vla.deploy.runtime import Bundle
+from dysl_vla.envs.suites import TaskEnvs, get_suite
+from dysl_vla.errors import ConfigError
+from dysl_vla.policies import Policy, load_policy
+from dysl_vla.types import ActionChunk, FloatArray
+from dysl_vla.workers import use_one_inference_thread
+
+KINDS = ("PyTorch, full", "PyTorch, skipping", "bundle, full", "bundle, skipping")
+WARM_UP = 20
+PAGES = Path("/proc/self/statm")
+PAGE_MB = 4096 / 1e6
+
+
+@dataclass(frozen=True)
+class BundleBenchConfig:
+    """Measure a bundle beside PyTorch: time, skip decisions and actions, over whole episodes."""
+
+    bundle: Path
+    """Folder of `dysl export`."""
+    policy: str = "metaworld-mini"
+    """The checkpoint that it was made from."""
+    suite: str = "metaworld-mt10"
+    """Where episodes are played."""
+    tasks: str = ""
+    """Names separated by commas; all when empty."""
+    episodes: int = 1
+    """Of each task."""
+    seed: int = 100_000
+    """Of their initial states."""
+    soak: int = 0
+    """Inferences behind that, of one observation, over which memory must not grow."""
+
+
+@dataclass(frozen=True)
+class BundleBench:
+    """What was measured.
+
+    Attributes:
+        llm_ms: Backbone, heads, guidance's share excluded, and action head: (kinds, moments).
+        total_ms: Whole policy, (kinds, moments).
+        other_decisions: Moments at which bundle and PyTorch skipped or verified differently.
+        distance: Largest difference of actions, in the world's units, where they decided alike.
+        full_distance: The same of the full models.
+        grown_mb: Memory at the end of the soak over that after its first tenth; None: there was none.
+    """
+
+    llm_ms: FloatArray
+    total_ms: FloatArray
+    other_decisions: int
+    distance: float
+    full_distance: float
+    grown_mb: float | None
+
+
+def bench_bundle(config: BundleBenchConfig) -> BundleBench:
+    """Measure.
+
+    Raises:
+        ConfigError: The bundle was made from another policy, or the suite is unknown.
+        CheckpointError: One of them is damaged.
+    """
+    if config.episodes < 1 or config.soak < 0:
+        raise ConfigError(f"episodes, soak: {config.episodes}, {config.soak} are too few.")
+    policies: list[Policy] = [
+        load_policy(config.policy, skip=0),
+        load_policy(config.policy),
+        Bundle(config.bundle, skip=0),
+        Bundle(config.bundle),
+    ]
+    use_one_inference_thread()
+    made_from = policies[3].provenance.get("export", {}).get("policy")
+    if made_from != policies[0].fingerprint:
+        raise ConfigError(f"bundle: {config.bundle} was exported from another policy than {config.policy}.")
+    suite = get_suite(config.suite)
+    tasks = suite.choose(config.tasks)
+    moments: list[list[ActionChunk]] = []
+    envs = TaskEnvs(suite, policies[0].spec.cameras)
+    try:
+        with tqdm(total=len(tasks) * config.episodes, desc="playing", unit="episode") as bar:
+            for task in tasks:
+                for episode in range(config.episodes):
+                    moments += _play(policies, envs, task, config.seed, episode)
+                    bar.update()
+    finally:
+        envs.close()
+    alike = [
+        (one.skips.skips, one.skips.is_verified) == (other.skips.skips, other.skips.is_verified)
+        for _, one, _, other in moments
+        if one.skips is not None and other.skips is not None
+    ]
+    return BundleBench(
+        llm_ms=_milliseconds(moments, lambda chunk: chunk.timing.llm_s + chunk.timing.decode_s),
+        total_ms=_milliseconds(moments, lambda chunk: chunk.timing.total_s),
+        other_decisions=alike.count(False),
+        distance=max(
+            (_distance(m[1], m[3]) for m, is_alike in zip(moments, alike, strict=True) if is_alike), default=np.nan
+        ),
+        full_distance=max(_distance(m[0], m[2]) for m in moments),
+        grown_mb=_soak(policies[3], config.soak) if config.soak else None,
+    )
+
+
+def _play(policies: list[Policy], envs: TaskEnvs, task: str, seed: int, episode: int) -> list[list[ActionChunk]]:
+    """One episode, led by the last policy; at each moment the answers of all."""
+    env = envs.env(task)
+    observation, _ = env.reset(seed=seed, options={"episode_index": episode})
+    states = [policy.reset() for policy in policies]
+    for policy in policies:
+        for _ in range(WARM_UP if episode == 0 else 0):
+            policy.infer([observation], [policy.reset()])
+    moments = []
+    is_over = False
+    while not is_over:
+        order = np.roll(np.arange(len(policies)), len(moments))  # nobody always comes after the same other
+        chunks = {int(index): policies[index].infer([observation], [states[index]])[0] for index in order}
+        moments.append([chunks[index] for index in range(len(policies))])
+        leader = moments[-1][-1]
+        for action in env.world_spec.clip(leader.actions[: policies[0].spec.execute_steps]):
+            for state in states:
+                state.executed.append(action)
+            _, truncated, info = env.advance(action)
+            is_over = truncated or info["success"]
+            if is_over:
+                break
+        observation = env.observe()
+    return moments
+
+
+def _soak(policy: Policy, inferences: int) -> float:
+    """Growth of the resident memory, in MB."""
+    spec = policy.spec
+    observation = {
+        **{f"observation.images.{c}": np.zeros((*size, 3), np.uint8) for c, size in spec.cameras.items()},
+        "observation.state": np.array(spec.state_normalisation.mean, np.float32),
+        "task": next(iter(policy.provenance.get("data", {}).get("instructions", ["do it"]))),
+    }
+    state = policy.reset()
+    first = 0.0
+    for number in tqdm(range(inferences), desc="soaking", unit="inference"):
+        [chunk] = policy.infer([observation], [state])
+        state.executed.extend(chunk.actions[: spec.execute_steps])
+        if number == inferences // 10:
+            first = _resident_mb()
+    return _resident_mb() - first
+
+
+def _resident_mb() -> float:
+    return int(PAGES.read_text().split()[1]) * PAGE_MB
+
+
+def _milliseconds(moments: list[list[ActionChunk]], seconds: Callable[[ActionChunk], float]) -> FloatArray:
+    return np.array([[1e3 * seconds(chunk) for chunk in moment] for moment in moments], np.float32).T
+
+
+def _distance(one: ActionChunk, other: ActionChunk) -> float:
+    return float(np.abs(one.actions - other.actions).max())
+
+
+def render_bundle(measured: BundleBench) -> str:
+    """The measurement as Markdown."""
+    moments = measured.llm_ms.shape[1]
+    lines = [
+        f"{moments} moments, one thread, in turns; times faster than PyTorch's full model:",
+        "",
+        "| | LLM and head: mean, p50, p99 ms | times faster, mean | policy: mean, p50, p99 ms | times faster, mean |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for kind, name in enumerate(KINDS):
+        cells = []
+        for values in (measured.llm_ms, measured.total_ms):
+            p50, p99 = np.percentile(values[kind], (50, 99))
+            cells += [
+                f"{values[kind].mean():.2f}, {p50:.2f}, {p99:.2f}",
+                f"{values[0].mean() / values[kind].mean():.2f}",
+            ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Skipping gives {measured.llm_ms[2].mean() / measured.llm_ms[3].mean():.2f} times within ONNX Runtime, and "
+        f"{measured.llm_ms[0].mean() / measured.llm_ms[1].mean():.2f} within PyTorch.",
+        f"Decided differently: {measured.other_decisions} of {moments} moments. Actions differ by at most "
+        f"{measured.distance:.1e} elsewhere, those of the full models by {measured.full_distance:.1e}.",
+    ]
+    if measured.grown_mb is not None:
+        lines.append(f"Memory grew by {measured.grown_mb:.1f} MB in the soak, after its first tenth.")
+    return "\n".join(lines)

@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dysl_vla.deploy.control import ControlConfig, ControlLoop, LoopConfig, _Plan, _Predicted, control, render_account
+from dysl_vla.deploy.limits import Limits
+from dysl_vla.deploy.logs import ReplayConfig, replay, view
+from dysl_vla.deploy.mujoco_robot import MujocoRobot, Simulation
+from dysl_vla.deploy.robot import Reading
+from dysl_vla.errors import ConfigError, DyslError, ObservationError, RobotFault, SafetyStop
+from dysl_vla.types import ActionChunk, EpisodeState, InferenceTiming, WorldSpec
+from tests.conftest import make_tiny_policy
+
+WORLD = WorldSpec(
+    cameras={"top": (32, 32), "wrist": (16, 16)},
+    state_names=("x", "y"),
+    action_names=("dx", "dy", "gripper"),
+    action_low=(-1.0,) * 3,
+    action_high=(1.0,) * 3,
+    rate_hz=20.0,
+)
+RATE = 100.0
+
+
+class Counting:
+    """A policy whose actions say which reading and which step they are for; it may dawdle."""
+
+    def __init__(self, delays: Sequence[float] = (), chunk: int = 8) -> None:
+        self.spec = replace(make_tiny_policy().spec, chunk_length=chunk)
+        self.provenance: dict[str, Any] = {}
+        self.fingerprint = "counting"
+        self._delays = deque(delays)
+        self.states: list[Any] = []
+        self.warm = 0
+
+    def reset(self) -> EpisodeState:
+        return EpisodeState()
+
+    def infer(self, observations: Any, states: Any) -> list[ActionChunk]:
+        if not states[0].executed and not self.states and self.warm < 2:
+            self.warm += 1
+        elif self._delays:
+            time.sleep(self._delays.popleft())
+        self.states.append((list(states[0].executed), states[0].needed_at))
+        number = float(observations[0]["observation.state"][0])
+        steps = np.arange(self.spec.chunk_length, dtype=np.float32)
+        actions = np.stack([np.full_like(steps, number), steps / 100, np.zeros_like(steps)], axis=1)
+        return [ActionChunk(actions, InferenceTiming(0, 0, 0))]
+
+
+class FakeRobot:
+    """Readings on a grid of its own; keeps all that was done to it."""
+
+    def __init__(self, period: float = 1 / RATE, delay: float = 0.0) -> None:
+        self.world = WORLD
+        self.calls: list[str] = []
+        self.sent: list[tuple[float, Any]] = []
+        self.start = 0.0
+        self._period, self._delay = period, delay
+        self.readings: list[float] = []
+
+    def connect(self, rate_hz: float) -> None:
+        self.calls.append("connect")
+        self.start = time.perf_counter()
+
+    def observe(self, after: float) -> Reading:
+        now = time.perf_counter()
+        number = int((max(now, after) - self.start) / self._period) + (after > now)
+        taken_at = self.start + number * self._period
+        while time.perf_counter() < taken_at + self._delay:
+            time.sleep(0.0005)
+        self.readings.append(taken_at)
+        rng = np.random.default_rng(number)
+        return Reading(
+            {
+                "observation.images.top": rng.integers(0, 256, (32, 32, 3), np.uint8),
+                "observation.images.wrist": rng.integers(0, 256, (16, 16, 3), np.uint8),
+                "observation.state": np.array([number / 1000, 0], np.float32),
+                "task": "go",
+            },
+            taken_at,
+        )
+
+    def act(self, action: Any) -> None:
+        self.sent.append((time.perf_counter(), action))
+
+    def hold(self, last: Any) -> Any:
+        return np.array([0, 0, 0.5], np.float32)
+
+    def report(self) -> dict[str, Any]:
+        return {"acts": len(self.sent)}
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+
+def loop(policy: Any, robot: Any, config: LoopConfig | None = None, **options: Any) -> ControlLoop:
+    config = config or LoopConfig(blend=0, warm_up=2, max_age_s=0.06)
+    return ControlLoop(policy, robot, RATE, options.pop("limits", Limits()), config, **options)
+
+
+def test_each_action_is_the_one_that_was_predicted_for_its_time() -> None:
+    robot = FakeRobot()
+    account = loop(Counting(), robot).run(0.5)
+    assert account.cycles == 50
+    assert account.on_time + account.late + account.missed == 50
+    assert robot.calls == ["connect", "stop"]
+    right = 0
+    for sent_at, action in robot.sent:
+        taken_at = robot.start + round(float(action[0]) * 1000) / RATE
+        right += abs((sent_at - taken_at) * RATE - (float(action[1]) * 100 + 0.5)) < 0.6
+    assert right > 0.9 * len(robot.sent)
+    times = np.array([sent_at for sent_at, _ in robot.sent])
+    assert abs(np.median(np.diff(times)) - 1 / RATE) < 0.002
+
+
+def test_a_slow_inference_does_not_slow_the_actions_and_nothing_old_is_sent() -> None:
+    robot = FakeRobot()
+    policy = Counting([0.0] * 5 + [0.15])
+    account = loop(policy, robot, LoopConfig("continue", blend=0, warm_up=2, max_age_s=0.06)).run(0.5)
+    ages = []
+    for sent_at, action in robot.sent:
+        if action[2] == 0:  # not a hold
+            ages.append(sent_at - (robot.start + round(float(action[0]) * 1000) / RATE))
+    assert max(ages) < 0.06 + 0.003
+    assert account.missed >= 8
+    assert len(robot.sent) >= 48  # holding is sending, too
+    assert any(action[2] == 0.5 for _, action in robot.sent)
+
+
+@pytest.mark.parametrize("on_miss", ["hold", "continue", "stop"])
+def test_a_missed_deadline_follows_what_was_declared(on_miss: Any, tmp_path: Path) -> None:
+    robot = FakeRobot()
+    config = LoopConfig(on_miss, stop_after=30, blend=0, warm_up=2, max_age_s=0.08)
+    running = loop(Counting([0.0] * 5 + [0.1]), robot, config, log=tmp_path / "log")
+    if on_miss == "stop":
+        with pytest.raises(SafetyStop, match="deadline"):
+            running.run(0.5)
+    else:
+        running.run(0.5)
+    lines = [json.loads(line) for line in (tmp_path / "log" / "cycles.jsonl").read_text().splitlines()]
+    missed = [line for line in lines if line["status"] == "missed"]
+    assert missed
+    first = next(line for line in missed)
+    if on_miss == "continue":
+        assert first["sent"] == "action"
+        assert first["index"] > 2
+    elif on_miss == "hold":
+        assert {line["sent"] for line in missed} <= {"hold", "nothing"}
+    else:
+        assert len(missed) == 1
+    account = json.loads((tmp_path / "log" / "account.json").read_text())
+    assert account["cycles"] == len(lines)
+    assert account["missed"] == len(missed)
+    assert robot.calls == ["connect", "stop"]
+
+
+def test_misses_in_a_row_stop_the_robot() -> None:
+    robot = FakeRobot()
+    with pytest.raises(SafetyStop, match="5 cycles in a row"):
+        loop(Counting([0.0] * 5 + [9.0]), robot, LoopConfig(stop_after=5, blend=0, warm_up=2, max_age_s=0.06)).run(5)
+    assert robot.calls == ["connect", "stop"]
+    assert len(robot.sent) < 60
+
+
+def test_guidance_sees_what_was_sent_before_the_reading_and_the_deadline() -> None:
+    robot, policy = FakeRobot(), Counting()
+    loop(policy, robot).run(0.3)
+    executed, needed_at = policy.states[-1]
+    taken_at = robot.readings[-1]
+    assert needed_at is not None
+    assert taken_at - 0.02 < needed_at < taken_at + 0.05
+    before = [action for sent_at, action in robot.sent if sent_at < taken_at]
+    np.testing.assert_array_equal(executed[-3:], before[-3:])
+
+
+class Failing(Counting):
+    def __init__(self, error: Exception, after: int) -> None:
+        super().__init__()
+        self._error, self._after = error, after
+
+    def infer(self, observations: Any, states: Any) -> list[ActionChunk]:
+        if len(self.states) >= self._after:
+            raise self._error
+        return super().infer(observations, states)
+
+
+@pytest.mark.parametrize("after", [0, 1, 10])
+@pytest.mark.parametrize("error", [ObservationError("broken"), ValueError("bug")])
+def test_every_exception_stops_the_robot_once(error: Exception, after: int) -> None:
+    robot = FakeRobot()
+    with pytest.raises((DyslError, ValueError), match=r"broken|bug"):
+        loop(Failing(error, after), robot).run(2)
+    assert robot.calls == ["connect", "stop"]
+
+
+def test_actions_that_are_not_finite_are_never_sent() -> None:
+    class Nan(Counting):
+        def infer(self, observations: Any, states: Any) -> list[ActionChunk]:
+            [chunk] = super().infer(observations, states)
+            if len(self.states) > 10:
+                chunk.actions[3, 1] = np.nan
+            return [chunk]
+
+    robot = FakeRobot()
+    with pytest.raises(SafetyStop, match="not finite"):
+        loop(Nan(), robot).run(2)
+    assert robot.calls == ["connect", "stop"]
+    assert all(np.isfinite(action).all() for _, action in robot.sent)
+
+
+def test_a_robot_that_cannot_be_connected_is_stopped_all_the_same() -> None:
+    class Dead(FakeRobot):
+        def connect(self, rate_hz: float) -> None:
+            raise RobotFault("robot: no power")
+
+    robot = Dead()
+    with pytest.raises(RobotFault, match="no power"):
+        loop(Counting(), robot).run(1)
+    assert robot.calls == ["stop"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_the_robot_once_and_keep_the_log(number: signal.Signals, tmp_path: Path) -> None:
+    robot = FakeRobot()
+    before = signal.getsignal(number)
+    threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+    account = loop(Counting(), robot, log=tmp_path / "log").run(5)
+    assert account.stopped == number.name
+    assert account.cycles < 100
+    assert robot.calls == ["connect", "stop"]
+    assert json.loads((tmp_path / "log" / "account.json").read_text())["stopped"] == number.name
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"robot": {"rate_hz": 30.0}}, "rate_hz"),
+        ({"robot": {"action_names": ("a", "b", "c")}}, "action_names"),
+        ({"robot": {"cameras": {"top": (32, 32)}}}, "wrist"),
+        ({"limits": Limits(low=(0.0,))}, "low"),
+        ({"config": LoopConfig(max_age_s=0.001)}, "max_age_s"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_connected(change: dict[str, Any], words: str) -> None:
+    robot = FakeRobot()
+    robot.world = replace(WORLD, **change.pop("robot", {}))
+    with pytest.raises(ConfigError, match=words):
+        loop(Counting(), robot, **change)
+    assert robot.calls == []
+
+
+def test_loop_values_that_cannot_work_are_refused() -> None:
+    for values in ({"on_miss": "x"}, {"stop_after": 0}, {"blend": -1}, {"max_age_s": float("nan")}, {"frozen_s": 0.0}):
+        with pytest.raises(ConfigError, match=next(iter(values))):
+            LoopConfig(**values)  # type: ignore[arg-type]
+
+
+CHUNKS = hnp.arrays(np.float32, (8, 3), elements=st.floats(-1, 1, width=32))
+
+
+@given(CHUNKS, CHUNKS, st.integers(0, 4), st.integers(0, 5))
+def test_a_new_chunk_takes_over_without_a_jump(old: Any, new: Any, behind: int, blend: int) -> None:
+    period, now = 0.05, 100.0
+    before = _Plan(0, old, now - (behind + 0.5) * period)
+    predicted = _Predicted(1, ActionChunk(new, InferenceTiming(0, 0, 0)), now - 0.5 * period, 0.0)
+    plan = _Plan.joined(predicted, before, now, period, blend)
+    steps = min(blend, 8 - behind)
+    for step in range(steps):
+        share = (step + 1) / (blend + 1)
+        expected = share * new[step] + (1 - share) * old[behind + step]
+        np.testing.assert_allclose(plan.actions[step], expected, atol=1e-6)
+    np.testing.assert_array_equal(plan.actions[steps:], new[steps:])
+
+
+class Circling(Counting):
+    """Never stands still, never reaches a wall."""
+
+    def infer(self, observations: Any, states: Any) -> list[ActionChunk]:
+        [chunk] = super().infer(observations, states)
+        x, y = observations[0]["observation.state"]
+        chunk.actions[:] = np.clip([-3 * y - x, 3 * x - y, 0], -0.5, 0.5)
+        return [chunk]
+
+
+def simulate(seconds: float, simulation: Simulation, **options: Any) -> tuple[Any, MujocoRobot, float]:
+    """Control a simulated robot; the account or the error, the robot, and when after the start it ended."""
+    robot = MujocoRobot(simulation)
+    config = LoopConfig(warm_up=2, frozen_s=0.3, stop_after=6, **options)
+    control_loop = ControlLoop(Circling(), robot, 20.0, Limits(), config)
+    started = time.perf_counter()
+    outcome: Any
+    try:
+        outcome = control_loop.run(seconds)
+    except DyslError as error:
+        outcome = error
+    return outcome, robot, time.perf_counter() - started
+
+
+def test_a_simulated_robot_runs_in_real_time_in_a_process_of_its_own() -> None:
+    account, robot, seconds = simulate(1.5, Simulation("mock-reach"))
+    assert not isinstance(account, Exception), account
+    assert 1.5 < seconds < 3
+    assert account.cycles == 30
+    report = robot.report()
+    assert report["unsafe"] == 0
+    assert 28 <= report["commands"] <= 32
+    assert account.robot == report
+    assert "30 cycles" in render_account(account)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words", "within"),
+    [
+        ({"freeze_after": 0.5}, SafetyStop, "very same image", 1.5),
+        ({"nan_after": 0.5}, ObservationError, "not finite", 1.2),
+        ({"drop_after": 0.5}, (RobotFault, SafetyStop), "no reading|in a row", 1.7),
+        ({"late_after": 0.5, "late_s": 0.45}, SafetyStop, "in a row", 1.7),
+        ({"stall_after": 0.5}, (RobotFault, SafetyStop), "no reading|in a row|no command", 1.7),
+    ],
+)
+def test_each_fault_ends_safely_in_its_time(fault: dict[str, float], kind: Any, words: str, within: float) -> None:
+    outcome, robot, seconds = simulate(5, Simulation("mock-reach", **fault))
+    assert isinstance(outcome, kind), outcome
+    assert any(word in str(outcome) for word in words.split("|"))
+    assert seconds < within + 2.5  # the last 2: a stalled process is waited for, then killed
+    assert robot.report()["unsafe"] == 0
+    assert robot._process is not None
+    assert not robot._process.is_alive()
+
+
+def test_a_robot_whose_controller_is_gone_holds() -> None:
+    robot = MujocoRobot(Simulation("mock-reach"))
+    assert robot.world.action_names == ("dx", "dy", "gripper")
+    robot.connect(20.0)
+    robot.act(np.array([0.5, 0.5, 1], np.float32))
+    time.sleep(0.8)
+    robot.stop()
+    report = robot.report()
+    assert report["held"] >= 8
+    assert 1 <= report["commands"] <= 6
+    with pytest.raises(RobotFault, match="stopped"):
+        robot.act(np.zeros(3, np.float32))
+
+
+def test_names_that_mean_nothing_are_refused() -> None:
+    for text, words in (("mock-fly", "mock-reach"), ("nothing-x", "nothing to simulate")):
+        with pytest.raises(ConfigError, match=words):
+            assert MujocoRobot(Simulation(text)).world
+    with pytest.raises(ConfigError, match="is no option"):
+        Simulation.parse("mock-reach?speed=3")
+    with pytest.raises(ConfigError, match="is no number"):
+        Simulation.parse("mock-reach?episode=x")
+    assert Simulation.parse("mock-reach?episode=2&nan_after=1.5") == Simulation("mock-reach", 2, nan_after=1.5)
+    for name, words in (("mujoco", "KIND:NAME"), ("ur5:x", "unknown robot 'ur5'")):
+        with pytest.raises(ConfigError, match=words):
+            control(ControlConfig(name, policy="mock"))
+
+
+def test_a_log_is_played_back_and_viewed(bundle_folder: Path, tmp_path: Path) -> None:
+    config = ControlConfig(
+        "mujoco:mock-reach?seed=100001", bundle=bundle_folder, rate=50.0, seconds=1.0, log=tmp_path / "log"
+    )
+    account = control(config)
+    assert account.cycles == 50
+    played = replay(ReplayConfig(tmp_path / "log"))
+    assert played["sent"] == len([1 for _ in range(50)])
+    assert played["largest_distance"] < 0.5
+    assert played["robot"]["unsafe"] == 0
+    recording = view(tmp_path / "log")
+    assert recording.stat().st_size > 1000
+    with pytest.raises(ConfigError, match="holds no log"):
+        view(tmp_path)
+    with pytest.raises(ConfigError, match="not empty"):
+        control(config)

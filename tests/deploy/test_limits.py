@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dysl_vla.deploy.limits import Guard, Limits
+from dysl_vla.errors import ConfigError, SafetyStop
+from dysl_vla.types import WorldSpec
+
+RELATIVE = WorldSpec(
+    cameras={},
+    state_names=("x", "y", "z", "gripper"),
+    action_names=("dx", "dy", "dz", "gripper"),
+    action_low=(-1.0,) * 4,
+    action_high=(1.0,) * 4,
+    rate_hz=20.0,
+)
+ABSOLUTE = WorldSpec(
+    cameras={},
+    state_names=("x", "y", "z"),
+    action_names=("x", "y", "z"),
+    action_low=(-5.0,) * 3,
+    action_high=(5.0,) * 3,
+    rate_hz=20.0,
+)
+LIMITS = Limits(
+    low=(-0.5,) * 4,
+    high=(0.5,) * 4,
+    max_change=(0.2,) * 4,
+    gripper_rate=1.0,
+    workspace_low=(0.0, 0.0, 0.0),
+    workspace_high=(1.0, 1.0, 1.0),
+    max_speed=0.5,
+)
+ACTIONS = hnp.arrays(np.float32, 4, elements=st.floats(-10, 10, width=32))
+STATES = hnp.arrays(np.float32, 4, elements=st.floats(-1, 2, width=32))
+
+
+@given(st.lists(st.tuples(ACTIONS, STATES), min_size=1, max_size=8))
+def test_what_is_sent_lies_within_every_limit(steps: list[tuple[Any, Any]]) -> None:
+    guard = Guard(LIMITS, RELATIVE, 20.0)
+    last = None
+    for number, (action, state) in enumerate(steps):
+        guard.observe(state, number / 20)
+        sent, breaches = guard.check(action, last)
+        assert sent.dtype == np.float32
+        assert (np.abs(sent) <= 0.5 + 1e-6).all()
+        leads_out = ((state[:3] <= 0) & (sent[:3] < 0)) | ((state[:3] >= 1) & (sent[:3] > 0))
+        assert not leads_out.any()
+        if last is not None:
+            assert abs(sent[3] - last[3]) <= 1 / 20 + 1e-6
+            stopped = sent[:3] == 0
+            assert (stopped | (np.abs(sent - last)[:3] <= 0.2 + 1e-6)).all()
+        if not breaches:
+            np.testing.assert_allclose(sent, np.clip(action, -1, 1))
+        last = sent
+
+
+@given(ACTIONS)
+def test_what_is_allowed_is_sent_as_it_is(action: Any) -> None:
+    inside = np.clip(action, -0.4, 0.4)
+    for on_breach in ("clamp", "refuse"):
+        sent, breaches = Guard(Limits(on_breach, low=(-0.5,) * 4, high=(0.5,) * 4), RELATIVE, 20.0).check(inside, None)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(sent, inside)
+        assert not breaches
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("on_breach", ["clamp", "refuse"])
+def test_what_is_not_finite_always_stops(on_breach: Any, value: float) -> None:
+    action = np.zeros(4, np.float32)
+    action[2] = value
+    with pytest.raises(SafetyStop, match="not finite"):
+        Guard(Limits(on_breach), RELATIVE, 20.0).check(action, None)
+
+
+def test_another_dimension_stops() -> None:
+    with pytest.raises(SafetyStop, match="shape"):
+        Guard(Limits(), RELATIVE, 20.0).check(np.zeros(3, np.float32), None)
+
+
+@pytest.mark.parametrize(
+    ("limits", "word"),
+    [
+        (Limits("refuse", high=(0.1,) * 4), "bounds"),
+        (Limits("refuse", max_change=(0.1,) * 4), "change"),
+        (Limits("refuse", gripper_rate=0.5), "change"),
+        (Limits("refuse", workspace_low=(0, 0, 0), workspace_high=(1, 1, 1)), "workspace"),
+        (Limits("refuse", max_speed=0.1), "speed"),
+    ],
+)
+def test_refusing_names_the_limit(limits: Limits, word: str) -> None:
+    guard = Guard(limits, RELATIVE, 20.0)
+    guard.observe(np.array([0.9, 0.9, 0.9, 0], np.float32), 0.0)
+    guard.observe(np.array([1.1, 0.9, 0.9, 0], np.float32), 0.05)
+    with pytest.raises(SafetyStop, match=f"^{word}"):
+        guard.check(np.full(4, 0.5, np.float32), np.zeros(4, np.float32))
+
+
+def test_positions_are_kept_inside_the_workspace() -> None:
+    guard = Guard(Limits(workspace_low=(0, 0, 0), workspace_high=(1, 1, 1)), ABSOLUTE, 20.0)
+    sent, breaches = guard.check(np.array([2, 0.5, -1], np.float32), None)
+    assert sent.tolist() == [1, 0.5, 0]
+    assert breaches == ["workspace"]
+
+
+def test_a_robots_own_range_is_no_breach() -> None:
+    sent, breaches = Guard(Limits("refuse"), RELATIVE, 20.0).check(np.full(4, 1.2, np.float32), None)
+    assert sent.tolist() == [1.0] * 4
+    assert not breaches
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"low": (0.0,)}, "low: 1 values, the robot has 4"),
+        ({"max_change": (0.1, 0.1)}, "max_change: 2 values"),
+        ({"low": (2.0,) * 4}, "no action"),
+        ({"max_change": (0.0,) * 4}, "above zero"),
+        ({"gripper_rate": -1.0}, "gripper_rate"),
+        ({"max_speed": float("nan")}, "max_speed"),
+        ({"low": (float("inf"),) * 4}, "finite"),
+        ({"workspace_low": (0.0, 0.0, 0.0)}, "give both"),
+        ({"workspace_low": (1.0,) * 3, "workspace_high": (0.0,) * 3}, "below"),
+    ],
+)
+def test_limits_that_cannot_work_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Guard(Limits(**values), RELATIVE, 20.0)
+
+
+def test_limits_that_need_what_the_robot_does_not_have_are_refused() -> None:
+    world = WorldSpec({}, ("a",), ("da",), (-1.0,), (1.0,), 20.0)
+    for limits in (
+        Limits(gripper_rate=1.0),
+        Limits(max_speed=1.0),
+        Limits(workspace_low=(0, 0, 0), workspace_high=(1, 1, 1)),
+    ):
+        with pytest.raises(ConfigError):
+            Guard(limits, world, 20.0)
