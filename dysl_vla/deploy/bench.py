@@ -123,7 +123,7 @@ def _play(policies: list[Policy], envs: TaskEnvs, task: str, seed: int, episode:
     for policy in policies:
         for _ in range(WARM_UP if episode == 0 else 0):
             policy.infer([observation], [policy.reset()])
-    moments = []
+    moments: list[list[ActionChunk]] = []
     is_over = False
     while not is_over:
         order = np.roll(np.arange(len(policies)), len(moments))  # nobody always comes after the same other

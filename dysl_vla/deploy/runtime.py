@@ -164,7 +164,7 @@ class Bundle:
             if not distance <= limit:
                 raise CheckpointError(
                     f"{path}: this machine's actions ({name}) differ from the recorded ones by {distance:.2g} "
-                    f"deviations; at most {limit:g} may. Do not run this bundle here; export it on this kind of machine, "
+                    f"deviations; at most {limit:g} may. Do not run this bundle here; export it on such a machine, "
                     "or with --precision fp32."
                 )
 

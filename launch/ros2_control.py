@@ -1,0 +1,163 @@
+"""A bundle on a robot that speaks ROS 2: an example to adapt. Topics and names are parameters of the node.
+
+    source /opt/ros/jazzy/setup.bash
+    python3 launch/ros2_control.py --ros-args -p bundle:=runs/bundle -p instruction:="open the drawer" \
+        -p cameras:="['corner2:/camera/image_raw', 'gripperPOV:/wrist/image_raw']" -p rate_hz:=20.0
+
+State comes as sensor_msgs/JointState, whose positions are named as the policy's state; actions go out as
+std_msgs/Float64MultiArray. Bounds of the actions are parameters, too, and `dysl_vla.deploy.limits` applies them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dysl_vla.deploy.control import ControlLoop, render_account
+from dysl_vla.deploy.limits import Limits
+from dysl_vla.deploy.robot import Reading
+from dysl_vla.deploy.runtime import Bundle
+from dysl_vla.errors import ConfigError, DyslError, RobotFault
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, FloatArray, PolicySpec, WorldSpec
+
+ANSWER_S = 0.5
+
+
+class Ros2Robot:
+    """Implements `Robot` with topics.
+
+    Args:
+        node: Of rclpy, with its messages' classes in `messages`.
+        messages: "Image", "JointState" and "Float64MultiArray" to their classes.
+        topics: Camera name to topic; "state" and "action" among them.
+        spec: The policy's: names and sizes are its.
+        bounds: Smallest and largest action, a value a dimension each.
+    """
+
+    def __init__(
+        self,
+        node: Any,
+        messages: Mapping[str, Any],
+        topics: Mapping[str, str],
+        spec: PolicySpec,
+        bounds: tuple[tuple[float, ...], tuple[float, ...]],
+    ) -> None:
+        missing = [camera for camera in (*spec.cameras, "state", "action") if camera not in topics]
+        if missing:
+            raise ConfigError(f"cameras: no topic is named for {missing[0]!r}.")
+        self.world = WorldSpec(
+            cameras=spec.cameras,
+            state_names=spec.state_names,
+            action_names=spec.action_names,
+            action_low=bounds[0],
+            action_high=bounds[1],
+            rate_hz=spec.rate_hz,
+        )
+        self._message = messages["Float64MultiArray"]
+        self._lock = threading.Condition()
+        self._parts: dict[str, tuple[Any, float]] = {}
+        self._publisher = node.create_publisher(messages["Float64MultiArray"], topics["action"], 1)
+        for camera in spec.cameras:
+            node.create_subscription(
+                messages["Image"], topics[camera], lambda image, camera=camera: self._see(camera, image), 1
+            )
+        node.create_subscription(messages["JointState"], topics["state"], self._feel, 1)
+
+    def connect(self, rate_hz: float) -> None:
+        """Wait for a message of each topic."""
+        self.observe(-math.inf)
+
+    def observe(self, after: float) -> Reading:
+        """See `Robot.observe`; messages count as taken when they arrive."""
+        wanted = [*(IMAGE_PREFIX + camera for camera in self.world.cameras), STATE_KEY]
+        with self._lock:
+            limit = max(time.perf_counter(), after) + ANSWER_S
+            while not all(name in self._parts and self._parts[name][1] > after for name in wanted):
+                if not self._lock.wait(max(0.0, limit - time.perf_counter())):
+                    late = [name for name in wanted if name not in self._parts or self._parts[name][1] <= after]
+                    raise RobotFault(f"robot: nothing of {', '.join(late)} for {ANSWER_S:g} s.")
+            parts = {name: self._parts[name] for name in wanted}
+        observation = {name: value for name, (value, _) in parts.items()}
+        return Reading({**observation, TASK_KEY: ""}, min(taken_at for _, taken_at in parts.values()))
+
+    def act(self, action: FloatArray) -> None:
+        """See `Robot.act`."""
+        self._publisher.publish(self._message(data=action.astype(float).tolist()))
+
+    def hold(self, last: FloatArray | None) -> FloatArray | None:
+        """Zero motion; names that are positions keep their last command."""
+        action = np.zeros(len(self.world.action_names), np.float32) if last is None else last.copy()
+        action[[name.startswith("d") for name in self.world.action_names]] = 0
+        return action
+
+    def report(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def stop(self) -> None:
+        """Zero motion, once more; the robot's own controller stops when no command follows."""
+        try:
+            self.act(self.world.clip(np.zeros(len(self.world.action_names), np.float32)))
+        except Exception as error:  # stopping must not raise
+            print(f"robot: could not publish the last command ({error}).", file=sys.stderr)
+
+    def _see(self, camera: str, image: Any) -> None:
+        height, width = self.world.cameras[camera]
+        if image.encoding != "rgb8" or (image.height, image.width) != (height, width):
+            return  # the loop stops for want of a reading, and names the camera
+        rows = np.frombuffer(bytes(image.data), np.uint8).reshape(height, image.step)
+        self._keep(IMAGE_PREFIX + camera, rows[:, : 3 * width].reshape(height, width, 3))
+
+    def _feel(self, joints: Any) -> None:
+        positions = dict(zip(joints.name, joints.position, strict=True))
+        if set(self.world.state_names) <= set(positions):
+            self._keep(STATE_KEY, np.array([positions[name] for name in self.world.state_names], np.float32))
+
+    def _keep(self, name: str, value: Any) -> None:
+        with self._lock:
+            self._parts[name] = value, time.perf_counter()
+            self._lock.notify_all()
+
+
+def main() -> int:
+    """Run as a node."""
+    import rclpy
+    from sensor_msgs.msg import Image, JointState
+    from std_msgs.msg import Float64MultiArray
+
+    rclpy.init()
+    node = rclpy.create_node("dysl_control")
+
+    def parameter(name: str, default: Any) -> Any:
+        return node.declare_parameter(name, default).value
+
+    try:
+        bundle = Bundle(Path(parameter("bundle", "bundle")))
+        topics = dict(text.partition(":")[::2] for text in parameter("cameras", [""]))
+        topics |= {"state": parameter("state", "/joint_states"), "action": parameter("action", "/dysl/action")}
+        dim = len(bundle.spec.action_names)
+        bounds = tuple(parameter("action_low", [-1.0] * dim)), tuple(parameter("action_high", [1.0] * dim))
+        messages = {"Image": Image, "JointState": JointState, "Float64MultiArray": Float64MultiArray}
+        robot = Ros2Robot(node, messages, topics, bundle.spec, bounds)
+        threading.Thread(target=rclpy.spin, args=(node,), daemon=True).start()
+        rate_hz = float(parameter("rate_hz", bundle.spec.rate_hz))
+        loop = ControlLoop(bundle, robot, rate_hz, Limits(), instruction=parameter("instruction", ""))
+        print(render_account(loop.run(float(parameter("seconds", 60.0)))))
+    except DyslError as error:
+        print(f"dysl_control: {error}", file=sys.stderr)
+        return 2
+    finally:
+        node.destroy_node()
+        rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
