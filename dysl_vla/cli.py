@@ -109,6 +109,13 @@ def _bench_bundle(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _bench_serve(arguments: Sequence[str]) -> int:
+    from dysl_vla.deploy.bench_serve import ServeBenchConfig, bench_serve, render_served
+
+    print(render_served(bench_serve(_parse(ServeBenchConfig, arguments, "dysl bench serve"))))
+    return 0
+
+
 def _plot(arguments: Sequence[str]) -> int:
     from dysl_vla.eval.plot import plot
 
@@ -217,6 +224,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "tune": (_tune, "choose how much a policy skips, by time or by success"),
     "bench backbone": (_bench_backbone, "measure what skipping costs beside what it saves, on a decoder of any size"),
     "bench bundle": (_bench_bundle, "measure an exported policy beside the one that it was made from"),
+    "bench serve": (_bench_serve, "measure a policy server with many clients, some of which misbehave"),
     "plot": (_plot, "draw where an evaluation's layers went"),
     "eval": (_eval, "evaluate a policy: success, latency, videos"),
     "export": (_export, "turn a policy that skips layers into a folder that needs no torch"),

@@ -26,6 +26,7 @@ from dysl_vla.deploy.runtime import (
     FILES,
     FORMAT,
     MANIFEST,
+    POLICY_TYPE,
     TOKENIZER,
     Bundle,
 )
@@ -76,7 +77,7 @@ def export(config: ExportConfig) -> Path:
     with needs_extra("export"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    if not is_unused(config.out) and not (config.out / DOCUMENT).exists():
+    if not is_unused(config.out) and not (config.out / BACKBONE).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no bundle; give a new folder.")
     if config.skip is not None and not 0 < config.skip <= 1:
         raise ConfigError(f"skip: {config.skip} must be above 0 and at most 1.")
@@ -169,6 +170,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
         write_json(
             out / DOCUMENT,
             {
+                "policy_type": POLICY_TYPE,
                 "format": FORMAT,
                 "precision": config.precision,
                 "spec": asdict(policy.spec),

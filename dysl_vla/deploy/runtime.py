@@ -1,15 +1,16 @@
 """A policy on a robot's controller: NumPy and ONNX Runtime, nothing else.
 
-bundle.json        spec, what is looked at, skipping; versions and provenance
+config.json        spec, what is looked at, skipping; versions and provenance
 encoder.onnx       cropped images, state and token ids to the backbone's input
 backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions
-tokenizer.json     of the `tokenizers` library, which is needed only for instructions that bundle.json does not list
+tokenizer.json     of the `tokenizers` library, which is needed only for instructions that config.json does not list
 example.npz        an observation and the actions that the exported policy answered
 manifest.json      SHA-256 of the other files
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -43,8 +44,8 @@ from dysl_vla.types import (
 with needs_extra("robot"):
     import onnxruntime
 
-FORMAT = 1
-DOCUMENT, MANIFEST, EXAMPLE, TOKENIZER = "bundle.json", "manifest.json", "example.npz", "tokenizer.json"
+POLICY_TYPE, FORMAT = "dysl-bundle", 1
+DOCUMENT, MANIFEST, EXAMPLE, TOKENIZER = "config.json", "manifest.json", "example.npz", "tokenizer.json"
 ENCODER, BACKBONE = "encoder.onnx", "backbone.onnx"
 FILES = (DOCUMENT, ENCODER, BACKBONE, TOKENIZER, EXAMPLE)
 TOLERANCES = {"fp32": 1e-4, "int8": 2e-2}
@@ -70,9 +71,11 @@ class Bundle:
     def __init__(self, folder: Path, *, skip: float | None = None, threads: int = 1) -> None:
         self._folder = folder
         _check_manifest(folder)
-        self.fingerprint = sha256(folder / MANIFEST)
+        self._digest = sha256(folder / MANIFEST)
         document = _read(folder / DOCUMENT)
         try:
+            if document.get("policy_type") != POLICY_TYPE:
+                raise CheckpointError(f"{folder}: is no bundle but a {document.get('policy_type')}; use dysl export.")
             if document["format"] != FORMAT:
                 raise CheckpointError(f"{folder / DOCUMENT}: is of format {document['format']}, this reads {FORMAT}.")
             self.precision: str = document["precision"]
@@ -108,6 +111,16 @@ class Bundle:
         self.set_skip(self._exported_skip)
         self.check_example()
         self.set_skip(self._exported_skip if skip is None else skip)
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> Bundle:
+        """Load a bundle from its folder."""
+        return cls(Path(name))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all files, and the setting."""
+        return hashlib.sha256(f"{self._digest}{self.skip}".encode()).hexdigest()
 
     def set_skip(self, skip: float) -> None:
         """Turn the knob, for episodes that begin afterwards.

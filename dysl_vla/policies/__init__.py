@@ -6,15 +6,13 @@ Importing this room imports no torch; `load_policy` does, for the policies that 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_policy_type
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies.base import BackbonePolicy, ExportablePolicy, Policy, check_fingerprint, policies
-
-if TYPE_CHECKING:
-    from dysl_vla.skip_controller.operating import Switches
+from dysl_vla.skip_controller.operating import Switches
 
 __all__ = [
     "BackbonePolicy",
@@ -46,6 +44,12 @@ def load_policy(name: str, *, skip: float | None = None, switches: Switches | No
         _check_full(name, skip, switches)
         return MockPolicy()
     policy, folder = _load(name)
+    if hasattr(policy, "set_skip"):  # a bundle, which skips by itself
+        if switches not in (None, Switches()):
+            raise ConfigError(f"skip: no part of {name!r} can be left out; take the checkpoint that it was made from.")
+        if skip is not None:
+            policy.set_skip(skip)
+        return policy
     if skip == 0:
         return policy
     from dysl_vla.policies.dysl import has_skips, load_dysl

@@ -15,6 +15,7 @@ from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import sha256
 from dysl_vla.policies import load_policy
+from dysl_vla.skip_controller.operating import Switches
 from tests.conftest import MOCK_INSTRUCTIONS
 from tests.policies.test_dysl import observe, play
 
@@ -67,6 +68,17 @@ assert chunk.actions.shape == (4, 3) and "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
+def test_a_bundle_is_a_policy_like_any_other(bundle_folder: Path) -> None:
+    full, skipping = load_policy(str(bundle_folder), skip=0), load_policy(str(bundle_folder), switches=Switches())
+    assert isinstance(full, Bundle)
+    assert isinstance(skipping, Bundle)
+    assert full.fingerprint != skipping.fingerprint == Bundle(bundle_folder).fingerprint
+    assert all(chunk.skips.layers_run.all() for chunk in play(full, range(5)))
+    assert not all(chunk.skips.layers_run.all() for chunk in play(skipping, range(5)))
+    with pytest.raises(ConfigError, match="left out"):
+        load_policy(str(bundle_folder), switches=Switches(guidance=False))
+
+
 def test_an_instruction_that_the_bundle_does_not_list_is_tokenized(
     bundle_folder: Path, skipping_checkpoint: Path
 ) -> None:
@@ -117,8 +129,8 @@ def other_example(data: bytes) -> bytes:
     [
         (edit("backbone.onnx", lambda data: data[:-1] + b"x", True), "backbone.onnx: is damaged or edited"),
         (edit("backbone.onnx", lambda data: data[: len(data) // 2]), "ONNX Runtime .* refuses"),
-        (edit("bundle.json", lambda data: data.replace(b'"format": 1', b'"format": 2')), "is of format 2"),
-        (edit("bundle.json", lambda data: data.replace(b'"spec"', b'"sepc"')), "KeyError: 'spec'"),
+        (edit("config.json", lambda data: data.replace(b'"format": 1', b'"format": 2')), "is of format 2"),
+        (edit("config.json", lambda data: data.replace(b'"spec"', b'"sepc"')), "KeyError: 'spec'"),
         (edit("example.npz", other_example), "differ from the recorded"),
         (edit("example.npz", lambda data: data[:100]), "cannot be read"),
         (lambda folder: (folder / "manifest.json").unlink(), "is no bundle"),

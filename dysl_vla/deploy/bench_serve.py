@@ -1,0 +1,192 @@
+"""`dysl bench serve`: a policy server with many robots, some of which misbehave; what do the others notice?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dysl_vla.deploy.client import Client
+from dysl_vla.deploy.wire import pack
+from dysl_vla.errors import ConfigError, RobotFault
+from dysl_vla.extras import needs_extra
+from dysl_vla.types import FloatArray
+
+with needs_extra("serve"):
+    from websockets.sync.client import connect
+
+START_S = 60.0
+KILLED = (
+    "import sys; from pathlib import Path; from dysl_vla.deploy.bench_serve import requests;"
+    "from dysl_vla.deploy.client import Client\n"
+    "client = Client(sys.argv[1]); ask = requests(client.metadata)\n"
+    "while True: client.infer(next(ask))"
+)
+
+
+@dataclass(frozen=True)
+class ServeBenchConfig:
+    """Measure a server's answers to one client, to many, and beside clients that never read or are killed."""
+
+    bundle: Path
+    """Folder of `dysl export`."""
+    clients: int = 32
+    """Of the many."""
+    requests: int = 200
+    """Of each client."""
+    deaf: int = 4
+    """Clients that ask and never read."""
+    killed: int = 4
+    """Client processes killed while they ask."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Answers to the clients that behave, in one situation.
+
+    Attributes:
+        name: The situation.
+        clients: That behave.
+        milliseconds: From asking to the answer, (requests,).
+        refused: Requests without an answer.
+        a_second: Answers a second in all.
+    """
+
+    name: str
+    clients: int
+    milliseconds: FloatArray
+    refused: int
+    a_second: float
+
+
+def bench_serve(config: ServeBenchConfig) -> list[Served]:
+    """Measure.
+
+    Raises:
+        ConfigError: A number cannot work.
+        RobotFault: The server does not start, or ended.
+    """
+    if config.clients < 1 or config.requests < 1 or config.deaf < 0 or config.killed < 0:
+        raise ConfigError("clients and requests must be at least 1, deaf and killed not negative.")
+    with _server(config.bundle) as uri:
+        measured = [_measure("one client", uri, 1, config.requests)]
+        measured.append(_measure("many", uri, config.clients, config.requests))
+        with ExitStack() as others:
+            for _ in range(config.deaf):
+                others.enter_context(_deaf(uri))
+            others.enter_context(_dying(uri, config.killed))
+            measured.append(_measure("many, others deaf or dying", uri, config.clients, config.requests))
+    return measured
+
+
+def requests(metadata: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Observations of noise that a server's metadata asks for, without end."""
+    rng = np.random.default_rng(0)
+    while True:
+        observation: dict[str, Any] = {"prompt": "do it"}
+        for name, kind in metadata["observation"].items():
+            if kind["dtype"] == "uint8":
+                observation[name] = rng.integers(0, 256, kind["shape"], np.uint8)
+            elif kind["dtype"] == "float32" and not kind.get("optional"):
+                observation[name] = np.zeros(kind["shape"], np.float32)
+        yield observation
+
+
+def _measure(name: str, uri: str, clients: int, count: int) -> Served:
+    def ask(_: int) -> tuple[list[float], int]:
+        times, refused = [], 0
+        with Client(uri) as client:
+            observations = requests(client.metadata)
+            for _ in range(count):
+                observation = next(observations)
+                started = time.perf_counter()
+                try:
+                    client.infer(observation)
+                    times.append(1e3 * (time.perf_counter() - started))
+                except RobotFault:
+                    refused += 1
+        return times, refused
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(ask, range(clients)))
+    seconds = time.perf_counter() - started
+    times = np.array([value for some, _ in answers for value in some], np.float32)
+    return Served(name, clients, times, sum(refused for _, refused in answers), len(times) / seconds)
+
+
+@contextmanager
+def _server(bundle: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "dysl_vla.cli", "serve", "--bundle", str(bundle), "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        if not line.startswith("Serving on "):
+            raise RobotFault("server: did not start; its message stands above.")
+        yield line.split()[-1]
+        if server.poll() is not None:
+            raise RobotFault(f"server: ended with code {server.returncode}.")
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(START_S)
+
+
+@contextmanager
+def _deaf(uri: str) -> Iterator[None]:
+    """A client that asks without reading, until the sockets are full."""
+    connection = connect(uri, compression=None, max_queue=1)
+    frame = pack(next(requests(Client(uri).metadata)))
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(_ask_on, connection, frame)
+        try:
+            yield
+        finally:
+            connection.close_socket()
+            asking.exception()
+
+
+def _ask_on(connection: Any, frame: bytes) -> None:
+    while True:
+        connection.send(frame)
+
+
+@contextmanager
+def _dying(uri: str, count: int) -> Iterator[None]:
+    """Processes that ask, each killed at some moment within three seconds and replaced by the next."""
+    processes = [subprocess.Popen([sys.executable, "-c", KILLED, uri]) for _ in range(count)]
+    with ThreadPoolExecutor(max(1, count)) as pool:
+        killed = [pool.submit(_kill, process, 1 + number / 2) for number, process in enumerate(processes)]
+        try:
+            yield
+        finally:
+            for one in killed:
+                one.result()
+
+
+def _kill(process: subprocess.Popen[bytes], after_s: float) -> None:
+    time.sleep(after_s)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def render_served(measured: list[Served]) -> str:
+    """The measurement as Markdown."""
+    lines = ["| | clients | answers a second | p50 ms | p99 ms | max ms | refused |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for one in measured:
+        p50, p99 = np.percentile(one.milliseconds, (50, 99))
+        lines.append(
+            f"| {one.name} | {one.clients} | {one.a_second:.0f} | {p50:.2f} | {p99:.2f} "
+            f"| {one.milliseconds.max():.2f} | {one.refused} |"
+        )
+    return "\n".join(lines)
