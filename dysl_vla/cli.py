@@ -179,11 +179,20 @@ def _control(arguments: Sequence[str]) -> int:
 
 
 def _control_replay(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.logs import ReplayConfig, replay
+    from dysl_vla.deploy.logs import replay
 
-    for name, value in replay(_parse(ReplayConfig, arguments, "dysl control replay")).items():
-        print(f"{name}: {value}")
-    return 0
+    def play(folder: tyro.conf.Positional[Path], robot: str = "") -> int:
+        """Send the actions of a control log to a robot again, at their times, within the log's limits.
+
+        Args:
+            folder: Of `dysl control --log`.
+            robot: KIND:NAME; empty: the log's.
+        """
+        for name, value in replay(folder, robot).items():
+            print(f"{name}: {value}")
+        return 0
+
+    return tyro.cli(play, args=arguments, prog="dysl control replay")
 
 
 def _control_view(arguments: Sequence[str]) -> int:

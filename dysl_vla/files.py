@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,10 @@ def claimed(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise ConfigError(f"out: {folder} is in use by another process; wait for it, or give another.") from error
         for leftover in folder.rglob(f".*{TEMPORARY}"):
-            leftover.unlink(missing_ok=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
         yield
 
 

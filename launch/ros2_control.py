@@ -22,7 +22,7 @@ import numpy as np
 
 from dysl_vla.deploy.control import ControlLoop, render_account
 from dysl_vla.deploy.limits import Limits
-from dysl_vla.deploy.robot import Reading
+from dysl_vla.deploy.robot import Reading, hold_action
 from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.errors import ConfigError, DyslError, RobotFault
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, FloatArray, PolicySpec, WorldSpec
@@ -60,6 +60,8 @@ class Ros2Robot:
             action_high=bounds[1],
             rate_hz=spec.rate_hz,
         )
+        self._clock = node.get_clock()
+        self._last: FloatArray | None = None
         self._message = messages["Float64MultiArray"]
         self._lock = threading.Condition()
         self._parts: dict[str, tuple[Any, float]] = {}
@@ -72,10 +74,14 @@ class Ros2Robot:
 
     def connect(self, rate_hz: float) -> None:
         """Wait for a message of each topic."""
+        if rate_hz != self.world.rate_hz:
+            raise ConfigError(
+                f"rate_hz: the policy's actions are for {self.world.rate_hz:g} a second, not {rate_hz:g}."
+            )
         self.observe(-math.inf)
 
     def observe(self, after: float) -> Reading:
-        """See `Robot.observe`; messages count as taken when they arrive."""
+        """See `Robot.observe`; messages were taken when their stamps say."""
         wanted = [*(IMAGE_PREFIX + camera for camera in self.world.cameras), STATE_KEY]
         with self._lock:
             limit = max(time.perf_counter(), after) + ANSWER_S
@@ -89,22 +95,23 @@ class Ros2Robot:
 
     def act(self, action: FloatArray) -> None:
         """See `Robot.act`."""
+        self._last = action
         self._publisher.publish(self._message(data=action.astype(float).tolist()))
 
     def hold(self, last: FloatArray | None) -> FloatArray | None:
-        """Zero motion; names that are positions keep their last command."""
-        action = np.zeros(len(self.world.action_names), np.float32) if last is None else last.copy()
-        action[[name.startswith("d") for name in self.world.action_names]] = 0
-        return action
+        """Zero motion; actions that are positions keep their last command."""
+        return hold_action(self.world, last)
 
     def report(self) -> dict[str, Any]:
         """Nothing."""
         return {}
 
     def stop(self) -> None:
-        """Zero motion, once more; the robot's own controller stops when no command follows."""
+        """Hold, once more; the robot's own controller stops when no command follows."""
         try:
-            self.act(self.world.clip(np.zeros(len(self.world.action_names), np.float32)))
+            held = self.hold(self._last)
+            if held is not None:
+                self.act(held)
         except Exception as error:  # stopping must not raise
             print(f"robot: could not publish the last command ({error}).", file=sys.stderr)
 
@@ -113,16 +120,18 @@ class Ros2Robot:
         if image.encoding != "rgb8" or (image.height, image.width) != (height, width):
             return  # the loop stops for want of a reading, and names the camera
         rows = np.frombuffer(bytes(image.data), np.uint8).reshape(height, image.step)
-        self._keep(IMAGE_PREFIX + camera, rows[:, : 3 * width].reshape(height, width, 3))
+        self._keep(IMAGE_PREFIX + camera, rows[:, : 3 * width].reshape(height, width, 3), image.header.stamp)
 
     def _feel(self, joints: Any) -> None:
-        positions = dict(zip(joints.name, joints.position, strict=True))
+        positions = dict(zip(joints.name, joints.position, strict=False))  # some messages hold velocities alone
         if set(self.world.state_names) <= set(positions):
-            self._keep(STATE_KEY, np.array([positions[name] for name in self.world.state_names], np.float32))
+            state = np.array([positions[name] for name in self.world.state_names], np.float32)
+            self._keep(STATE_KEY, state, joints.header.stamp)
 
-    def _keep(self, name: str, value: Any) -> None:
+    def _keep(self, name: str, value: Any, stamp: Any) -> None:
+        age = 1e-9 * self._clock.now().nanoseconds - (stamp.sec + 1e-9 * stamp.nanosec)
         with self._lock:
-            self._parts[name] = value, time.perf_counter()
+            self._parts[name] = value, time.perf_counter() - max(0.0, age)
             self._lock.notify_all()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -30,6 +33,7 @@ KILLED = (
     "import sys; from pathlib import Path; from dysl_vla.deploy.bench_serve import requests;"
     "from dysl_vla.deploy.client import Client\n"
     "client = Client(sys.argv[1]); ask = requests(client.metadata)\n"
+    "client.infer(next(ask)); print('asking', flush=True)\n"
     "while True: client.infer(next(ask))"
 )
 
@@ -121,6 +125,8 @@ def _measure(name: str, uri: str, clients: int, count: int) -> Served:
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(ask, range(clients)))
     seconds = time.perf_counter() - started
+    if not any(some for some, _ in answers):
+        raise RobotFault("server: answered nobody.")
     times = np.array([value for some, _ in answers for value in some], np.float32)
     return Served(name, clients, times, sum(refused for _, refused in answers), len(times) / seconds)
 
@@ -145,14 +151,19 @@ def _server(bundle: Path) -> Iterator[str]:
 @contextmanager
 def _deaf(uri: str) -> Iterator[None]:
     """A client that asks without reading, until the sockets are full."""
-    connection = connect(uri, compression=None, max_queue=1)
-    frame = pack(next(requests(Client(uri).metadata)))
+    with Client(uri) as client:
+        frame = pack(next(requests(client.metadata)))
+    small = socket.socket()
+    small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    address = urlsplit(uri)
+    small.connect((address.hostname, address.port))
+    connection = connect(uri, sock=small, compression=None, max_queue=1, close_timeout=0.1)
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(_ask_on, connection, frame)
         try:
             yield
         finally:
-            connection.close_socket()
+            small.shutdown(socket.SHUT_RDWR)
             asking.exception()
 
 
@@ -163,26 +174,34 @@ def _ask_on(connection: Any, frame: bytes) -> None:
 
 @contextmanager
 def _dying(uri: str, count: int) -> Iterator[None]:
-    """Processes that ask, each killed at some moment within three seconds and replaced by the next."""
-    processes = [subprocess.Popen([sys.executable, "-c", KILLED, uri]) for _ in range(count)]
+    """Processes that ask, each killed while it does, and replaced by the next."""
+    is_over = threading.Event()
+
+    def kill_on(number: int) -> None:
+        rng = np.random.default_rng(number)
+        while not is_over.is_set():
+            with subprocess.Popen([sys.executable, "-c", KILLED, uri], stdout=subprocess.PIPE) as victim:
+                assert victim.stdout is not None
+                victim.stdout.readline()
+                is_over.wait(float(rng.uniform(0, 0.2)))
+                os.kill(victim.pid, signal.SIGKILL)
+
     with ThreadPoolExecutor(max(1, count)) as pool:
-        killed = [pool.submit(_kill, process, 1 + number / 2) for number, process in enumerate(processes)]
+        killers = [pool.submit(kill_on, number) for number in range(count)]
         try:
             yield
         finally:
-            for one in killed:
-                one.result()
-
-
-def _kill(process: subprocess.Popen[bytes], after_s: float) -> None:
-    time.sleep(after_s)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+            is_over.set()
+            for killer in killers:
+                killer.result()
 
 
 def render_served(measured: list[Served]) -> str:
     """The measurement as Markdown."""
-    lines = ["| | clients | answers a second | p50 ms | p99 ms | max ms | refused |", "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| | clients | answers a second | p50 ms | p99 ms | max ms | refused |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for one in measured:
         p50, p99 = np.percentile(one.milliseconds, (50, 99))
         lines.append(

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from dysl_vla.deploy.wire import pack, unpack
-from dysl_vla.errors import ConfigError, RobotFault
+from dysl_vla.errors import ConfigError, ObservationError, RobotFault
 from dysl_vla.extras import needs_extra
 
 with needs_extra("serve"):
@@ -41,10 +41,15 @@ class Client:
         except InvalidURI as error:
             raise ConfigError(f"uri: {error}.") from error
         except InvalidHandshake as error:
-            raise ConfigError(f"uri: {uri} refuses the connection ({error}); is the API key right?") from error
+            mend = "is the API key right?" if "401" in str(error) else "is a policy server running there?"
+            raise ConfigError(f"uri: {uri} refuses the connection ({error}); {mend}") from error
         except (OSError, WebSocketException) as error:
             raise RobotFault(f"uri: {uri} does not answer ({error}); is dysl serve running there?") from error
-        self.metadata = self._receive()
+        try:
+            self.metadata = self._receive()
+        except RobotFault:
+            self.close()
+            raise
         self._begins = True
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,8 +92,15 @@ class Client:
     def _receive(self) -> dict[str, Any]:
         try:
             frame = self._socket.recv(timeout=self._timeout_s)
-        except (TimeoutError, WebSocketException) as error:
-            raise RobotFault(f"server: no answer within {self._timeout_s:g} s ({error}).") from error
-        if isinstance(frame, str):
-            raise RobotFault(f"server: {frame}")
-        return unpack(frame)
+            answer = frame if isinstance(frame, str) else unpack(frame)
+        except TimeoutError as error:
+            self.close()  # an answer that comes later would be taken for that to another question
+            raise RobotFault(f"server: no answer within {self._timeout_s:g} s; connect again.") from error
+        except WebSocketException as error:
+            raise RobotFault(f"server: closed the connection ({error}); connect again.") from error
+        except ObservationError as error:
+            self.close()
+            raise RobotFault(f"server: its answer is no openpi frame ({error})") from error
+        if isinstance(answer, str):
+            raise RobotFault(f"server: {answer}")
+        return answer

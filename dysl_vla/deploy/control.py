@@ -12,12 +12,13 @@ import json
 import math
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,8 @@ clock = time.perf_counter
 LOG, ACCOUNT = "cycles.jsonl", "account.json"
 HISTORY = 64
 FIRST_CHUNK_S = 10.0
+JOIN_S = 5.0
+NAP_S = 0.02
 MOVED = 0.1
 """Change of the state, in deviations of the demonstrated states, that a camera must show."""
 LATE = 0.1
@@ -175,20 +178,21 @@ class ControlLoop:
         self._period = 1 / rate_hz
         self._instruction = instruction
         self._log_folder, self._robot_name = log, robot_name
-        self._stop = threading.Event()
+        self._is_over = False
         self._stop_reason = ""
         self._fault: DyslError | None = None
         self._predicted: _Predicted | None = None
         self._history: deque[tuple[float, FloatArray]] = deque(maxlen=HISTORY)
         self._last: FloatArray | None = None
-        self._next_cycle_at = 0.0
+        self._sends_plan = False
+        self._start: float | None = None
         self._images: dict[str, _Seen] = {}
         self.account = Account()
 
     def stop(self, reason: str) -> None:
-        """Ask the loop to end, from any thread or signal handler."""
+        """Ask the loop to end, from any thread or signal handler: takes no lock."""
         self._stop_reason = self._stop_reason or reason
-        self._stop.set()
+        self._is_over = True
 
     def run(self, seconds: float) -> Account:
         """Connect, warm up, control for so long, stop.
@@ -204,20 +208,21 @@ class ControlLoop:
             RobotFault: The robot could not be connected, or never answered.
             SafetyStop: Something was wrong while it moved; it was stopped, and the log is whole.
         """
-        if not 0 < seconds < np.inf:
-            raise ConfigError(f"seconds: {seconds} must be above zero and finite.")
-        log = _Log(self._log_folder)
+        log: _Log | None = None
         eyes = threading.Thread(target=self._look, name="inference", daemon=True)
         try:
-            with self._signals():
+            with handled_signals(self.stop):
                 try:
+                    if not 0 < seconds < np.inf:
+                        raise ConfigError(f"seconds: {seconds} must be above zero and finite.")
+                    log = _Log(self._log_folder) if self._log_folder else None
                     self._robot.connect(1 / self._period)
                     self._warm_up()
                     eyes.start()
                     self._await_first_chunk()
                     self._cycle(math.ceil(seconds / self._period), log)
                 finally:
-                    self._stop.set()
+                    self._is_over = True
                     self._robot.stop()
                     self.account.robot = self._robot.report()
             if self._fault is not None:
@@ -228,8 +233,9 @@ class ControlLoop:
             raise
         finally:
             if eyes.is_alive():
-                eyes.join(timeout=5)
-            log.close({**self.account.summary(), **self._described()})
+                eyes.join(timeout=JOIN_S)
+            if log is not None:
+                log.close({**self.account.summary(), **self._described()})
         return self.account
 
     def _described(self) -> dict[str, Any]:
@@ -259,13 +265,15 @@ class ControlLoop:
         after = -math.inf
         try:
             state = self._policy.reset()
-            while not self._stop.is_set():
+            while not self._is_over:
                 reading = self._robot.observe(after)
                 observation = self._seen(reading)
+                self._guard.observe(observation[STATE_KEY], reading.taken_at)
+                self._watch(reading)
                 executed = [action for sent_at, action in list(self._history) if sent_at < reading.taken_at]
                 state.executed.clear()
                 state.executed.extend(executed)
-                state.needed_at = self._next_cycle_at or None
+                state.needed_at = self._needed_at()
                 started = clock()
                 [chunk] = self._policy.infer([observation], [state])
                 ready_at = clock()
@@ -276,21 +284,28 @@ class ControlLoop:
                 self._record(chunk, ready_at - started)
                 number = self._predicted.number + 1 if self._predicted else 0
                 self._predicted = _Predicted(number, chunk, reading.taken_at, ready_at - started)
-                self._guard.observe(observation[STATE_KEY], reading.taken_at)
-                self._watch(reading)
                 after = reading.taken_at + (spec.execute_steps - 0.5) * period
-        except DyslError as error:
-            self._fault = error
         except Exception as error:  # whatever it is, the robot must stop, and the loop's thread says why
-            self._fault = RobotFault(f"inference: {type(error).__name__}: {error}")
-        finally:
-            self.stop(str(self._fault) if self._fault else "")
+            if not self._is_over:  # else the robot was stopped under our eyes
+                unknown = RobotFault(f"inference: {type(error).__name__}: {error}")
+                self._fault = error if isinstance(error, DyslError) else unknown
+                self.stop(str(self._fault))
+
+    def _needed_at(self) -> float | None:
+        """When the coming chunk is: at the first cycle for which the one before has no fresh action."""
+        before, start = self._predicted, self._start
+        if before is None or start is None:
+            return None
+        stale_at = before.taken_at + (self._policy.spec.execute_steps + 1) * self._period
+        return start + math.ceil((stale_at - start) / self._period) * self._period
 
     def _seen(self, reading: Reading) -> Observation:
         observation = reading.observation
         if self._instruction is not None:
             observation = {**observation, TASK_KEY: self._instruction}
         self._policy.spec.check_observation(observation)
+        if not observation[TASK_KEY].strip():
+            raise ConfigError("instruction: this robot does not say what to do; give an --instruction.")
         return observation
 
     def _watch(self, reading: Reading) -> None:
@@ -319,29 +334,32 @@ class ControlLoop:
 
     def _await_first_chunk(self) -> None:
         limit = clock() + FIRST_CHUNK_S
-        while self._predicted is None and not self._stop.wait(0.001):
+        while self._predicted is None and not self._is_over:
+            time.sleep(0.001)
             if clock() > limit:
                 raise RobotFault(f"inference: no action within {FIRST_CHUNK_S:g} s of enabling.")
 
-    def _cycle(self, cycles: int, log: _Log) -> None:
+    def _cycle(self, cycles: int, log: _Log | None) -> None:
         """The loop's own thread."""
         account, period = self.account, self._period
-        start = clock() + period
+        self._last = self._robot.hold(None)  # so that the first command does not jump, either
+        if self._last is not None and (self._last != self._robot.world.clip(self._last)).any():
+            raise SafetyStop(f"robot: stands at {self._last.tolist()}, outside of what it accepts; move it by hand.")
+        start = self._start = clock() + period
         plan: _Plan | None = None
         misses = 0
         for cycle in range(cycles):
             due = start + cycle * period
-            self._next_cycle_at = due
-            while (left := due - clock()) > 0 and not self._stop.wait(left):
-                pass
-            if self._stop.is_set():
+            while (left := due - clock()) > 0 and not self._is_over:
+                time.sleep(min(left, NAP_S))
+            if self._is_over:
                 return
             now = clock()
             line: dict[str, Any] = {"cycle": cycle, "due_s": round(due - start, 6)}
             predicted = self._predicted
             assert predicted is not None
             if plan is None or plan.number != predicted.number:
-                plan = _Plan.joined(predicted, plan, now, period, self._config.blend)
+                plan = self._joined(predicted, plan, now)
                 line["inference"] = _told(predicted)
             is_passed = now - due >= period  # the machine had no time for us: this cycle's time is over
             is_fresh = not is_passed and self._send(plan, now, line)
@@ -350,10 +368,21 @@ class ControlLoop:
             account.cycles += 1
             account.jitter_ms.append(1e3 * jitter)
             setattr(account, status, getattr(account, status) + 1)
-            log.write({**line, "status": status, "jitter_ms": round(1e3 * jitter, 3), "state": self._guard.state})
+            if log is not None:
+                log.write({**line, "status": status, "jitter_ms": round(1e3 * jitter, 3), "state": self._guard.state})
             misses = 0 if is_fresh else misses + 1
             if misses and (self._config.on_miss == "stop" or misses >= self._config.stop_after):
                 raise SafetyStop(f"deadline: {misses} cycles in a row were missed, {_why(is_passed, now, plan)}.")
+
+    def _joined(self, predicted: _Predicted, before: _Plan | None, now: float) -> _Plan:
+        """A new chunk takes over in equal parts from what would have been sent, so that no action jumps."""
+        plan = _Plan(predicted.number, predicted.chunk.actions, predicted.taken_at)
+        if before is None or self._last is None:
+            return plan
+        rest = before.actions[before.index(now, self._period) :]
+        fresh = math.floor((before.taken_at + self._config.max_age_s - now) / self._period) + 1  # not too old by then
+        rest = rest[: max(0, fresh)] if self._sends_plan else rest[:0]
+        return plan.joined(plan.index(now, self._period), rest, self._last, self._config.blend)
 
     def _send(self, plan: _Plan, now: float, line: dict[str, Any]) -> bool:
         """Send what is for now, or what was declared for want of it; was it fresh?"""
@@ -363,34 +392,21 @@ class ControlLoop:
         action: FloatArray | None
         if is_fresh or (is_usable and self._config.on_miss == "continue"):
             action = plan.actions[index]
+            self._sends_plan = True
             self.account.age_ms.append(1e3 * age)
             line |= {"sent": "action", "chunk": plan.number, "index": index, "age_ms": round(1e3 * age, 3)}
         else:
             action = self._robot.hold(self._last)
+            self._sends_plan = False
             line["sent"] = "hold"
         if action is not None:
-            action, breaches = self._guard.check(np.asarray(action, np.float32), self._last)
+            action, breaches = self._guard.check(np.asarray(action, np.float32), self._last, now)
             self._robot.act(action)
             self._history.append((clock(), action))
             self._last = action
             self.account.clamped += bool(breaches)
             line |= {"action": action.tolist(), "breaches": breaches}
         return is_fresh
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the loop; only Python's main thread may say so."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
-            signal.signal(number, lambda number, _: self.stop(signal.Signals(number).name))
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -405,52 +421,85 @@ class _Plan:
         """Of the action that is for now."""
         return max(0, math.floor((now - self.taken_at) / period))
 
-    @classmethod
-    def joined(cls, predicted: _Predicted, before: _Plan | None, now: float, period: float, blend: int) -> _Plan:
-        """A new chunk takes over in equal parts, so that no action jumps."""
-        plan = cls(predicted.number, predicted.chunk.actions, predicted.taken_at)
-        if before is None or not blend:
-            return plan
-        mine, theirs = plan.index(now, period), before.index(now, period)
-        steps = min(blend, len(plan.actions) - mine, len(before.actions) - theirs)
+    def joined(self, index: int, rest: FloatArray, last: FloatArray, blend: int) -> _Plan:
+        """This plan, taking over in equal parts over so many cycles.
+
+        Args:
+            index: Of the action that is for now.
+            rest: What the plan before has for now and then, (actions, action).
+            last: What was sent last, to go on from where `rest` ends.
+            blend: Cycles.
+        """
+        steps = min(blend, len(self.actions) - index)
         if steps < 1:
-            return plan
-        actions = plan.actions.copy()
+            return self
+        old = np.concatenate([rest[:steps], np.repeat(last[None], max(0, steps - len(rest)), axis=0)])
         share = (np.arange(1, steps + 1, dtype=np.float32) / (blend + 1))[:, None]
-        actions[mine : mine + steps] *= share
-        actions[mine : mine + steps] += (1 - share) * before.actions[theirs : theirs + steps]
-        return cls(plan.number, actions, plan.taken_at)
+        actions = self.actions.copy()
+        actions[index : index + steps] = share * actions[index : index + steps] + (1 - share) * old
+        return replace(self, actions=actions)
 
 
 class _Log:
     """Lines to a file, written by a thread of its own: a disk may be slow."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
+        if not is_unused(folder):
+            raise ConfigError(f"log: {folder} is not empty; give a new folder.")
+        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        if folder is not None:
-            if not is_unused(folder):
-                raise ConfigError(f"log: {folder} is not empty; give a new folder.")
-            folder.mkdir(parents=True, exist_ok=True)
-            self._thread = threading.Thread(target=self._work, name="log", daemon=True)
-            self._thread.start()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._work, name="log", daemon=True)
+        self._thread.start()
 
     def write(self, line: dict[str, Any]) -> None:
-        if self._folder is not None:
+        if self._error is None:
             self._lines.put(line)
 
     def close(self, account: Mapping[str, Any]) -> None:
-        if self._folder is not None:
-            self._lines.put(None)
-            self._thread.join()
-            write_json(self._folder / ACCOUNT, account)
+        """Wait for the last line; a log that could not be written is told, not raised: there may be a worse error."""
+        self._lines.put(None)
+        self._thread.join()
+        try:
+            write_json(self._folder / ACCOUNT, json.loads(json.dumps(account, default=str)))
+        except OSError as error:
+            self._error = self._error or error
+        if self._error is not None:
+            print(f"log: {self._folder} is not whole ({self._error}).", file=sys.stderr)
 
     def _work(self) -> None:
-        assert self._folder is not None
-        with (self._folder / LOG).open("w", encoding="utf-8") as file:
-            while (line := self._lines.get()) is not None:
-                file.write(json.dumps(line, default=_plain) + "\n")
-                file.flush()
+        try:
+            with (self._folder / LOG).open("w", encoding="utf-8") as file:
+                while (line := self._lines.get()) is not None:
+                    file.write(json.dumps(line, default=_plain) + "\n")
+                    file.flush()
+        except OSError as error:
+            self._error = error
+
+
+@contextmanager
+def handled_signals(stop: Callable[[str], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `stop` with their name; a second one interrupts. In Python's main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        stop(signal.Signals(number).name)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _plain(value: Any) -> Any:
@@ -531,7 +580,11 @@ def control(config: ControlConfig) -> Account:
     except BaseException:
         robot.stop()
         raise
-    return loop.run(config.seconds)
+    try:
+        return loop.run(config.seconds)
+    except DyslError:
+        print(render_account(loop.account))
+        raise
 
 
 def render_account(account: Account) -> str:

@@ -36,6 +36,8 @@ from dysl_vla.files import TEMPORARY, claimed, is_unused, replacing, sha256, wri
 from dysl_vla.policies import ExportablePolicy, load_backbone_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
 
+with needs_extra("robot"):
+    import onnxruntime
 with needs_extra("policy"):
     import torch
     from torch import Tensor, nn
@@ -85,7 +87,7 @@ def export(config: ExportConfig) -> Path:
     folder = find_checkpoint(config.policy)
     if not has_skips(folder):
         raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
-    with claimed(config.out), tempfile.TemporaryDirectory(dir=config.out, suffix=TEMPORARY) as name:
+    with claimed(config.out), tempfile.TemporaryDirectory(dir=config.out, prefix=".", suffix=TEMPORARY) as name:
         made = Path(name)
         _write(config, policy, folder, made)
         try:
@@ -196,6 +198,10 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
             },
         )
         answers = _answers(policy, settings.plan, heads, embeds)
+        if config.precision != "fp32":  # what this bundle answers here is what it shall answer elsewhere
+            exact, answers = answers, _own_answers(out, example, policy, len(settings.plan.blocks))
+            distances = [float(np.abs(answers[name] - exact[name]).max()) for name in exact]
+            print(f"{config.precision}: actions differ from PyTorch's by at most {max(distances):.2g} deviations.")
         with replacing(out / EXAMPLE) as temporary, temporary.open("wb") as file:
             np.savez(file, **example, **answers)
         write_json(out / MANIFEST, {name: sha256(out / name) for name in FILES})
@@ -226,6 +232,27 @@ def _answers(policy: ExportablePolicy, plan: SkipPlan, heads: SkipHeads, embeds:
         skipping = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
     skipper.detach()
     return {"full": full[0].numpy(), "skipping": skipping[0].numpy()}
+
+
+def _own_answers(
+    out: Path, example: dict[str, NDArray[Any]], policy: ExportablePolicy, blocks: int
+) -> dict[str, NDArray[Any]]:
+    """As `_answers`, of the graphs."""
+    encoder, backbone = (onnxruntime.InferenceSession(str(out / name)) for name in (ENCODER, BACKBONE))
+    feeds = {
+        **{
+            IMAGE_PREFIX + camera: example[IMAGE_PREFIX + camera][None, top : top + height, left : left + width]
+            for camera, (top, left, height, width) in policy.crops.items()
+        },
+        STATE_KEY: example[STATE_KEY][None],
+        "token_ids": np.array([policy.token_ids(str(example[TASK_KEY]))]),
+    }
+    [embeds] = encoder.run(None, feeds)
+    common = {EMBEDS: embeds, "allow_points": np.zeros(blocks, np.int64), "resume_from": np.array(0)}
+    return {
+        name: backbone.run(None, {**common, "threshold": np.array(threshold, np.float32)})[0][0]
+        for name, threshold in (("full", np.inf), ("skipping", -np.inf))
+    }
 
 
 def _write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[list[str], list[str]], path: Path) -> None:

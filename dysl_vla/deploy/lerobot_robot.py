@@ -11,6 +11,7 @@ comes from `dysl control --instruction`.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -56,6 +57,7 @@ class LeRobotRobot:
             rate_hz=rate_hz,
         )
         self._latest: dict[str, float] = {}
+        self._bus = threading.Lock()  # motors answer one question at a time
         self._is_stopped = False
 
     def connect(self, rate_hz: float) -> None:
@@ -69,8 +71,8 @@ class LeRobotRobot:
         """See `Robot.observe`; LeRobot reads all sensors now."""
         if (left := after - time.perf_counter()) > 0:
             time.sleep(left)
-        taken_at = time.perf_counter()
-        with _faults("read"):
+        with self._bus, _faults("read"):
+            taken_at = time.perf_counter()
             shown: Mapping[str, Any] = self._robot.get_observation()
         state = np.array([shown[name] for name in self.world.state_names], np.float32)
         self._latest = dict(zip(self.world.state_names, state.tolist(), strict=True))
@@ -79,7 +81,7 @@ class LeRobotRobot:
 
     def act(self, action: FloatArray) -> None:
         """See `Robot.act`."""
-        with _faults("command"):
+        with self._bus, _faults("command"):
             self._robot.send_action(dict(zip(self.world.action_names, action.tolist(), strict=True)))
 
     def hold(self, last: FloatArray | None) -> FloatArray | None:
@@ -100,8 +102,9 @@ class LeRobotRobot:
             return
         self._is_stopped = True
         try:
-            if self._robot.is_connected:
-                self._robot.disconnect()
+            with self._bus:
+                if self._robot.is_connected:
+                    self._robot.disconnect()
         except Exception as error:  # nothing more can be done from here, and stopping must not raise
             print(f"robot: LeRobot could not disconnect ({error}); switch it off.")
 

@@ -18,8 +18,9 @@ GRIPPER = "gripper"
 class Limits:
     """Bounds of what is sent to a robot. NaN, infinity and a wrong dimension always stop it.
 
-    Positions are the state's dimensions named x, y, z. Actions of these names are positions too and must lie inside the
-    workspace; those named dx, dy, dz move along them, and may not lead further out.
+    Positions are the state's dimensions named x, y, z. Actions of these names are positions too; those named dx, dy, dz
+    move along them. Where the end effector is now, is reckoned from its last two readings; leave a margin to what must
+    not be touched.
     """
 
     on_breach: Literal["clamp", "refuse"] = "clamp"
@@ -57,6 +58,20 @@ class Limits:
                 raise ConfigError(f"{lower}, {upper}: the first must be below the second in every dimension.")
 
 
+@dataclass(frozen=True)
+class _Motion:
+    """Of the end effector."""
+
+    state: FloatArray
+    position: FloatArray
+    velocity: FloatArray
+    taken_at: float
+
+    def at(self, now: float) -> FloatArray:
+        """Where it is by now, if it went on as it did."""
+        return self.position + self.velocity * max(0.0, now - self.taken_at)
+
+
 class Guard:
     """Applies limits to the actions of one run.
 
@@ -67,9 +82,6 @@ class Guard:
 
     Raises:
         ConfigError: The limits do not fit the robot.
-
-    Attributes:
-        state: The robot's latest, (state,); None: not known yet.
     """
 
     def __init__(self, limits: Limits, world: WorldSpec, rate_hz: float) -> None:
@@ -82,8 +94,15 @@ class Guard:
                 )
         if limits.gripper_rate is not None and GRIPPER not in world.action_names:
             raise ConfigError(f"gripper_rate: none of the actions is named {GRIPPER!r}.")
-        if (limits.workspace_low or limits.max_speed is not None) and not set(AXES) <= set(world.state_names):
-            raise ConfigError("workspace, max_speed: the robot's state has no x, y and z.")
+        names = world.action_names
+        moved = set(AXES) <= set(names) or {f"d{axis}" for axis in AXES} <= set(names)
+        if (limits.workspace_low or limits.max_speed is not None) and not (
+            moved and set(AXES) <= set(world.state_names)
+        ):
+            raise ConfigError(
+                "workspace, max_speed: state and actions must have x, y and z (actions: or dx, dy, dz); this robot has "
+                f"{', '.join(world.state_names)} and {', '.join(names)}."
+            )
         self._limits = limits
         self._world = world
         self._dim = dim
@@ -96,18 +115,17 @@ class Guard:
             index = world.action_names.index(GRIPPER)
             change[index] = min(change[index], limits.gripper_rate / rate_hz)
         self._change = change
-        self._positions = (
-            [world.state_names.index(axis) for axis in AXES] if set(AXES) <= set(world.state_names) else []
-        )
-        self._absolute = [
-            (a, world.action_names.index(axis)) for a, axis in enumerate(AXES) if axis in world.action_names
-        ]
-        self._relative = [
-            (a, world.action_names.index(f"d{axis}")) for a, axis in enumerate(AXES) if f"d{axis}" in world.action_names
-        ]
-        self.state: FloatArray | None = None
-        self._taken_at = 0.0
-        self._speed = 0.0
+        has_position = set(AXES) <= set(world.state_names)
+        self._positions = [world.state_names.index(axis) for axis in AXES if has_position]
+        self._absolute = [(number, names.index(axis)) for number, axis in enumerate(AXES) if axis in names]
+        self._relative = [(number, names.index(f"d{axis}")) for number, axis in enumerate(AXES) if f"d{axis}" in names]
+        self._period = 1 / rate_hz
+        self._reading: _Motion | None = None
+
+    @property
+    def state(self) -> FloatArray | None:
+        """The robot's latest, (state,); None: not known yet."""
+        return None if self._reading is None else self._reading.state
 
     def observe(self, state: FloatArray, taken_at: float) -> None:
         """Take in where the robot is.
@@ -116,17 +134,20 @@ class Guard:
             state: (state,).
             taken_at: When, in seconds.
         """
-        if self._positions and self.state is not None and taken_at > self._taken_at:
-            moved = state[self._positions] - self.state[self._positions]
-            self._speed = float(np.linalg.norm(moved)) / (taken_at - self._taken_at)
-        self.state, self._taken_at = state, taken_at
+        position = state[self._positions]
+        velocity = np.zeros_like(position)
+        before = self._reading
+        if before is not None and taken_at > before.taken_at:
+            velocity = (position - before.position) / (taken_at - before.taken_at)
+        self._reading = _Motion(state, position, velocity, taken_at)  # at once: another thread reads it
 
-    def check(self, action: FloatArray, last: FloatArray | None) -> tuple[FloatArray, list[str]]:
+    def check(self, action: FloatArray, last: FloatArray | None, now: float) -> tuple[FloatArray, list[str]]:
         """The action that may be sent.
 
         Args:
             action: (action,), in the world's units.
             last: The one that was sent before; None: none.
+            now: In seconds, on the clock of `observe`.
 
         Returns:
             It, or the nearest that is allowed; names of the limits that changed it.
@@ -141,26 +162,41 @@ class Guard:
         breaches: list[str] = []
         accepted = self._world.clip(action)  # as in evaluation: policies answer somewhat beyond it, and mean its end
         allowed = self._apply(accepted, np.clip(accepted, self._low, self._high), "bounds", breaches)
-        if self._limits.max_speed is not None and self._speed > self._limits.max_speed:
-            slower = allowed.copy()
-            slower[[index for _, index in self._relative]] *= self._limits.max_speed / self._speed
-            allowed = self._apply(allowed, slower, "speed", breaches)
+        if self._limits.max_speed is not None and self._reading is not None:
+            allowed = self._apply(allowed, self._slow(allowed, self._reading, now), "speed", breaches)
         if last is not None:
             near = np.clip(allowed, last - self._change, last + self._change)
             allowed = self._apply(allowed, near, "change", breaches)
         if self._limits.workspace_low:  # comes last: at the wall, stopping at once is the smaller evil
-            allowed = self._apply(allowed, self._inside(allowed), "workspace", breaches)
+            allowed = self._apply(allowed, self._inside(allowed, now), "workspace", breaches)
         return allowed, breaches
 
-    def _inside(self, action: FloatArray) -> FloatArray:
+    def _slow(self, action: FloatArray, reading: _Motion, now: float) -> FloatArray:
+        """What moves the end effector, scaled down while it is too fast; positions no further than it may come."""
+        limit = self._limits.max_speed
+        assert limit is not None
+        slower = action.copy()
+        speed = float(np.linalg.norm(reading.velocity))
+        if speed > limit:
+            slower[[index for _, index in self._relative]] *= limit / speed
+        if self._absolute:
+            axes, indices = zip(*self._absolute, strict=True)
+            here = reading.at(now)[list(axes)]
+            way = slower[list(indices)] - here
+            length = float(np.linalg.norm(way))
+            if length > limit * self._period:
+                slower[list(indices)] = here + way * (limit * self._period / length)
+        return slower
+
+    def _inside(self, action: FloatArray, now: float) -> FloatArray:
         low, high = self._limits.workspace_low, self._limits.workspace_high
         inside = action.copy()
         for axis, index in self._absolute:
             inside[index] = np.clip(inside[index], low[axis], high[axis])
-        if self.state is not None:
+        if self._reading is not None:
+            here = self._reading.at(now)
             for axis, index in self._relative:
-                position = self.state[self._positions[axis]]
-                if (position <= low[axis] and action[index] < 0) or (position >= high[axis] and action[index] > 0):
+                if (here[axis] <= low[axis] and action[index] < 0) or (here[axis] >= high[axis] and action[index] > 0):
                     inside[index] = 0.0
         return inside
 

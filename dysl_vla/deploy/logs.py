@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
-from dysl_vla.deploy.control import ACCOUNT, LOG
+from dysl_vla.deploy.control import ACCOUNT, LOG, NAP_S, handled_signals
 from dysl_vla.deploy.limits import Guard, Limits
 from dysl_vla.deploy.robot import make_robot
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import read_json, read_lines
-from dysl_vla.types import STATE_KEY, FloatArray
+from dysl_vla.types import STATE_KEY
 
 clock = time.perf_counter
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """Send the actions of a log to a robot again, at their times, within limits. Nobody looks and nobody infers."""
-
-    folder: tyro.conf.Positional[Path]
-    """Of `dysl control --log`."""
-    robot: str = ""
-    """KIND:NAME; empty: the one of the log."""
-    limits: Limits = field(default_factory=Limits)
 
 
 def read_log(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -45,46 +32,67 @@ def read_log(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return account, read_lines(folder / LOG)
 
 
-def replay(config: ReplayConfig) -> dict[str, Any]:
-    """Play a log back.
+def replay(folder: Path, robot_name: str = "") -> dict[str, Any]:
+    """Send the actions of a log to a robot again, at their times, within the log's limits. Nobody looks, nobody infers.
+
+    Args:
+        folder: Of `dysl control --log`.
+        robot_name: KIND:NAME; empty: the log's.
 
     Returns:
-        Actions sent; the largest distance of the state from the logged one, and what the robot reports.
+        Actions sent, and those whose time was over; what the robot reports.
 
     Raises:
         ConfigError: There is no log, or the robot does not fit it.
         RobotFault: The robot does not answer.
         SafetyStop: An action may not be sent.
     """
-    account, lines = read_log(config.folder)
-    made_for = account.get("robot_name", "")
-    if not (config.robot or made_for):
-        raise ConfigError(f"robot: {config.folder / ACCOUNT} does not name one; give --robot.")
-    robot = make_robot(config.robot or made_for, {c: (s[0], s[1]) for c, s in account.get("cameras", {}).items()})
-    sent, distances = 0, []
+    account, lines = read_log(folder)
+    for name in ("rate_hz", "action_names", "limits", "cameras"):
+        if name not in account:
+            raise ConfigError(f"{folder / ACCOUNT}: has no {name}; a log of a run that was killed cannot be replayed.")
+    name = robot_name or account.get("robot_name", "")
+    if not name:
+        raise ConfigError(f"robot: {folder / ACCOUNT} does not name one; give --robot.")
+    robot = make_robot(name, {camera: (size[0], size[1]) for camera, size in account["cameras"].items()})
+    period = 1 / account["rate_hz"]
+    is_over = False
+    sent = passed = 0
+
+    def stop(_: str) -> None:
+        nonlocal is_over
+        is_over = True
+
     try:
-        rate_hz = float(account.get("rate_hz", robot.world.rate_hz))
-        guard = Guard(config.limits, robot.world, rate_hz)
-        robot.connect(rate_hz)
-        reading = robot.observe(-math.inf)
-        start = clock()
-        last: FloatArray | None = None
-        for line in lines:
-            if (left := start + line["due_s"] - clock()) > 0:
-                time.sleep(left)
-            if line.get("action") is None:
-                continue
-            reading = robot.observe(-math.inf)
-            state = reading.observation[STATE_KEY]
-            guard.observe(state, reading.taken_at)
-            if line.get("state") is not None:
-                distances.append(float(np.abs(state - np.array(line["state"])).max()))
-            last, _ = guard.check(np.array(line["action"], np.float32), last)
-            robot.act(last)
-            sent += 1
+        with handled_signals(stop):
+            if list(robot.world.action_names) != account["action_names"]:
+                raise ConfigError(f"robot: takes {robot.world.action_names}, the log has {account['action_names']}.")
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in account["limits"].items()}
+            limits = Limits(**values)
+            guard = Guard(limits, robot.world, account["rate_hz"])
+            robot.connect(account["rate_hz"])
+            robot.observe(-math.inf)
+            start = clock()
+            last = robot.hold(None)
+            for line in lines:
+                due = start + line["due_s"]
+                while (left := due - clock()) > 0 and not is_over:
+                    time.sleep(min(left, NAP_S))
+                if is_over:
+                    break
+                if line.get("action") is None:
+                    continue
+                if clock() - due >= period:
+                    passed += 1
+                    continue
+                reading = robot.observe(-math.inf)
+                guard.observe(reading.observation[STATE_KEY], reading.taken_at)
+                last, _ = guard.check(np.array(line["action"], np.float32), last, clock())
+                robot.act(last)
+                sent += 1
     finally:
         robot.stop()
-    return {"sent": sent, "largest_distance": max(distances, default=math.nan), "robot": dict(robot.report())}
+    return {"sent": sent, "passed": passed, "robot": dict(robot.report())}
 
 
 def view(folder: Path, out: Path | None = None) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 from numpy.typing import NDArray
 
-from dysl_vla.deploy.robot import Reading, robots
+from dysl_vla.deploy.robot import Reading, hold_action, robots
 from dysl_vla.envs.base import ManipulationEnv
 from dysl_vla.envs.suites import get_suite, suites
 from dysl_vla.errors import ConfigError, DyslError, RobotFault
@@ -34,6 +35,8 @@ from dysl_vla.workers import begin_worker
 clock = time.perf_counter
 START_S, STOP_S = 60.0, 2.0
 POLL_S = 0.0005
+COMMAND_S = 0.1
+"""A reading is copied in microseconds; who holds the lock for so long is not running."""
 COMMAND_AGE_S = 0.25
 """A command that is older is not executed any more: the robot holds, as one does whose controller has died."""
 COUNTS = ("ticks", "overruns", "commands", "unsafe", "held", "episodes", "successes")
@@ -63,6 +66,11 @@ class Simulation:
     """From then on, the state has a NaN."""
     stall_after: float = math.inf
     """The process stops running."""
+
+    def __post_init__(self) -> None:
+        for name in ("episode", "seed", "answer_s", "late_s", *(f for f in vars(self) if f.endswith("_after"))):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"robot: {name}={getattr(self, name)} must be a number that is not negative.")
 
     @classmethod
     def parse(cls, text: str) -> Simulation:
@@ -96,6 +104,7 @@ class MujocoRobot:
         self._simulation, self._cameras = simulation, cameras
         self._process: BaseProcess | None = None
         self._world: WorldSpec | None = None
+        self._using = threading.Lock()
         self._shared: _Shared | None = None
         self._counts = np.zeros(len(COUNTS), np.int64)
 
@@ -115,9 +124,9 @@ class MujocoRobot:
     def observe(self, after: float) -> Reading:
         """See `Robot.observe`."""
         limit = max(clock(), after) + self._simulation.answer_s
-        shared = self._connected()
         while True:
-            reading = shared.read(after, self._simulation.answer_s)
+            with self._using:
+                reading = self._connected().read(after, self._simulation.answer_s)
             if reading is not None:
                 return Reading({**reading[0], TASK_KEY: self._instruction}, reading[1])
             if clock() > limit:
@@ -128,23 +137,25 @@ class MujocoRobot:
 
     def act(self, action: FloatArray) -> None:
         """See `Robot.act`."""
-        self._connected().command(action, self._simulation.answer_s)
+        self._connected().command(action)
 
-    def hold(self, last: FloatArray | None) -> FloatArray:
+    def hold(self, last: FloatArray | None) -> FloatArray | None:
         """No motion, the gripper as it is."""
-        return _hold(self.world, last)
+        return hold_action(self.world, last)
 
     def stop(self) -> None:
         """End the process; a stalled one is killed."""
-        if self._shared is None or self._process is None:
-            return
-        self._shared.end()
-        self._process.join(STOP_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._counts = self._shared.close()
-        self._shared = None
+        if self._shared is not None:
+            self._shared.end()
+        if self._process is not None:
+            self._process.join(STOP_S if self._shared is not None else 0)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+        with self._using:  # another thread may be reading
+            if self._shared is not None:
+                self._counts = self._shared.close()
+                self._shared = None
 
     def report(self) -> dict[str, int]:
         """What the robot's side counted, by the names in `COUNTS`.
@@ -176,8 +187,7 @@ class MujocoRobot:
         except EOFError:
             pass
         if not isinstance(answer, tuple):
-            self._process.kill()
-            self._process.join()
+            self.stop()
             if isinstance(answer, DyslError):
                 raise answer
             raise RobotFault("robot: the simulator did not start; try dysl doctor.")
@@ -250,17 +260,19 @@ class _Shared:
         finally:
             self._lock.release()
 
-    def command(self, action: FloatArray, wait_s: float) -> None:
+    def command(self, action: FloatArray) -> None:
         """Set the command.
 
         Raises:
             RobotFault: The other side holds the lock, and does not run.
         """
-        if not self._lock.acquire(timeout=wait_s):
-            raise RobotFault(f"robot: takes no command for {wait_s:g} s.")
-        self._values["command"][...] = action
-        self._values["commanded_at"] = clock()
-        self._lock.release()
+        if not self._lock.acquire(timeout=COMMAND_S):
+            raise RobotFault(f"robot: takes no command for {COMMAND_S:g} s.")
+        try:
+            self._values["command"][...] = action
+            self._values["commanded_at"] = clock()
+        finally:
+            self._lock.release()
 
     def commanded(self) -> tuple[FloatArray, float]:
         """The latest command, and when it came."""
@@ -338,10 +350,10 @@ class _Arm:
         env, count = self._env, self._count
         if now - commanded_at > COMMAND_AGE_S:
             count["held"] += 1
-            action = _hold(env.world_spec, self._last)
+            action = self._held()
         elif not np.isfinite(action).all() or (action != env.world_spec.clip(action)).any():
             count["unsafe"] += 1
-            action = _hold(env.world_spec, self._last)
+            action = self._held()
         else:
             count["commands"] += 1
         self._last = action
@@ -353,6 +365,10 @@ class _Arm:
             env.reset()
             count["episodes"] += 1
             self._has_succeeded = False
+
+    def _held(self) -> FloatArray:
+        held = hold_action(self._env.world_spec, self._last)
+        return np.zeros(len(self._env.world_spec.action_names), np.float32) if held is None else held
 
 
 class _Eyes:
@@ -389,14 +405,6 @@ def _make_env(name: str, cameras: Mapping[str, tuple[int, int]] | None) -> Manip
             tasks.extend(f"{family}-{other}" for other in suite.tasks)
     known = ", ".join(dict.fromkeys(tasks)) or f"tasks of {', '.join(suites.names())}"
     raise ConfigError(f"robot: nothing to simulate is named {name!r}; there are: {known}.")
-
-
-def _hold(world: WorldSpec, last: FloatArray | None) -> FloatArray:
-    action = np.zeros(len(world.action_names), np.float32) if last is None else last.copy()
-    for index, name in enumerate(world.action_names):
-        if name.startswith("d"):
-            action[index] = 0.0
-    return world.clip(action)
 
 
 @robots.register("mujoco")

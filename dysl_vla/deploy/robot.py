@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies.base import Policy
@@ -37,7 +39,7 @@ class Robot(Protocol):
 
     @property
     def world(self) -> WorldSpec:
-        """Cameras; names and units of state and actions, by name; the range of actions; the rate of actions."""
+        """Cameras, state and actions; positions are in metres, angles in radians where their names say nothing else."""
 
     def connect(self, rate_hz: float) -> None:
         """Get ready, without moving.
@@ -81,9 +83,32 @@ class Robot(Protocol):
         """What its side knows of the run, for the account; nothing is fine."""
 
     def stop(self) -> None:
-        """Stop moving, and stay so; called once, whatever happened, also without `connect`. Must not raise."""
+        """Stop moving, and stay so; called once, whatever happened, also without `connect`. Must not raise.
+
+        `observe` may be waiting in another thread; it should give up then.
+        """
 
 
+def hold_action(world: WorldSpec, last: FloatArray | None) -> FloatArray | None:
+    """No motion where actions are relative; positions, and the gripper, as they were sent last.
+
+    Args:
+        world: The robot's.
+        last: The action that was sent last; None: none yet.
+
+    Returns:
+        (action,); None: there is no last position to keep.
+    """
+    others = [name for name in world.action_names if name not in (*RELATIVE, "gripper")]
+    if last is None and others:
+        return None
+    action = np.zeros(len(world.action_names), np.float32) if last is None else last.copy()
+    action[[name in RELATIVE for name in world.action_names]] = 0.0
+    return world.clip(action)
+
+
+RELATIVE = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
+"""Names of actions that move by so much, so that zero holds."""
 RobotMaker = Callable[[str, Mapping[str, tuple[int, int]]], Robot]
 """From the part of a name behind the colon, and the cameras that the policy needs, with their sizes."""
 robots: Registry[RobotMaker] = Registry("robot", "dysl_vla.robots")

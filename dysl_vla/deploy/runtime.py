@@ -21,10 +21,10 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.errors import CheckpointError, ConfigError, MissingExtraError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import read_json, sha256
-from dysl_vla.skip_controller.guidance import DyslState, Guide, GuideState
+from dysl_vla.skip_controller.guidance import FORGETS, DyslState, Guide, GuideState
 from dysl_vla.skip_controller.operating import SkipStatistics
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.types import (
@@ -51,6 +51,8 @@ FILES = (DOCUMENT, ENCODER, BACKBONE, TOKENIZER, EXAMPLE)
 TOLERANCES = {"fp32": 1e-4, "int8": 2e-2}
 """How far from the recorded actions a machine may be, in deviations of the demonstrated actions."""
 EMBEDS = "inputs_embeds"
+MOST_INSTRUCTIONS = 1000
+"""Whose token ids are kept."""
 
 
 class Bundle:
@@ -108,6 +110,7 @@ class Bundle:
         self._encoded_names = [node.name for node in self._encoder.get_outputs()]
         self._from_start = np.array(0, np.int64)
         self._verify_s = 0.0  # what verification took, at most lately
+        self._tokenizer: Any = None
         self.set_skip(self._exported_skip)
         self.check_example()
         self.set_skip(self._exported_skip if skip is None else skip)
@@ -167,11 +170,14 @@ class Bundle:
             raise CheckpointError(f"{path}: cannot be read ({error}); export it again.") from error
         self.spec.check_observation(observation)
         encoded = self._encode(observation)
-        for name, points, threshold in (
-            ("full", self._lengths, math.inf),
-            ("skipping", np.zeros_like(self._lengths), -math.inf),
-        ):
-            actions = self._run(encoded, points, np.array(threshold, np.float32), self._from_start)[0][0]
+        full, everything = np.array(math.inf, np.float32), np.array(-math.inf, np.float32)
+        skipping = self._run(encoded, np.zeros_like(self._lengths), everything, self._from_start)
+        first = min(self._skips(skipping[3]))
+        started = time.perf_counter()
+        resumed = self._run({**encoded, EMBEDS: skipping[4]}, self._lengths, full, np.array(first))
+        self._verify_s = time.perf_counter() - started
+        answers = {"skipping": skipping[0][0], "full": resumed[0][0]}
+        for name, actions in answers.items():
             distance = float(np.abs(actions - wanted[name]).max())
             limit = TOLERANCES[self.precision]
             if not distance <= limit:
@@ -200,6 +206,8 @@ class Bundle:
         skips = self._skips(lefts)
         wanted = self._guide.verify(guide, actions, spec.execute_steps) and bool(skips)
         is_verified = wanted and state.has_time(self._verify_s)
+        if wanted and not is_verified:
+            self._verify_s *= FORGETS  # one that was slow by chance must not forbid all that follow
         verify_s = 0.0
         resumed_from = None
         judged = clock()
@@ -208,7 +216,7 @@ class Bundle:
             exact = self._run({**encoded, EMBEDS: first}, self._lengths, self._threshold, np.array(resumed_from))
             actions = exact[0][0]
             verify_s = clock() - judged
-            self._verify_s = max(verify_s, 0.95 * self._verify_s)
+            self._verify_s = max(verify_s, FORGETS * self._verify_s)
             self._guide.verify(guide, actions, spec.execute_steps)
         world = spec.action_normalisation.undo(actions)
         ended = clock()
@@ -263,13 +271,24 @@ class Bundle:
         return answers
 
     def _tokens(self, instruction: str) -> NDArray[np.int64]:
-        if instruction not in self._token_ids:
-            with needs_extra("policy"):
+        known = self._token_ids.get(instruction)
+        if known is not None:
+            return known
+        if self._tokenizer is None:
+            try:
                 from tokenizers import Tokenizer
-            tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
-            tokenizer.enable_padding(length=self._text_tokens)
-            tokenizer.enable_truncation(self._text_tokens)
-            self._token_ids[instruction] = _ids(tokenizer.encode(instruction).ids)
+            except ModuleNotFoundError as error:
+                listed = "; ".join(self._token_ids)
+                raise MissingExtraError(
+                    f"{TASK_KEY}: {instruction!r:.80} is none of this bundle's instructions ({listed}); for others: "
+                    "pip install tokenizers"
+                ) from error
+            self._tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
+            self._tokenizer.enable_padding(length=self._text_tokens)
+            self._tokenizer.enable_truncation(self._text_tokens)
+        if len(self._token_ids) > MOST_INSTRUCTIONS:
+            self._token_ids.clear()
+        self._token_ids[instruction] = _ids(self._tokenizer.encode(instruction).ids)
         return self._token_ids[instruction]
 
     def _skips(self, lefts: NDArray[np.bool_]) -> dict[int, int]:

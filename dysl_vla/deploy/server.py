@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import queue
 import signal
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 from dysl_vla import provenance
 from dysl_vla.deploy.robot import open_policy
 from dysl_vla.deploy.wire import pack, unpack
-from dysl_vla.errors import ConfigError, DyslError, ObservationError
+from dysl_vla.errors import ActionError, ConfigError, DyslError, ObservationError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies.base import Policy
 from dysl_vla.types import (
@@ -45,8 +47,13 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PROMPT, RESET, EXECUTED = "prompt", "reset", "executed"
 SEND_S = 10.0
 """A client that takes no answer for so long is let go."""
-DRAIN_S = 4.0
-"""For what runs when the server is told to end."""
+DRAIN_S, CLOSE_S = 3.0, 0.5
+"""For what runs when the server is told to end; for goodbyes."""
+LONGEST_PROMPT, LONGEST_ERROR = 2000, 1000
+"""Characters."""
+MOST_EXECUTED = 64
+"""Actions since the last request: guidance looks back on less."""
+MOST_CONNECTIONS = 1024
 BATCHES = (2, 4, 8)
 WORTH = 0.9
 """A batch must take less than this share of its rows one by one."""
@@ -86,6 +93,20 @@ class _Waiting:
     state: EpisodeState
     answer: asyncio.Future[ActionChunk]
 
+    def tell(self, loop: asyncio.AbstractEventLoop, result: ActionChunk | Exception) -> None:
+        """Answer, from another thread."""
+
+        def settle() -> None:
+            if self.answer.done():
+                return
+            if isinstance(result, Exception):
+                self.answer.set_exception(result)
+            else:
+                self.answer.set_result(result)
+
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle)
+
 
 class PolicyServer:
     """Serves a policy.
@@ -102,10 +123,10 @@ class PolicyServer:
         self._policy = policy
         self._key = api_key
         self._spec = policy.spec
-        self._inference = ThreadPoolExecutor(1, thread_name_prefix="inference")
-        self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._waiting: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
         self._running = 0
         self._is_ending = False
+        self._connections: set[ServerConnection] = set()
         self._end = asyncio.Event()
         self.port = 0
         self.max_batch = 1
@@ -132,9 +153,10 @@ class PolicyServer:
             OSError: The address is taken, or not this machine's.
         """
         loop = asyncio.get_running_loop()
-        self.max_batch = await loop.run_in_executor(self._inference, self._measure_batches)
+        self.max_batch = await loop.run_in_executor(None, self._measure_batches)
         images = sum(height * width * 3 for height, width in self._spec.cameras.values())
-        batcher = asyncio.create_task(self._infer_forever())
+        # a daemon: an inference that hangs must not keep the process
+        threading.Thread(target=self._infer_forever, args=(loop,), name="inference", daemon=True).start()
         async with serve(
             self._connection,
             host,
@@ -143,12 +165,12 @@ class PolicyServer:
             compression=None,
             max_size=4 * images + 65536,
             write_limit=65536,
+            close_timeout=CLOSE_S,
         ) as server:
             self.port = next(iter(server.sockets)).getsockname()[1]
             if handle_signals:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.add_signal_handler(number, self._end.set)
-            log.info("serving on ws://%s:%d, %d rows at a time", host, self.port, self.max_batch)
             print(f"Serving on ws://{host}:{self.port}", flush=True)
             await self._end.wait()
             self._is_ending = True
@@ -156,8 +178,9 @@ class PolicyServer:
             while self._running and time.monotonic() < limit:
                 await asyncio.sleep(0.01)
             server.close()
-        batcher.cancel()
-        self._inference.shutdown(wait=False, cancel_futures=True)
+            await asyncio.wait([asyncio.create_task(server.wait_closed())], timeout=CLOSE_S)
+            for connection in list(self._connections):  # those that do not even take a goodbye
+                connection.transport.abort()
 
     def end(self) -> None:
         """Finish what runs, and return from `run`; from the loop's thread."""
@@ -190,7 +213,7 @@ class PolicyServer:
         observation = {
             **{IMAGE_PREFIX + c: np.zeros((*size, 3), np.uint8) for c, size in spec.cameras.items()},
             STATE_KEY: np.array(spec.state_normalisation.mean, np.float32),
-            TASK_KEY: "",
+            TASK_KEY: next(iter(self._policy.provenance.get("data", {}).get("instructions", [])), "do it"),
         }
 
         def seconds(rows: int) -> float:
@@ -215,14 +238,14 @@ class PolicyServer:
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return connection.respond(503, "ending\n") if self._is_ending else connection.respond(200, "OK\n")
-        if path == "/metrics":
-            return Response(200, "OK", Headers({"Content-Type": CONTENT_TYPE_LATEST}), generate_latest(self._registry))
-        if self._is_ending:
-            return connection.respond(503, "ending\n")
         if self._key is not None:
             shown = request.headers.get("Authorization", "")
             if not hmac.compare_digest(shown.encode(), f"Api-Key {self._key}".encode()):
                 return connection.respond(401, "Send the header 'Authorization: Api-Key KEY'.\n")
+        if path == "/metrics":
+            return Response(200, "OK", Headers({"Content-Type": CONTENT_TYPE_LATEST}), generate_latest(self._registry))
+        if self._is_ending or len(self._connections) >= MOST_CONNECTIONS:
+            return connection.respond(503, "ending\n" if self._is_ending else "too many connections\n")
         return None
 
     async def _connection(self, connection: ServerConnection) -> None:
@@ -230,6 +253,7 @@ class PolicyServer:
         state = self._policy.reset()
         planned: list[Any] = []  # what a client that does not say otherwise has executed
         self._robots.inc()
+        self._connections.add(connection)
         try:
             await self._send(connection, pack(self.metadata))
             previous_s: float | None = None
@@ -243,15 +267,16 @@ class PolicyServer:
                     if begins:
                         state = self._policy.reset()
                     state.executed.extend(planned if executed is None and not begins else executed or ())
+                    planned = []
                     chunk = await self._ask(observation, state)
                     planned = list(chunk.actions[: self._spec.execute_steps])
                     answer: bytes | str = pack(self._answer(chunk, previous_s))
                     outcome = "ok"
                 except DyslError as error:
-                    answer, outcome = str(error), "refused"
+                    answer, outcome = str(error)[:LONGEST_ERROR], "refused"
                 except Exception as error:  # what a client sent must never end the server
                     log.exception("a request failed")
-                    answer, outcome = f"server: {type(error).__name__}: {error}", "failed"
+                    answer, outcome = f"server: {type(error).__name__}: {error}"[:LONGEST_ERROR], "failed"
                 finally:
                     self._running -= 1
                 self._requests.labels(outcome).inc()
@@ -261,6 +286,7 @@ class PolicyServer:
         except (ConnectionClosed, TimeoutError):
             pass
         finally:
+            self._connections.discard(connection)
             self._robots.dec()
 
     async def _send(self, connection: ServerConnection, answer: bytes | str) -> None:
@@ -279,49 +305,58 @@ class PolicyServer:
         begins = message.get(RESET, False)
         if not isinstance(begins, (bool, np.bool_)):
             raise ObservationError(f"{RESET}: expected true or false, got {type(begins).__name__}.")
+        prompt = message.get(PROMPT)
+        if not isinstance(prompt, str) or len(prompt) > LONGEST_PROMPT:
+            raise ObservationError(
+                f"{PROMPT}: expected the instruction as text of at most {LONGEST_PROMPT} characters."
+            )
         observation = {IMAGE_PREFIX + camera: message.get(IMAGE_PREFIX + camera) for camera in self._spec.cameras}
-        observation |= {STATE_KEY: message.get(STATE_KEY), TASK_KEY: message.get(PROMPT)}
-        if not isinstance(observation[TASK_KEY], str):
-            raise ObservationError(f"{PROMPT}: expected the instruction as text.")
+        observation |= {STATE_KEY: _float32(message.get(STATE_KEY)), TASK_KEY: prompt}
         self._spec.check_observation(observation)
         executed = message.get(EXECUTED)
         if executed is None:
             return observation, bool(begins), None
-        if not isinstance(executed, np.ndarray) or executed.ndim != 2:
-            raise ObservationError(f"{EXECUTED}: expected an array (steps, {len(self._spec.action_names)}).")
-        check_actions(executed, len(self._spec.action_names))
-        return observation, bool(begins), list(executed.astype(np.float32))
+        dim = len(self._spec.action_names)
+        if not isinstance(executed, np.ndarray) or executed.ndim != 2 or len(executed) > MOST_EXECUTED:
+            raise ObservationError(f"{EXECUTED}: expected an array (at most {MOST_EXECUTED}, {dim}).")
+        executed = _float32(executed)
+        check_actions(executed, dim)
+        return observation, bool(begins), list(executed)
 
     async def _ask(self, observation: Observation, state: EpisodeState) -> ActionChunk:
         waiting = _Waiting(observation, state, asyncio.get_running_loop().create_future())
-        self._waiting.put_nowait(waiting)
+        self._waiting.put(waiting)
         return await waiting.answer
 
-    async def _infer_forever(self) -> None:
-        loop = asyncio.get_running_loop()
+    def _infer_forever(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The inference thread."""
         while True:
-            batch = [await self._waiting.get()]
-            while len(batch) < self.max_batch and not self._waiting.empty():
-                batch.append(self._waiting.get_nowait())
-            batch = [waiting for waiting in batch if not waiting.answer.done()]  # its client may be gone
-            if not batch:
-                continue
-            started = time.perf_counter()
+            batch = [self._waiting.get()]
+            with suppress(queue.Empty):
+                while len(batch) < self.max_batch:
+                    batch.append(self._waiting.get_nowait())
             try:
-                chunks = await loop.run_in_executor(
-                    self._inference, self._policy.infer, [w.observation for w in batch], [w.state for w in batch]
-                )
-            except Exception as error:  # to those who asked
-                for waiting in batch:
-                    if not waiting.answer.done():
-                        waiting.answer.set_exception(error)
+                self._infer(loop, batch)
+            except Exception:
+                if len(batch) == 1:
+                    log.exception("an inference failed")
+                for waiting in batch:  # one by one: nobody pays for another's request
+                    try:
+                        self._infer(loop, [waiting])
+                    except Exception as error:
+                        waiting.tell(loop, error)
+
+    def _infer(self, loop: asyncio.AbstractEventLoop, batch: list[_Waiting]) -> None:
+        started = time.perf_counter()
+        chunks = self._policy.infer([w.observation for w in batch], [w.state for w in batch])
+        self._inference_seconds.observe(time.perf_counter() - started)
+        for waiting, chunk in zip(batch, chunks, strict=True):
+            if not np.isfinite(chunk.actions).all():
+                waiting.tell(loop, ActionError("actions: the policy's are not finite; they are not sent."))
                 continue
-            self._inference_seconds.observe(time.perf_counter() - started)
-            for waiting, chunk in zip(batch, chunks, strict=True):
-                if chunk.skips is not None:
-                    self._layers.inc(chunk.skips.layers)
-                if not waiting.answer.done():
-                    waiting.answer.set_result(chunk)
+            if chunk.skips is not None:
+                self._layers.inc(chunk.skips.layers)
+            waiting.tell(loop, chunk)
 
     def _answer(self, chunk: ActionChunk, previous_s: float | None) -> dict[str, Any]:
         timing = chunk.timing
@@ -348,6 +383,12 @@ def serve_policy(config: ServeConfig) -> None:
     """
     policy = open_policy(config.bundle, config.policy, config.skip)
     asyncio.run(PolicyServer(policy, _read_key(config.api_key_file)).run(config.host, config.port))
+
+
+def _float32(value: Any) -> Any:
+    """Numbers in the precision that they are used in; what is too large becomes infinite, and is refused as such."""
+    with np.errstate(over="ignore"):
+        return value.astype(np.float32) if isinstance(value, np.ndarray) else value
 
 
 def _read_key(path: Path | None) -> str | None:

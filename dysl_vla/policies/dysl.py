@@ -26,7 +26,7 @@ from dysl_vla.checkpoint import add_to_manifest, read_document, validated
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import replacing, write_json
 from dysl_vla.policies.base import BackbonePolicy
-from dysl_vla.skip_controller.guidance import DyslState, Guide, GuideState, signals
+from dysl_vla.skip_controller.guidance import FORGETS, DyslState, Guide, GuideState, signals
 from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
 from dysl_vla.skip_controller.operating import RandomExits, SkipStatistics, Switches
 from dysl_vla.skip_controller.plan import SkipPlan
@@ -221,6 +221,8 @@ class DyslPolicy:
             for index, (guide, row) in enumerate(zip(guides, actions, strict=True))
         ]
         verified = [ask and state.has_time(self._verify_s) for ask, state in zip(wanted, states, strict=True)]
+        if any(wanted) and not any(verified):
+            self._verify_s *= FORGETS  # one that was slow by chance must not forbid all that follow
         judged = clock()
         verify_s = again_s = 0.0
         first_skip = step.first_skip
@@ -228,7 +230,7 @@ class DyslPolicy:
             with self._skipper.verify(step):
                 exact = self._policy.backbone(**inputs).last_hidden_state
             verify_s = clock() - judged
-            self._verify_s = max(verify_s, 0.95 * self._verify_s)
+            self._verify_s = max(verify_s, FORGETS * self._verify_s)
             actions = np.where(
                 np.array(verified)[:, None, None], self._policy.decode(exact).float().cpu().numpy(), actions
             )

@@ -33,7 +33,7 @@ class ConditionalDecoder(nn.Module):
         exits: Layers at which a block may be left, in the order of the answers about them.
 
     Raises:
-        ConfigError: The decoder has no list of layers of the plan's depth, or is attached.
+        ConfigError: The decoder has no list of layers of the plan's depth, or is attached, or nothing can be skipped.
     """
 
     def __init__(self, decoder: nn.Module, plan: SkipPlan, heads: SkipHeads, decode: nn.Module) -> None:
@@ -49,6 +49,8 @@ class ConditionalDecoder(nn.Module):
             for layer in range(block.first, block.landing)
         }
         self.exits = [layer for block in plan.blocks for layer in plan.exits_of(block)]
+        if not self.exits:
+            raise ConfigError(f"plan: {plan} leaves layer 0 alone to skip, and the first layer always runs.")
 
     def forward(
         self, inputs: Mapping[str, Tensor], allow_points: Tensor, threshold: Tensor, resume_from: Tensor

@@ -37,6 +37,10 @@ WINDOW = 5
 """Actions that continuity looks back on: k of the paper, which finds 1 and 9 worse."""
 
 
+FORGETS = 0.95
+"""Per verification that was asked for: how the largest time that one took is forgotten."""
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """What counts as a fall of continuity. Quantiles of what happens on demonstrations, never set by hand.

@@ -120,6 +120,9 @@ class Node:
         self.callbacks: dict[str, Any] = {}
         self.published: list[Any] = []
 
+    def get_clock(self) -> Any:
+        return types.SimpleNamespace(now=lambda: types.SimpleNamespace(nanoseconds=time.time_ns()))
+
     def create_publisher(self, kind: Any, topic: str, depth: int) -> Any:
         return types.SimpleNamespace(publish=lambda message: self.published.append((topic, message.data)))
 
@@ -136,14 +139,26 @@ def test_the_ros_2_example_turns_topics_into_readings_and_actions_into_messages(
     with pytest.raises(RobotFault, match="nothing of"):
         robot.connect(20.0)
 
-    def image(height: int, width: int, value: int, encoding: str = "rgb8") -> Any:
+    def header(age: float = 0.0) -> Any:
+        seconds, rest = divmod(time.time_ns() - int(1e9 * age), 1_000_000_000)
+        return types.SimpleNamespace(stamp=types.SimpleNamespace(sec=seconds, nanosec=rest))
+
+    def image(height: int, width: int, value: int, encoding: str = "rgb8", age: float = 0.0) -> Any:
         data = np.full((height, width * 3 + 4), value, np.uint8).tobytes()
-        return types.SimpleNamespace(height=height, width=width, step=width * 3 + 4, encoding=encoding, data=data)
+        step = width * 3 + 4
+        return types.SimpleNamespace(
+            header=header(age), height=height, width=width, step=step, encoding=encoding, data=data
+        )
 
     node.callbacks["/top"](image(32, 32, 7))
     node.callbacks["/wrist"](image(16, 16, 9))
-    node.callbacks["/joints"](types.SimpleNamespace(name=["y", "z", "x"], position=[2.0, 3.0, 1.0]))
+    node.callbacks["/joints"](types.SimpleNamespace(header=header(), name=["y", "z", "x"], position=[2.0, 3.0, 1.0]))
+    node.callbacks["/joints"](types.SimpleNamespace(header=header(), name=["x", "y"], position=[]))
+    node.callbacks["/top"](image(32, 32, 7, age=0.2))
     reading = robot.observe(0.0)
+    assert 0.2 <= time.perf_counter() - reading.taken_at < 0.4
+    with pytest.raises(ConfigError, match="rate_hz"):
+        robot.connect(50.0)
     spec.check_observation(reading.observation)
     assert reading.observation["observation.state"].tolist() == [1, 2]
     assert reading.observation["observation.images.wrist"].max() == 9
@@ -153,6 +168,6 @@ def test_the_ros_2_example_turns_topics_into_readings_and_actions_into_messages(
         robot.observe(now)
     robot.act(np.array([0.5, 0, 1], np.float32))
     robot.stop()
-    assert node.published == [("/act", [0.5, 0, 1]), ("/act", [0, 0, 0])]
+    assert node.published == [("/act", [0.5, 0, 1]), ("/act", [0, 0, 1])]
     with pytest.raises(ConfigError, match="'wrist'"):
         module.Ros2Robot(node, messages, {"top": "/top"}, spec, ((-1.0,) * 3, (1.0,) * 3))

@@ -47,7 +47,7 @@ def test_what_is_sent_lies_within_every_limit(steps: list[tuple[Any, Any]]) -> N
     last = None
     for number, (action, state) in enumerate(steps):
         guard.observe(state, number / 20)
-        sent, breaches = guard.check(action, last)
+        sent, breaches = guard.check(action, last, number / 20)
         assert sent.dtype == np.float32
         assert (np.abs(sent) <= 0.5 + 1e-6).all()
         leads_out = ((state[:3] <= 0) & (sent[:3] < 0)) | ((state[:3] >= 1) & (sent[:3] > 0))
@@ -64,8 +64,8 @@ def test_what_is_sent_lies_within_every_limit(steps: list[tuple[Any, Any]]) -> N
 @given(ACTIONS)
 def test_what_is_allowed_is_sent_as_it_is(action: Any) -> None:
     inside = np.clip(action, -0.4, 0.4)
-    for on_breach in ("clamp", "refuse"):
-        sent, breaches = Guard(Limits(on_breach, low=(-0.5,) * 4, high=(0.5,) * 4), RELATIVE, 20.0).check(inside, None)  # type: ignore[arg-type]
+    for limits in (Limits(low=(-0.5,) * 4, high=(0.5,) * 4), Limits("refuse", low=(-0.5,) * 4, high=(0.5,) * 4)):
+        sent, breaches = Guard(limits, RELATIVE, 20.0).check(inside, None, 0.0)
         np.testing.assert_array_equal(sent, inside)
         assert not breaches
 
@@ -76,12 +76,12 @@ def test_what_is_not_finite_always_stops(on_breach: Any, value: float) -> None:
     action = np.zeros(4, np.float32)
     action[2] = value
     with pytest.raises(SafetyStop, match="not finite"):
-        Guard(Limits(on_breach), RELATIVE, 20.0).check(action, None)
+        Guard(Limits(on_breach), RELATIVE, 20.0).check(action, None, 0.0)
 
 
 def test_another_dimension_stops() -> None:
     with pytest.raises(SafetyStop, match="shape"):
-        Guard(Limits(), RELATIVE, 20.0).check(np.zeros(3, np.float32), None)
+        Guard(Limits(), RELATIVE, 20.0).check(np.zeros(3, np.float32), None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -99,18 +99,38 @@ def test_refusing_names_the_limit(limits: Limits, word: str) -> None:
     guard.observe(np.array([0.9, 0.9, 0.9, 0], np.float32), 0.0)
     guard.observe(np.array([1.1, 0.9, 0.9, 0], np.float32), 0.05)
     with pytest.raises(SafetyStop, match=f"^{word}"):
-        guard.check(np.full(4, 0.5, np.float32), np.zeros(4, np.float32))
+        guard.check(np.full(4, 0.5, np.float32), np.zeros(4, np.float32), 0.05)
 
 
 def test_positions_are_kept_inside_the_workspace() -> None:
     guard = Guard(Limits(workspace_low=(0, 0, 0), workspace_high=(1, 1, 1)), ABSOLUTE, 20.0)
-    sent, breaches = guard.check(np.array([2, 0.5, -1], np.float32), None)
+    sent, breaches = guard.check(np.array([2, 0.5, -1], np.float32), None, 0.0)
     assert sent.tolist() == [1, 0.5, 0]
     assert breaches == ["workspace"]
 
 
+def test_where_the_arm_will_be_by_now_counts() -> None:
+    guard = Guard(Limits(workspace_low=(0, 0, 0), workspace_high=(1, 1, 1)), RELATIVE, 20.0)
+    guard.observe(np.array([0.90, 0.5, 0.5, 0], np.float32), 0.00)
+    guard.observe(np.array([0.95, 0.5, 0.5, 0], np.float32), 0.05)
+    outward = np.array([1, 0, 0, 0], np.float32)
+    assert guard.check(outward, None, 0.06)[0][0] == 1
+    assert guard.check(outward, None, 0.15)[0][0] == 0
+
+
+@given(hnp.arrays(np.float32, 3, elements=st.floats(-5, 5, width=32)))
+def test_positions_are_approached_no_faster_than_allowed(target: Any) -> None:
+    guard = Guard(Limits(max_speed=0.5), ABSOLUTE, 20.0)
+    here = np.array([0.1, 0.2, 0.3], np.float32)
+    guard.observe(here, 0.0)
+    sent, _ = guard.check(target, None, 0.0)
+    assert np.linalg.norm(sent - here) <= 0.5 / 20 + 1e-5
+    if np.linalg.norm(target - here) <= 0.024:
+        np.testing.assert_allclose(sent, target, atol=1e-6)
+
+
 def test_a_robots_own_range_is_no_breach() -> None:
-    sent, breaches = Guard(Limits("refuse"), RELATIVE, 20.0).check(np.full(4, 1.2, np.float32), None)
+    sent, breaches = Guard(Limits("refuse"), RELATIVE, 20.0).check(np.full(4, 1.2, np.float32), None, 0.0)
     assert sent.tolist() == [1.0] * 4
     assert not breaches
 
@@ -135,11 +155,12 @@ def test_limits_that_cannot_work_are_refused(values: dict[str, Any], words: str)
 
 
 def test_limits_that_need_what_the_robot_does_not_have_are_refused() -> None:
-    world = WorldSpec({}, ("a",), ("da",), (-1.0,), (1.0,), 20.0)
-    for limits in (
-        Limits(gripper_rate=1.0),
-        Limits(max_speed=1.0),
-        Limits(workspace_low=(0, 0, 0), workspace_high=(1, 1, 1)),
-    ):
-        with pytest.raises(ConfigError):
-            Guard(limits, world, 20.0)
+    for state in (("a",), ("x", "y", "z")):
+        world = WorldSpec({}, state, ("shoulder",), (-1.0,), (1.0,), 20.0)
+        for limits in (
+            Limits(gripper_rate=1.0),
+            Limits(max_speed=1.0),
+            Limits(workspace_low=(0, 0, 0), workspace_high=(1, 1, 1)),
+        ):
+            with pytest.raises(ConfigError, match=r"gripper_rate|x, y and z"):
+                Guard(limits, world, 20.0)
