@@ -40,7 +40,7 @@ class DistillConfig:
 
     adapter_steps: int = 500
     """Steps of stage 1, adapters alone; 0: one-stage training."""
-    skip_steps: int = 60_000
+    skip_steps: int = 50_000
     """Steps of stage 2, adapters and controllers."""
     objective: Literal["tolerance", "mixture"] = "tolerance"
     """Of stage 2: skip really and learn what stays within a tolerance, or mix and weigh (the paper's)."""
