@@ -36,8 +36,10 @@ from dysl_vla.files import TEMPORARY, claimed, is_unused, replacing, sha256, wri
 from dysl_vla.policies import ExportablePolicy, load_backbone_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
 
-with needs_extra("robot"):
+with needs_extra("export"):
+    import onnx
     import onnxruntime
+    import onnxscript  # noqa: F401 # torch needs it
 with needs_extra("policy"):
     import torch
     from torch import Tensor, nn
@@ -76,9 +78,6 @@ def export(config: ExportConfig) -> Path:
         CheckpointError: The policy is damaged, or the exported one computes something else.
         MissingExtraError: onnx is not installed.
     """
-    with needs_extra("export"):
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
     if not is_unused(config.out) and not (config.out / BACKBONE).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no bundle; give a new folder.")
     if config.skip is not None and not 0 < config.skip <= 1:
@@ -265,8 +264,24 @@ def _write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[lis
             program, dynamo=True, input_names=names[0], output_names=names[1], opset_version=OPSET, verbose=False
         )
     assert graph is not None
+    model = graph.model_proto
+    _forget_source(model.graph)
+    del model.metadata_props[:]
     with replacing(path) as temporary:
-        graph.save(temporary, external_data=False)
+        onnx.save(model, temporary)
+
+
+def _forget_source(graph: onnx.GraphProto) -> None:
+    """Drop what the exporter notes of each operation: lines of source code, with this machine's paths."""
+    del graph.metadata_props[:]
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        del value.metadata_props[:]
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _forget_source(attribute.g)
 
 
 def _quantize(path: Path) -> None:

@@ -56,6 +56,13 @@ def test_a_bundle_is_a_policy_like_any_other(bundle_folder: Path) -> None:
         load_policy(str(bundle_folder), switches=Switches(guidance=False))
 
 
+def test_a_bundle_holds_no_path_of_the_machine_that_made_it(bundle_folder: Path) -> None:
+    for path in bundle_folder.iterdir():
+        data = path.read_bytes()
+        assert b"site-packages" not in data, path.name
+        assert b"skip_controller" not in data, path.name
+
+
 def test_an_instruction_that_the_bundle_does_not_list_is_tokenized(
     bundle_folder: Path, skipping_checkpoint: Path
 ) -> None:
