@@ -136,7 +136,7 @@ def choose_frames(demonstrations: Demonstrations, count: int, *, held_out: bool)
     if not len(frames):
         raise DatasetError(
             f"{demonstrations.root}: {len(demonstrations.rows)} episodes, and one in {HELD_OUT_EVERY} is held out; "
-            "collect more."
+            f"collect {HELD_OUT_EVERY} in all, or more."
         )
     return np.asarray(frames[evenly(len(frames), count)], np.int64)
 

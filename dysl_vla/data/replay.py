@@ -81,7 +81,9 @@ class Replay:
         held_out = [row for index, row in enumerate(demonstrations.rows) if is_held_out(index)]
         rows = [held_out[index] for index in evenly(len(held_out), EPISODES)]
         if not rows:
-            raise DatasetError(f"{demonstrations.root}: has no held-out episode (one in 20 is); collect more.")
+            raise DatasetError(
+                f"{demonstrations.root}: has no held-out episode; every twentieth is, so collect 20 or more."
+            )
         step = policy.spec.execute_steps
         self._episodes = [np.arange(row.start, row.start + row.length, step) for row in rows]
         self.encode_s = _encoding_time(policy, demonstrations)

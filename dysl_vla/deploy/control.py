@@ -563,6 +563,8 @@ def control(config: ControlConfig) -> Account:
     Raises:
         DyslError: See `ControlLoop`.
     """
+    if config.log is not None and not is_unused(config.log):
+        raise ConfigError(f"log: {config.log} is not empty; give a new folder.")
     policy = open_policy(config.bundle, config.policy, config.skip)
     robot = make_robot(config.robot, policy.spec.cameras)
     try:
@@ -583,7 +585,8 @@ def control(config: ControlConfig) -> Account:
     try:
         return loop.run(config.seconds)
     except DyslError:
-        print(render_account(loop.account))
+        if loop.account.cycles:
+            print(render_account(replace(loop.account, stopped="")))  # why, follows
         raise
 
 
@@ -592,8 +595,9 @@ def render_account(account: Account) -> str:
     told = account.summary()
     lines = [
         f"{told['cycles']} cycles: {told['on_time']} on time, {told['late']} late, {told['missed']} missed; "
-        f"{told['clamped']} clamped; {told['inferences']} inferences, {told['verified']} verified, "
-        f"{told['unverified']} not for lack of time.",
+        f"{told['clamped']} clamped by a limit.",
+        f"{told['inferences']} inferences; surprising actions predicted again: {told['verified']}; left as they were, "
+        f"for lack of time: {told['unverified']}.",
         "",
         "| ms | p50 | p95 | p99 | max |",
         "|---|---:|---:|---:|---:|",
@@ -610,8 +614,11 @@ def render_account(account: Account) -> str:
     for edge, count in zip(edges, told["jitter_histogram"], strict=False):
         if count:
             lines.append(f"{edge:>10}  {count:6d}  {'#' * math.ceil(40 * count / most)}")
-    for name, value in account.robot.items():
-        lines.append(f"robot: {name} {value}")
+    if account.robot:
+        lines += [
+            "",
+            "On the robot's side: " + ", ".join(f"{value} {name}" for name, value in account.robot.items()) + ".",
+        ]
     if account.stopped:
         lines.append(f"Stopped early: {account.stopped}")
     return "\n".join(lines)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import warnings
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -233,6 +235,20 @@ def _answers(policy: ExportablePolicy, plan: SkipPlan, heads: SkipHeads, embeds:
     return {"full": full[0].numpy(), "skipping": skipping[0].numpy()}
 
 
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Only errors of some loggers: exporters tell of packages that nobody needs here."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _own_answers(
     out: Path, example: dict[str, NDArray[Any]], policy: ExportablePolicy, blocks: int
 ) -> dict[str, NDArray[Any]]:
@@ -257,7 +273,7 @@ def _own_answers(
 def _write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[list[str], list[str]], path: Path) -> None:
     """Trace a module into an ONNX graph in one file. Conditions need the strict tracer, which understands less else."""
     is_strict = isinstance(module, ConditionalDecoder)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
         program = torch.export.export(module.eval(), arguments, strict=is_strict)
         graph = torch.onnx.export(

@@ -39,7 +39,15 @@ COMMAND_S = 0.1
 """A reading is copied in microseconds; who holds the lock for so long is not running."""
 COMMAND_AGE_S = 0.25
 """A command that is older is not executed any more: the robot holds, as one does whose controller has died."""
-COUNTS = ("ticks", "overruns", "commands", "unsafe", "held", "episodes", "successes")
+COUNTS = PERIODS, SHORT, EXECUTED, UNSAFE, HELD, EPISODES, SUCCESSES = (
+    "periods",
+    "periods too short for the simulator",
+    "commands executed",
+    "unsafe commands refused",
+    "periods held for want of a command",
+    "episodes",
+    "successes",
+)
 
 
 @dataclass(frozen=True)
@@ -158,11 +166,7 @@ class MujocoRobot:
                 self._shared = None
 
     def report(self) -> dict[str, int]:
-        """What the robot's side counted, by the names in `COUNTS`.
-
-        `overruns`: it could not keep real time; `commands`: executed; `unsafe`: not finite or out of range, and not
-        executed; `held`: ticks without a command.
-        """
+        """What the robot's side counted, by the names in `COUNTS`; unsafe is what is not finite, or out of range."""
         counts = self._counts if self._shared is None else self._shared.counts
         return dict(zip(COUNTS, counts.tolist(), strict=True))
 
@@ -317,23 +321,23 @@ def _simulate(
 def _tick(simulation: Simulation, env: ManipulationEnv, shared: _Shared, period: float) -> None:
     """The robot's controller: move, look, publish, until told to end."""
     count = dict.fromkeys(COUNTS, 0)
-    count["episodes"] = 1
+    count[EPISODES] = 1
     arm, eyes = _Arm(env, count), _Eyes(simulation, clock())
     due = eyes.start
     while not shared.is_over:
         if (left := due - clock()) > 0:
             time.sleep(left)
         elif -left > period:
-            count["overruns"] += 1
+            count[SHORT] += 1
             due = clock()
         now = clock()
         if now - eyes.start >= simulation.stall_after:
             os.kill(os.getpid(), signal.SIGSTOP)
-        if count["ticks"]:
+        if count[PERIODS]:
             arm.move(*shared.commanded(), now)
         for observation, taken_at in eyes.look(env.observe(), now):
             shared.show(observation, taken_at)
-        count["ticks"] += 1
+        count[PERIODS] += 1
         shared.counts[:] = list(count.values())
         due += period
 
@@ -349,21 +353,21 @@ class _Arm:
     def move(self, action: FloatArray, commanded_at: float, now: float) -> None:
         env, count = self._env, self._count
         if now - commanded_at > COMMAND_AGE_S:
-            count["held"] += 1
+            count[HELD] += 1
             action = self._held()
         elif not np.isfinite(action).all() or (action != env.world_spec.clip(action)).any():
-            count["unsafe"] += 1
+            count[UNSAFE] += 1
             action = self._held()
         else:
-            count["commands"] += 1
+            count[EXECUTED] += 1
         self._last = action
         _, is_truncated, info = env.advance(action)
         if info["success"] and not self._has_succeeded:
             self._has_succeeded = True
-            count["successes"] += 1
+            count[SUCCESSES] += 1
         if is_truncated:
             env.reset()
-            count["episodes"] += 1
+            count[EPISODES] += 1
             self._has_succeeded = False
 
     def _held(self) -> FloatArray:
@@ -403,7 +407,10 @@ def _make_env(name: str, cameras: Mapping[str, tuple[int, int]] | None) -> Manip
             if task in suite.tasks:
                 return suite.make(task, cameras)
             tasks.extend(f"{family}-{other}" for other in suite.tasks)
-    known = ", ".join(dict.fromkeys(tasks)) or f"tasks of {', '.join(suites.names())}"
+    known = ", ".join(dict.fromkeys(tasks))
+    if not known:
+        families = dict.fromkeys(suite_name.partition("-")[0] for suite_name in suites.names())
+        known = ", ".join(f"{one}-TASK" for one in families)
     raise ConfigError(f"robot: nothing to simulate is named {name!r}; there are: {known}.")
 
 

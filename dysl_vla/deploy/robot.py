@@ -135,6 +135,8 @@ def make_robot(name: str, cameras: Mapping[str, tuple[int, int]]) -> Robot:
     if kind in OURS:
         with needs_extra(OURS[kind][1]):
             import_module(OURS[kind][0])
+    if kind not in known:
+        raise ConfigError(f"robot: unknown kind {kind!r}; there are: {', '.join(known)}.")
     return robots.get(kind)(rest, cameras)
 
 
@@ -147,7 +149,7 @@ def open_policy(bundle: Path | None, policy: str | None, skip: float | None) -> 
         MissingExtraError: What it needs is not installed.
     """
     if (bundle is None) == (policy is None):
-        raise ConfigError("bundle, policy: give one of them.")
+        raise ConfigError("bundle, policy: give --bundle or --policy, one of them.")
     if bundle is not None:
         from dysl_vla.deploy.runtime import Bundle
 

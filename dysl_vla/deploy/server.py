@@ -306,6 +306,10 @@ class PolicyServer:
         if not isinstance(begins, (bool, np.bool_)):
             raise ObservationError(f"{RESET}: expected true or false, got {type(begins).__name__}.")
         prompt = message.get(PROMPT)
+        if prompt is None:
+            raise ObservationError(
+                f"{PROMPT}: is missing; it holds the instruction (which datasets call {TASK_KEY!r})."
+            )
         if not isinstance(prompt, str) or len(prompt) > LONGEST_PROMPT:
             raise ObservationError(
                 f"{PROMPT}: expected the instruction as text of at most {LONGEST_PROMPT} characters."

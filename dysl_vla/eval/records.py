@@ -144,5 +144,10 @@ def read_result(root: Path) -> dict[str, Any]:
         ConfigError: The folder holds no finished run.
     """
     if not (root / RESULT).is_file():
-        raise ConfigError(f"{root}: holds no finished evaluation; run `dysl eval --out {root}` to its end.")
+        if not root.is_dir():
+            raise ConfigError(f"{root}: does not exist.")
+        ways = sorted(path.parent.name for path in root.glob(f"*/{RESULT}"))
+        if ways:
+            raise ConfigError(f"{root}: holds several runs; name one: {', '.join(str(root / way) for way in ways)}.")
+        raise ConfigError(f"{root}: holds no finished evaluation; if it is one, the same `dysl eval` finishes it.")
     return read_json(root / RESULT)

@@ -357,8 +357,8 @@ def test_a_simulated_robot_runs_in_real_time_in_a_process_of_its_own() -> None:
     assert 1.5 < seconds < 6
     assert account.cycles == 30
     report = robot.report()
-    assert report["unsafe"] == 0
-    assert 20 <= report["commands"] <= 34
+    assert report["unsafe commands refused"] == 0
+    assert 20 <= report["commands executed"] <= 34
     assert account.robot == report
     assert "30 cycles" in render_account(account)
 
@@ -378,7 +378,7 @@ def test_each_fault_ends_safely_in_its_time(fault: dict[str, float], kind: Any, 
     assert isinstance(outcome, kind), outcome
     assert any(word in str(outcome) for word in words.split("|"))
     assert seconds < within + 2.5  # the last 2: a stalled process is waited for, then killed
-    assert robot.report()["unsafe"] == 0
+    assert robot.report()["unsafe commands refused"] == 0
     assert robot._process is not None
     assert not robot._process.is_alive()
 
@@ -391,8 +391,8 @@ def test_a_robot_whose_controller_is_gone_holds() -> None:
     time.sleep(0.8)
     robot.stop()
     report = robot.report()
-    assert report["held"] >= 8
-    assert 1 <= report["commands"] <= 6
+    assert report["periods held for want of a command"] >= 8
+    assert 1 <= report["commands executed"] <= 6
     with pytest.raises(RobotFault, match="stopped"):
         robot.act(np.zeros(3, np.float32))
 
@@ -408,7 +408,7 @@ def test_names_that_mean_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="is no number"):
         Simulation.parse("mock-reach?episode=x")
     assert Simulation.parse("mock-reach?episode=2&nan_after=1.5") == Simulation("mock-reach", 2, nan_after=1.5)
-    for name, words in (("mujoco", "KIND:NAME"), ("ur5:x", "unknown robot 'ur5'")):
+    for name, words in (("mujoco", "KIND:NAME"), ("ur5:x", "unknown kind 'ur5'; there are: lerobot, mujoco")):
         with pytest.raises(ConfigError, match=words):
             control(ControlConfig(name, policy="mock"))
 
@@ -427,7 +427,7 @@ def test_a_log_is_played_back_and_viewed(bundle_folder: Path, tmp_path: Path) ->
     played = replay(tmp_path / "log")
     assert played["sent"] + played["passed"] == sum("action" in line for line in read_log(tmp_path / "log")[1])
     assert played["sent"] > 25
-    assert played["robot"]["unsafe"] == 0
+    assert played["robot"]["unsafe commands refused"] == 0
     edited = read_json(tmp_path / "log" / "account.json")
     write_json(tmp_path / "log" / "account.json", {**edited, "action_names": ["a", "b", "c"]})
     with pytest.raises(ConfigError, match="the log has"):

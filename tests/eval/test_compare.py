@@ -69,6 +69,11 @@ def test_latencies_of_parallel_workers_are_not_compared(tmp_path: Path) -> None:
 
 def test_unfinished_and_missing_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "compare", str(run(tmp_path / "a")), str(tmp_path / "none")]) == 2
+    assert "none: does not exist" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["eval", "compare", str(tmp_path / "a"), str(tmp_path / "empty")]) == 2
     assert "holds no finished evaluation" in capsys.readouterr().err
+    assert main(["eval", "compare", str(tmp_path), str(tmp_path / "a")]) == 2
+    assert "holds several runs; name one" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="at least two"):
         compare([tmp_path / "a"])
