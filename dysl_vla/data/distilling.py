@@ -30,6 +30,7 @@ from dysl_vla.files import (
     check_same_run,
     claimed,
     is_unused,
+    read_json,
     read_lines,
     replacing,
     write_json,
@@ -102,13 +103,11 @@ def distill(config: DistillRunConfig) -> Path:
     policy.spec.check_world(demonstrations.spec)
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
     del settings["training"]
+    identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
+    if (config.out / RUN_FILE).exists():  # before a plan is calibrated, which takes a while
+        check_same_run(config.out / RUN_FILE, {**identity, "plan": read_json(config.out / RUN_FILE).get("plan")})
     plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
-    identity = {
-        **settings,
-        "plan": json.loads(json.dumps(asdict(plan))),
-        "demonstrated_frames": demonstrations.total_frames,
-        "teacher": policy.fingerprint,
-    }
+    identity["plan"] = json.loads(json.dumps(asdict(plan)))
     if (config.out / RUN_FILE).exists():
         check_same_run(config.out / RUN_FILE, identity)
         if _is_finished(config):
