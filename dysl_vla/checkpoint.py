@@ -142,7 +142,7 @@ def load_checkpoint(folder: Path, policy_type: str, config_class: type[Any]) -> 
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             written = json.loads((file.metadata() or {}).get("config", "null"))
             _check_unedited(folder / CONFIG, document, written)
-            _check_manifest(folder)
+            check_manifest(folder, (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 # it is no mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: is missing or damaged ({error}); get it again.") from error
@@ -183,9 +183,14 @@ def _check_unedited(path: Path, document: Any, written: Any) -> None:
         )
 
 
-def _check_manifest(folder: Path) -> None:
+def check_manifest(folder: Path, names: Sequence[str]) -> None:
+    """Compare the files of a folder with its manifest, which must vouch for all that are named.
+
+    Raises:
+        CheckpointError: One is missing, or not what the manifest says.
+    """
     manifest = read_document(folder / MANIFEST)
-    for name in {CONFIG: 0, WEIGHTS: 0, TOKENIZER: 0, PROVENANCE: 0, **manifest}:
+    for name in {**dict.fromkeys(names), **manifest}:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: is missing; get the checkpoint again.")
         if manifest.get(name) != sha256(folder / name):

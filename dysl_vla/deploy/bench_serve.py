@@ -30,7 +30,7 @@ with needs_extra("serve"):
 
 START_S = 60.0
 KILLED = (
-    "import sys; from pathlib import Path; from dysl_vla.deploy.bench_serve import requests;"
+    "import sys; from dysl_vla.deploy.bench_serve import requests;"
     "from dysl_vla.deploy.client import Client\n"
     "client = Client(sys.argv[1]); ask = requests(client.metadata)\n"
     "client.infer(next(ask)); print('asking', flush=True)\n"

@@ -17,19 +17,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.checkpoint import TOKENIZER as CHECKPOINT_TOKENIZER
-from dysl_vla.checkpoint import find_checkpoint
+from dysl_vla.checkpoint import CONFIG as DOCUMENT
+from dysl_vla.checkpoint import MANIFEST, TOKENIZER, find_checkpoint
 from dysl_vla.deploy.runtime import (
     BACKBONE,
-    DOCUMENT,
     EMBEDS,
     ENCODER,
     EXAMPLE,
     FILES,
     FORMAT,
-    MANIFEST,
     POLICY_TYPE,
-    TOKENIZER,
     Bundle,
 )
 from dysl_vla.errors import CheckpointError, ConfigError
@@ -168,7 +165,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
             for name in (ENCODER, BACKBONE):
                 _quantize(out / name)
         progress.update()
-        write_text(out / TOKENIZER, (folder / CHECKPOINT_TOKENIZER).read_text(encoding="utf-8"))
+        write_text(out / TOKENIZER, (folder / TOKENIZER).read_text(encoding="utf-8"))
         instructions = [*policy.provenance.get("data", {}).get("instructions", []), str(example[TASK_KEY])]
         write_json(
             out / DOCUMENT,

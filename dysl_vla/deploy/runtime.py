@@ -21,9 +21,11 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from dysl_vla.checkpoint import CONFIG as DOCUMENT
+from dysl_vla.checkpoint import MANIFEST, TOKENIZER, check_manifest, read_document
 from dysl_vla.errors import CheckpointError, ConfigError, MissingExtraError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import read_json, sha256
+from dysl_vla.files import sha256
 from dysl_vla.skip_controller.guidance import FORGETS, DyslState, Guide, GuideState
 from dysl_vla.skip_controller.operating import SkipStatistics
 from dysl_vla.skip_controller.plan import SkipPlan
@@ -45,8 +47,7 @@ with needs_extra("robot"):
     import onnxruntime
 
 POLICY_TYPE, FORMAT = "dysl-bundle", 1
-DOCUMENT, MANIFEST, EXAMPLE, TOKENIZER = "config.json", "manifest.json", "example.npz", "tokenizer.json"
-ENCODER, BACKBONE = "encoder.onnx", "backbone.onnx"
+ENCODER, BACKBONE, EXAMPLE = "encoder.onnx", "backbone.onnx", "example.npz"
 FILES = (DOCUMENT, ENCODER, BACKBONE, TOKENIZER, EXAMPLE)
 TOLERANCES = {"fp32": 1e-4, "int8": 2e-2}
 """How far from the recorded actions a machine may be, in deviations of the demonstrated actions."""
@@ -72,9 +73,11 @@ class Bundle:
 
     def __init__(self, folder: Path, *, skip: float | None = None, threads: int = 1) -> None:
         self._folder = folder
-        _check_manifest(folder)
+        if not (folder / MANIFEST).is_file():
+            raise CheckpointError(f"{folder}: is no bundle (there is no {MANIFEST}); make one with dysl export.")
+        check_manifest(folder, FILES)
         self._digest = sha256(folder / MANIFEST)
-        document = _read(folder / DOCUMENT)
+        document = read_document(folder / DOCUMENT)
         try:
             if document.get("policy_type") != POLICY_TYPE:
                 raise CheckpointError(f"{folder}: is no bundle but a {document.get('policy_type')}; use dysl export.")
@@ -97,12 +100,7 @@ class Bundle:
             self._foresight, self._signal = int(skipping["foresight"]), str(skipping["signal"])
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{folder / DOCUMENT}: {type(error).__name__}: {error}; export it again.") from error
-        self._exits = [layer for block in self._plan.blocks for layer in self._plan.exits_of(block)]
-        self._block_of = {
-            layer: (number, block.landing)
-            for number, block in enumerate(self._plan.blocks)
-            for layer in range(block.first, block.landing)
-        }
+        self._landings = {e: block.landing for block in self._plan.blocks for e in self._plan.exits_of(block)}
         self._lengths = np.array([block.length for block in self._plan.blocks], np.int64)
         self._encoder = _session(folder / ENCODER, threads)
         self._backbone = _session(folder / BACKBONE, threads)
@@ -233,7 +231,7 @@ class Bundle:
                 skips=skips,
                 outputs={
                     layer: 1 / (1 + math.exp(-float(np.clip(logit, -50, 50))))
-                    for layer, is_asked, logit in zip(self._exits, asked, logits, strict=True)
+                    for layer, is_asked, logit in zip(self._landings, asked, logits, strict=True)
                     if is_asked
                 },
                 allow_points=tuple(points.tolist()),
@@ -292,9 +290,8 @@ class Bundle:
         return self._token_ids[instruction]
 
     def _skips(self, lefts: NDArray[np.bool_]) -> dict[int, int]:
-        return {
-            layer: self._block_of[layer][1] for layer, left in zip(self._exits, lefts.tolist(), strict=True) if left
-        }
+        exits = zip(self._landings.items(), lefts.tolist(), strict=True)
+        return {layer: landing for (layer, landing), left in exits if left}
 
     def _layers_run(self, skips: Mapping[int, int]) -> NDArray[np.bool_]:
         run = np.ones(self._plan.num_layers, np.bool_)
@@ -311,26 +308,6 @@ def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors share no base but this
         raise CheckpointError(f"{path}: ONNX Runtime {onnxruntime.__version__} refuses it ({error}).") from error
-
-
-def _check_manifest(folder: Path) -> None:
-    if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder}: is no bundle (there is no {MANIFEST}); make one with dysl export.")
-    manifest = _read(folder / MANIFEST)
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: is missing; export it again.")
-        if manifest.get(name) != sha256(folder / name):
-            raise CheckpointError(
-                f"{folder / name}: is damaged or edited (its SHA-256 is not the manifest's); export it again."
-            )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except ConfigError as error:
-        raise CheckpointError(f"{error} Export it again.") from error
 
 
 def _spec(values: Mapping[str, Any]) -> PolicySpec:

@@ -341,9 +341,10 @@ class PolicyServer:
                     batch.append(self._waiting.get_nowait())
             try:
                 self._infer(loop, batch)
-            except Exception:
+            except Exception as failure:
                 if len(batch) == 1:
-                    log.exception("an inference failed")
+                    batch[0].tell(loop, failure)
+                    continue
                 for waiting in batch:  # one by one: nobody pays for another's request
                     try:
                         self._infer(loop, [waiting])
