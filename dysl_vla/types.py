@@ -161,6 +161,14 @@ class PolicySpec:
                     "evaluate it in the world that it was trained for, or train it on demonstrations of this one."
                 )
 
+    def blank_observation(self, instruction: str) -> dict[str, Any]:
+        """What fits this policy and shows nothing: black images, the mean state; for measuring."""
+        return {
+            **{IMAGE_PREFIX + camera: np.zeros((*size, 3), np.uint8) for camera, size in self.cameras.items()},
+            STATE_KEY: np.array(self.state_normalisation.mean, np.float32),
+            TASK_KEY: instruction,
+        }
+
     def check_observation(self, observation: Observation) -> None:
         """Refuse an observation of another kind, shape or size than the policy was trained on.
 

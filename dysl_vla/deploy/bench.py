@@ -144,11 +144,8 @@ def _play(policies: list[Policy], envs: TaskEnvs, task: str, seed: int, episode:
 def _soak(policy: Policy, inferences: int) -> float:
     """Growth of the resident memory, in MB."""
     spec = policy.spec
-    observation = {
-        **{f"observation.images.{c}": np.zeros((*size, 3), np.uint8) for c, size in spec.cameras.items()},
-        "observation.state": np.array(spec.state_normalisation.mean, np.float32),
-        "task": next(iter(policy.provenance.get("data", {}).get("instructions", ["do it"]))),
-    }
+    instructions = policy.provenance.get("data", {}).get("instructions", [])
+    observation = spec.blank_observation(next(iter(instructions), "do it"))
     state = policy.reset()
     first = 0.0
     for number in tqdm(range(inferences), desc="soaking", unit="inference"):

@@ -209,12 +209,8 @@ class PolicyServer:
 
     def _measure_batches(self) -> int:
         """How many rows are worth waiting for each other."""
-        spec = self._spec
-        observation = {
-            **{IMAGE_PREFIX + c: np.zeros((*size, 3), np.uint8) for c, size in spec.cameras.items()},
-            STATE_KEY: np.array(spec.state_normalisation.mean, np.float32),
-            TASK_KEY: next(iter(self._policy.provenance.get("data", {}).get("instructions", [])), "do it"),
-        }
+        instructions = self._policy.provenance.get("data", {}).get("instructions", [])
+        observation = self._spec.blank_observation(next(iter(instructions), "do it"))
 
         def seconds(rows: int) -> float:
             times = []
