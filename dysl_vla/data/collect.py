@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin, check_writable
 from dysl_vla.data.options import SIZE, camera_options
-from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, TaskEnvs, episode_rng, get_suite
+from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, TaskEnvs, episode_rng, get_suite, with_robot
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.files import claimed
 from dysl_vla.policies import Policy, check_fingerprint, load_policy
@@ -47,14 +47,16 @@ class CollectConfig:
     """Folder of the dataset; an existing one is continued."""
     suite: str = "metaworld-mt10"
     """Suite whose tasks are demonstrated."""
+    robot: str = ""
+    """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str = ""
     """Comma-separated tasks of the suite; all of them when empty."""
     episodes: int = 100
     """Successful episodes of each task that this seed and actor shall have in the end."""
     seed: int = 0
     """Seed of the initial states, below 100000: the seeds from there on are for evaluation."""
-    noise: float = 1.0
-    """Strength of the noise on the expert's executed actions; 0 for none."""
+    noise: float | None = None
+    """Strength of the noise on the expert's executed actions; 0 for none. The suite's own when not given."""
     policy: str | None = None
     """Let this policy act and the expert correct it (a round of DAgger): a checkpoint's name or folder."""
     cameras: str = ""
@@ -74,7 +76,8 @@ def collect(config: CollectConfig) -> Demonstrations:
         DatasetError: The folder is of another world, or the expert fails too often.
     """
     _check(config)
-    suite = get_suite(config.suite)
+    suite = get_suite(with_robot(config.suite, config.robot))
+    noise = suite.noise if config.noise is None else config.noise
     tasks = suite.choose(config.tasks)
     sizes = camera_options("cameras", config.cameras, SIZE, "144x144")
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
@@ -88,10 +91,10 @@ def collect(config: CollectConfig) -> Demonstrations:
         spec = env.world_spec
     check_writable(config.out, spec)
     with claimed(config.out), worker_pool(config.workers) as pool:
-        writer = DemonstrationWriter(config.out, spec, robot_type=config.suite.split("-")[0])
+        writer = DemonstrationWriter(config.out, spec, robot_type=config.robot or config.suite.split("-")[0])
         try:
             for task in tasks:
-                first = Origin(suite.name, task, config.seed, 0, actor, 0.0 if config.policy else config.noise)
+                first = Origin(suite.name, task, config.seed, 0, actor, 0.0 if config.policy else noise)
                 _collect_task(config, first, spec.cameras, writer, pool)
         finally:
             writer.close()
@@ -107,7 +110,7 @@ def _check(config: CollectConfig) -> None:
     for name in ("episodes", "workers"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
-    if not 0 <= config.noise < math.inf:
+    if config.noise is not None and not 0 <= config.noise < math.inf:
         raise ConfigError(f"noise: {config.noise} must be 0 or above, and finite.")
 
 

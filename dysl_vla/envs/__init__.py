@@ -1,7 +1,7 @@
 """Simulated manipulation: Gymnasium environments with LeRobot's observation keys, and the suites made of them.
 
 Importing this room imports no simulator. It registers the environments with Gymnasium, as
-`dysl_vla/metaworld-<task>-v3` and `dysl_vla/mock-<task>-v0`.
+`dysl_vla/metaworld-<task>-v3`, `dysl_vla/robosuite-<task>-v1` and `dysl_vla/mock-<task>-v0`.
 """
 
 from dysl_vla.extras import needs_extra
@@ -14,21 +14,30 @@ from dysl_vla.envs.metaworld import HORIZON as METAWORLD_HORIZON
 from dysl_vla.envs.metaworld import INSTRUCTIONS
 from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
 from dysl_vla.envs.mock import TASKS as MOCK_TASKS
-from dysl_vla.envs.suites import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite, suites
+from dysl_vla.envs.robosuite import HORIZON as ROBOSUITE_HORIZON
+from dysl_vla.envs.robosuite import INSTRUCTIONS as ROBOSUITE_INSTRUCTIONS
+from dysl_vla.envs.suites import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite, suites, with_robot
 
-__all__ = ["FIRST_EVALUATION_SEED", "ManipulationEnv", "Suite", "TaskEnvs", "episode_rng", "get_suite", "suites"]
+__all__ = [
+    "FIRST_EVALUATION_SEED",
+    "ManipulationEnv",
+    "Suite",
+    "TaskEnvs",
+    "episode_rng",
+    "get_suite",
+    "suites",
+    "with_robot",
+]
 
-for task in INSTRUCTIONS:
-    gymnasium.register(
-        id=f"dysl_vla/metaworld-{task}-v3",
-        entry_point="dysl_vla.envs.metaworld:MetaWorldEnv",
-        kwargs={"task": task},
-        max_episode_steps=METAWORLD_HORIZON,
-    )
-for task in MOCK_TASKS:
-    gymnasium.register(
-        id=f"dysl_vla/mock-{task}-v0",
-        entry_point="dysl_vla.envs.mock:MockEnv",
-        kwargs={"task": task},
-        max_episode_steps=MOCK_HORIZON,
-    )
+for simulator, environment, tasks, horizon, version in (
+    ("metaworld", "metaworld:MetaWorldEnv", INSTRUCTIONS, METAWORLD_HORIZON, 3),
+    ("robosuite", "robosuite:RobosuiteEnv", ROBOSUITE_INSTRUCTIONS, ROBOSUITE_HORIZON, 1),
+    ("mock", "mock:MockEnv", MOCK_TASKS, MOCK_HORIZON, 0),
+):
+    for task in tasks:
+        gymnasium.register(
+            id=f"dysl_vla/{simulator}-{task}-v{version}",
+            entry_point=f"dysl_vla.envs.{environment}",
+            kwargs={"task": task},
+            max_episode_steps=horizon,
+        )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dysl_vla.envs.base import ManipulationEnv, check_cameras
-from dysl_vla.envs.experts import make_metaworld_expert
+from dysl_vla.envs.metaworld_experts import make_metaworld_expert
 from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
 from dysl_vla.errors import ConfigError
 from dysl_vla.types import FloatArray, ImageArray, WorldSpec

@@ -74,11 +74,16 @@ class SceneRenderer:
     Args:
         model: The scene.
         full_quality: Shadows, reflections and multi-sampling as the scene's author set them.
+        hidden_groups: Groups of geometries that are not drawn, such as those for collisions alone.
     """
 
-    def __init__(self, model: mujoco.MjModel, *, full_quality: bool = False) -> None:
+    def __init__(
+        self, model: mujoco.MjModel, *, full_quality: bool = False, hidden_groups: tuple[int, ...] = ()
+    ) -> None:
         self._model = model
         self._full_quality = full_quality
+        self._option = load_mujoco().MjvOption()
+        self._option.geomgroup[list(hidden_groups)] = 0
         self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
 
     def render(self, data: mujoco.MjData, camera: str, height: int, width: int, *, turned: bool = False) -> ImageArray:
@@ -98,7 +103,7 @@ class SceneRenderer:
             RenderingError: The GL library is there, but gives no context.
         """
         renderer = self._renderer(height, width)
-        renderer.update_scene(data, camera=camera)
+        renderer.update_scene(data, camera=camera, scene_option=self._option)
         frame = renderer.render()
         return np.ascontiguousarray(frame[::-1, ::-1]) if turned else frame
 

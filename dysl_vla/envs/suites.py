@@ -8,7 +8,8 @@ from it on for evaluation, so that nothing is ever evaluated on a state that it 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from dysl_vla.envs.base import ManipulationEnv
 from dysl_vla.envs.metaworld import HORIZON, INSTRUCTIONS, MT10, MetaWorldEnv
@@ -16,6 +17,9 @@ from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
 from dysl_vla.envs.mock import TASKS as MOCK_TASKS
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.envs.rendering import load_mujoco
+from dysl_vla.envs.robosuite import FIVE, ROBOTS, RobosuiteEnv, load_robosuite
+from dysl_vla.envs.robosuite import HORIZON as ROBOSUITE_HORIZON
+from dysl_vla.envs.robosuite import INSTRUCTIONS as ROBOSUITE_INSTRUCTIONS
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.registry import Registry
@@ -34,27 +38,36 @@ class Suite:
         tasks: In the order of reports.
         horizon: Steps at most.
         make: (task, cameras or None for the suite's own) to an environment.
+        noise: Strength of the noise on an expert's actions in demonstrations; more, and too many of them fail.
+        robots: Name of another robot to this suite with that robot.
     """
 
     name: str
     tasks: tuple[str, ...]
     horizon: int
     make: Callable[[str, Cameras | None], ManipulationEnv]
+    noise: float = 1.0
+    robots: Mapping[str, Callable[[], Suite]] = field(default_factory=dict)
 
     def choose(self, names: str) -> tuple[str, ...]:
         """The tasks asked for, all of them when none is named, in the suite's order.
 
         Args:
-            names: Separated by commas.
+            names: Separated by commas; "PickPlaceCan" is "pick-place-can".
 
         Raises:
             ConfigError: A task is not in this suite.
         """
-        tasks = [name.strip() for name in names.split(",") if name.strip()]
-        for task in tasks:
-            if task not in self.tasks:
+        tasks = {_plain(name): name.strip() for name in names.split(",") if name.strip()}
+        known = {_plain(task): task for task in self.tasks}
+        for plain, task in tasks.items():
+            if plain not in known:
                 raise ConfigError(f"unknown task {task!r}; suite {self.name} has: {', '.join(self.tasks)}.")
-        return tuple(task for task in self.tasks if task in tasks) if tasks else self.tasks
+        return tuple(task for plain, task in known.items() if plain in tasks) if tasks else self.tasks
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "")
 
 
 class TaskEnvs:
@@ -90,11 +103,26 @@ suites: Registry[Callable[[], Suite]] = Registry("suite", "dysl_vla.suites")
 def get_suite(name: str) -> Suite:
     """The suite of that name.
 
+    Args:
+        name: "robosuite-5", or with another robot than its own "robosuite-5@Sawyer".
+
     Raises:
         ConfigError: Unknown; the message lists those that exist.
         MissingExtraError: Its simulator is not installed.
     """
-    return suites.get(name)()
+    name, _, robot = name.partition("@")
+    suite = suites.get(name)()
+    if not robot:
+        return suite
+    if robot not in suite.robots:
+        offered = f"there are: {', '.join(suite.robots)}" if suite.robots else "it has only its own"
+        raise ConfigError(f"robot: suite {name} has no robot {robot!r}; {offered}.")
+    return suite.robots[robot]()
+
+
+def with_robot(suite: str, robot: str) -> str:
+    """The name of a suite with a robot; that of the suite when no robot is named."""
+    return f"{suite}@{robot}" if robot else suite
 
 
 def _metaworld(name: str, tasks: tuple[str, ...]) -> Suite:
@@ -114,6 +142,28 @@ def metaworld_mt10() -> Suite:
 def metaworld_mt50() -> Suite:
     """All fifty tasks."""
     return _metaworld("metaworld-mt50", tuple(INSTRUCTIONS))
+
+
+def _robosuite(name: str, tasks: tuple[str, ...]) -> Suite:
+    load_robosuite()
+
+    def make(label: str, robot: str) -> Suite:
+        others = {other: partial(make, f"{name}@{other}", other) for other in ROBOTS}
+        return Suite(label, tasks, ROBOSUITE_HORIZON, partial(RobosuiteEnv, robot=robot), noise=0.4, robots=others)
+
+    return make(name, ROBOTS[0])
+
+
+@suites.register("robosuite-5")
+def robosuite_5() -> Suite:
+    """Five tasks, each with a scripted expert."""
+    return _robosuite("robosuite-5", FIVE)
+
+
+@suites.register("robosuite-all")
+def robosuite_all() -> Suite:
+    """Every task of robosuite's for one arm."""
+    return _robosuite("robosuite-all", tuple(ROBOSUITE_INSTRUCTIONS))
 
 
 @suites.register("mock")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.envs import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite
+from dysl_vla.envs import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite, with_robot
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.records import RUN, RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
@@ -37,7 +37,9 @@ class EvalConfig:
     policy: str = "metaworld-mini"
     """A shipped checkpoint's name, a checkpoint's folder, a Hugging Face hub id, or mock (for the mock suite)."""
     suite: str = "metaworld-mt10"
-    """What is evaluated: metaworld-mt10, metaworld-mt50, mock."""
+    """What is evaluated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, mock."""
+    robot: str = ""
+    """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str = ""
     """Comma-separated tasks of the suite; all of them when empty."""
     episodes: int = 10
@@ -69,6 +71,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     for name in ("episodes", "workers"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
+    config = replace(config, suite=with_robot(config.suite, config.robot), robot="")
     suite = get_suite(config.suite)
     tasks = suite.choose(config.tasks)
     ways = _ways(config)

@@ -1,4 +1,4 @@
-"""Scripted experts on privileged state: the teachers of the demonstrations.
+"""Scripted experts on Meta-World's privileged state: the teachers of its demonstrations.
 
 Meta-World ships one for each task. Two of them fail in one of six episodes of the full initial distribution, for
 reasons that a few lines mend; those two are written anew here. Not for evaluation: an expert sees what no camera shows.

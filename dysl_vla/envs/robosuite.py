@@ -1,0 +1,164 @@
+"""robosuite's single-arm tasks: 7-d operational-space actions at 20 Hz, two cameras, scripted experts.
+
+A robot gets small motions of its end effector (OSC_POSE, relative to where it is) in the frame of its base, and shows
+the end effector's pose and the gripper's opening. Orientation is the rotation matrix's first two columns: continuous,
+with no second name for the same rotation (Zhou et al. 2019). Objects' poses stay with the expert.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dysl_vla.envs.base import ManipulationEnv, check_cameras
+from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
+from dysl_vla.errors import ConfigError
+from dysl_vla.extras import needs_extra
+from dysl_vla.types import FloatArray, ImageArray, WorldSpec
+
+if TYPE_CHECKING:
+    from dysl_vla.envs.robosuite_experts import Expert
+
+INSTRUCTIONS: dict[str, str] = {
+    "lift": "lift the red cube",
+    "stack": "stack the red cube on the green cube",
+    "door": "open the door",
+    "pick-place-can": "put the can into its bin",
+    "nut-assembly-square": "put the square nut on the square peg",
+    "nut-assembly-round": "put the round nut on the round peg",
+    "nut-assembly-single": "put the nut on its peg",
+    "nut-assembly": "put both nuts on their pegs",
+    "pick-place-milk": "put the milk into its bin",
+    "pick-place-bread": "put the bread into its bin",
+    "pick-place-cereal": "put the cereal into its bin",
+    "pick-place-single": "put the object into its bin",
+    "pick-place": "put every object into its bin",
+    "tool-hang": "hang the tool on the frame",
+    "wipe": "wipe the table",
+}
+FIVE = ("lift", "stack", "door", "pick-place-can", "nut-assembly-square")
+ROBOTS = ("Panda", "Sawyer", "IIWA", "Jaco", "Kinova3", "UR5e")
+HORIZON = 400
+RATE_HZ = 20
+DEFAULT_CAMERAS = {"agentview": (128, 128), "robot0_eye_in_hand": (96, 96)}
+STATE_NAMES = ("x", "y", "z", "x_to_x", "x_to_y", "x_to_z", "y_to_x", "y_to_y", "y_to_z", "gripper")
+"""Position in metres; where the end effector's x and y axes point; the gripper's opening."""
+ARM_ACTIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
+"""1 is 5 cm, or half a radian about that axis; the three angles are one rotation vector."""
+COLLISION_GEOMS = 0
+"""The group of the geometries that only collide."""
+
+
+class RobosuiteEnv(ManipulationEnv):
+    """One robosuite task.
+
+    Args:
+        task: Its name in lower case, words joined by hyphens, "pick-place-can".
+        cameras: Camera name to (height, width).
+        robot: One of `ROBOTS`.
+        full_quality: Render shadows, reflections and multi-sampling.
+        render_mode: Gymnasium's.
+
+    Raises:
+        ConfigError: Unknown task, robot or camera.
+        RenderingError: No OpenGL on this machine.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        cameras: Mapping[str, tuple[int, int]] | None = None,
+        *,
+        robot: str = ROBOTS[0],
+        full_quality: bool = False,
+        render_mode: str = "rgb_array",
+    ) -> None:
+        if task not in INSTRUCTIONS:
+            raise ConfigError(f"unknown robosuite task {task!r}; there are: {', '.join(INSTRUCTIONS)}.")
+        if robot not in ROBOTS:
+            raise ConfigError(f"robot: robosuite's {robot!r} is not offered; there are: {', '.join(ROBOTS)}.")
+        robosuite = load_robosuite()
+        from dysl_vla.envs.robosuite_experts import experts
+
+        self._make_expert = experts.get(task)
+        self._world: Any = robosuite.make(
+            re.sub(r"(?:^|-)(.)", lambda first: first[1].upper(), task),
+            robots=robot,
+            controller_configs=robosuite.load_composite_controller_config(robot=robot),
+            has_renderer=False,
+            has_offscreen_renderer=False,
+            use_camera_obs=False,
+            use_object_obs=False,
+            hard_reset=False,
+            ignore_done=True,
+            control_freq=RATE_HZ,
+            seed=0,
+        )
+        self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
+        sizes = dict(cameras or DEFAULT_CAMERAS)
+        check_cameras(sizes, tuple(self._model.camera(index).name for index in range(self._model.ncam)))
+        self._robot = self._world.robots[0]
+        self._hand = self._robot.eef_site_id["right"]
+        self._fingers = self._robot._ref_gripper_joint_pos_indexes.get("right", [])
+        self._expert: Expert | None = None
+        self._renderer = SceneRenderer(self._model, full_quality=full_quality, hidden_groups=(COLLISION_GEOMS,))
+        actions = (*ARM_ACTIONS, "gripper")[: self._world.action_dim]
+        spec = WorldSpec(
+            cameras=sizes,
+            state_names=STATE_NAMES,
+            action_names=actions,
+            action_low=(-1.0,) * len(actions),
+            action_high=(1.0,) * len(actions),
+            rate_hz=float(RATE_HZ),
+        )
+        super().__init__(task, INSTRUCTIONS[task], spec, HORIZON, render_mode)
+
+    def _reset_world(self, rng: np.random.Generator) -> None:
+        # Robot and placement samplers hold one generator, that of the world.
+        self._world.rng.bit_generator.state = rng.bit_generator.state
+        self._world.reset()
+        self._expert = self._make_expert(self._world) if self._make_expert else None
+
+    def _step_world(self, action: FloatArray) -> tuple[float, bool]:
+        _, reward, _, _ = self._world.step(action)
+        return float(reward), bool(self._world._check_success())
+
+    def _state(self) -> FloatArray:
+        axes = self._data.site_xmat[self._hand].reshape(3, 3)
+        opening = np.abs(self._data.qpos[self._fingers]).sum()
+        return np.array([*self._data.site_xpos[self._hand], *axes[:, 0], *axes[:, 1], opening], np.float32)
+
+    def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
+        return self._renderer.render(self._data, camera, height, width)
+
+    def expert_action(self) -> FloatArray:
+        """A scripted policy on the full state.
+
+        Raises:
+            ConfigError: There is none for this task.
+        """
+        if self._expert is None:
+            raise ConfigError(f"task: {self.task!r} has no scripted expert; the tasks of robosuite-5 have.")
+        return np.clip(np.asarray(self._expert.act(), np.float32), -1, 1)
+
+    def close(self) -> None:
+        """Free the renderers."""
+        self._renderer.close()
+        self._world.close()
+
+
+def load_robosuite() -> Any:
+    """Import robosuite behind MuJoCo with a GL backend, without its remarks on every import and every robot."""
+    load_mujoco()
+    logging.getLogger("robosuite_logs").addFilter(_is_error)
+    with needs_extra("sim"):
+        import robosuite
+    return robosuite
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
