@@ -55,6 +55,14 @@ def _demos_info(arguments: Sequence[str]) -> int:
     return tyro.cli(info, args=arguments, prog="dysl demos info")
 
 
+def _demos_import(arguments: Sequence[str]) -> int:
+    from dysl_vla.data.info import render_info
+    from dysl_vla.data.robomimic import ImportConfig, import_robomimic
+
+    print(render_info(import_robomimic(_parse(ImportConfig, arguments, "dysl demos import"))))
+    return 0
+
+
 def _train(arguments: Sequence[str]) -> int:
     from dysl_vla.data.cloning import TrainConfig, train
 
@@ -99,6 +107,14 @@ def _bench_backbone(arguments: Sequence[str]) -> int:
 
     config = _parse(BackboneBenchConfig, arguments, "dysl bench backbone")
     print(render_backbone(config, bench_backbone(config)))
+    return 0
+
+
+def _bench_env(arguments: Sequence[str]) -> int:
+    from dysl_vla.eval.bench_env import EnvBenchConfig, bench_env, render_env_times
+
+    config = _parse(EnvBenchConfig, arguments, "dysl bench env")
+    print(render_env_times(config, list(bench_env(config))))
     return 0
 
 
@@ -226,12 +242,14 @@ def _parse(config: type[T], arguments: Sequence[str], program: str) -> T:
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "doctor": (_doctor, "check this machine, and say how to mend what is missing"),
     "demos collect": (_demos_collect, "collect demonstrations in simulation, from experts or corrected policies"),
+    "demos import": (_demos_import, "read human demonstrations of robosuite's from an HDF5 file"),
     "demos info": (_demos_info, "show what a dataset holds"),
     "train": (_train, "train a policy on demonstrations"),
     "calibrate": (_calibrate, "measure which layers a policy cannot do without, and plan what may be skipped"),
     "distill": (_distill, "train adapters and controllers, so that a policy skips layers"),
     "tune": (_tune, "choose how much a policy skips, by time or by success"),
     "bench backbone": (_bench_backbone, "measure what skipping costs beside what it saves, on a decoder of any size"),
+    "bench env": (_bench_env, "measure how fast a suite simulates, and where the time goes"),
     "bench bundle": (_bench_bundle, "measure an exported policy beside the one that it was made from"),
     "bench serve": (_bench_serve, "measure a policy server with many clients, some of which misbehave"),
     "plot": (_plot, "draw where an evaluation's layers went"),

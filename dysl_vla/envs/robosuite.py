@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dysl_vla.envs.base import ManipulationEnv, check_cameras
 from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
-from dysl_vla.errors import ConfigError
+from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.types import FloatArray, ImageArray, WorldSpec
 
@@ -85,6 +86,7 @@ class RobosuiteEnv(ManipulationEnv):
         from dysl_vla.envs.robosuite_experts import experts
 
         self._make_expert = experts.get(task)
+        self.has_expert = self._make_expert is not None
         self._world: Any = robosuite.make(
             re.sub(r"(?:^|-)(.)", lambda first: first[1].upper(), task),
             robots=robot,
@@ -98,14 +100,11 @@ class RobosuiteEnv(ManipulationEnv):
             control_freq=RATE_HZ,
             seed=0,
         )
-        self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
+        self._full_quality = full_quality
+        self._bind()
         sizes = dict(cameras or DEFAULT_CAMERAS)
         check_cameras(sizes, tuple(self._model.camera(index).name for index in range(self._model.ncam)))
-        self._robot = self._world.robots[0]
-        self._hand = self._robot.eef_site_id["right"]
-        self._fingers = self._robot._ref_gripper_joint_pos_indexes.get("right", [])
         self._expert: Expert | None = None
-        self._renderer = SceneRenderer(self._model, full_quality=full_quality, hidden_groups=(COLLISION_GEOMS,))
         actions = (*ARM_ACTIONS, "gripper")[: self._world.action_dim]
         spec = WorldSpec(
             cameras=sizes,
@@ -116,6 +115,48 @@ class RobosuiteEnv(ManipulationEnv):
             rate_hz=float(RATE_HZ),
         )
         super().__init__(task, INSTRUCTIONS[task], spec, HORIZON, render_mode)
+
+    def _bind(self) -> None:
+        """Look up what the world's present model holds."""
+        self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
+        robot = self._world.robots[0]
+        self._hand = robot.eef_site_id["right"]
+        self._fingers = robot._ref_gripper_joint_pos_indexes.get("right", [])
+        self._renderer = SceneRenderer(self._model, full_quality=self._full_quality, hidden_groups=(COLLISION_GEOMS,))
+
+    def load_recorded(self, model: str) -> None:
+        """Build the scene of a recording, whose objects may differ in size and place.
+
+        Args:
+            model: MJCF, as robosuite records it.
+
+        Raises:
+            DatasetError: It is of another robot or another version of robosuite.
+        """
+        self._renderer.close()
+        try:
+            self._world.reset_from_xml_string(self._world.edit_model_xml(model))
+        except Exception as error:  # whatever MuJoCo, robosuite and the XML parser raise
+            raise DatasetError(
+                f"the recorded scene is none of robosuite 1.5's {self.task} ({error}); take one of that "
+                "version (robomimic's are named demo_v15.hdf5)."
+            ) from error
+        self._bind()
+
+    def show_recorded(self, state: NDArray[np.float64]) -> None:
+        """Put the world into a recorded moment; for looking, not for going on from there.
+
+        Args:
+            state: Time, positions and velocities, as robosuite flattens them.
+
+        Raises:
+            DatasetError: It does not fit the scene.
+        """
+        expected = 1 + self._model.nq + self._model.nv
+        if state.shape != (expected,) or not np.isfinite(state).all():
+            raise DatasetError(f"a recorded state has shape {state.shape}, or is not finite; expected ({expected},).")
+        self._world.sim.set_state_from_flattened(state)
+        self._world.sim.forward()
 
     def _reset_world(self, rng: np.random.Generator) -> None:
         # Robot and placement samplers hold one generator, that of the world.

@@ -1,0 +1,150 @@
+"""Human demonstrations of robosuite's, from HDF5 files of robomimic's or of robosuite's own recorder.
+
+Such a file holds the simulator's states and the actions between them. They are played in the simulator, and what the
+cameras see there is written as a LeRobotDataset v3, to be trained on beside other demonstrations, or alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin, check_writable
+from dysl_vla.data.options import SIZE, camera_options
+from dysl_vla.envs.robosuite import INSTRUCTIONS, RATE_HZ, RobosuiteEnv
+from dysl_vla.errors import ConfigError, DatasetError
+from dysl_vla.extras import needs_extra
+from dysl_vla.files import claimed
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY
+
+SUITE = "robosuite-all"
+HUMAN = "human"
+NO_SEED = -1
+"""The initial states are none of our own."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Write an HDF5 file of robomimic's or robosuite's as a LeRobotDataset v3. Resumes where it stopped."""
+
+    file: Path
+    """Such as robomimic's demo_v15.hdf5, recorded with robosuite 1.5; its states are played and rendered."""
+    out: Path
+    """Folder of the dataset; an existing one of the same world is continued."""
+    episodes: int = 0
+    """So many demonstrations at most; 0: all."""
+    cameras: str = ""
+    """Camera sizes, "agentview=128x128,robot0_eye_in_hand=96x96"; the suite's own when empty."""
+
+
+def import_robomimic(config: ImportConfig) -> Demonstrations:
+    """Play and write what is missing.
+
+    Returns:
+        The dataset, opened.
+
+    Raises:
+        ConfigError: A value cannot work.
+        DatasetError: It is no such file, or of another robot, controller or version.
+    """
+    if config.episodes < 0:
+        raise ConfigError(f"episodes: {config.episodes} must be 0 (all) or more.")
+    sizes = camera_options("cameras", config.cameras, SIZE, "128x128")
+    cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
+    with _recorded(config.file) as data:
+        task, robot = _world_of(config.file, data)
+        names = sorted((name for name in data if name.startswith("demo_")), key=lambda name: int(name[5:]))
+        names = names[: config.episodes or None]
+        if not names:
+            raise DatasetError(f"{config.file}: holds no demonstrations.")
+        with closing(RobosuiteEnv(task, cameras, robot=robot)) as env:
+            check_writable(config.out, env.world_spec)
+            with claimed(config.out):
+                writer = DemonstrationWriter(config.out, env.world_spec, robot_type=robot)
+                try:
+                    done = {row.origin for row in writer.rows}
+                    for name in tqdm(names, desc=task, unit="episode"):
+                        origin = Origin(SUITE, task, NO_SEED, int(name[5:]), HUMAN, 0.0)
+                        if origin not in done:
+                            writer.append(_play(config.file, data[name], env, origin))
+                finally:
+                    writer.close()
+    return Demonstrations(config.out)
+
+
+@contextmanager
+def _recorded(path: Path) -> Iterator[Any]:
+    with needs_extra("hdf5"):
+        import h5py
+    if not path.is_file():
+        raise ConfigError(f"file: {path} does not exist.")
+    try:
+        opened = h5py.File(path, "r")
+    except OSError as error:
+        raise DatasetError(f"{path}: is no HDF5 file, or is damaged ({error}); fetch it again.") from error
+    with opened:
+        if "data" not in opened:
+            raise DatasetError(f"{path}: has no group 'data'; robomimic's files and robosuite's recordings have.")
+        yield opened["data"]
+
+
+def _world_of(path: Path, data: Any) -> tuple[str, str]:
+    """Task and robot of a file that this package's environment can play."""
+    try:
+        if "env_args" in data.attrs:
+            made = json.loads(data.attrs["env_args"])
+            name, settings = made["env_name"], made["env_kwargs"]
+        else:
+            name, settings = data.attrs["env"], json.loads(data.attrs["env_info"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"{path}: does not say which environment it is of ({error!r}).") from error
+    task = re.sub(r"(?<=.)(?=[A-Z])", "-", str(name)).lower()
+    if task not in INSTRUCTIONS:
+        raise DatasetError(f"{path}: is of robosuite's {name!r}; those that can be played: {', '.join(INSTRUCTIONS)}.")
+    robots = settings.get("robots", "Panda")
+    [robot] = [robots] if isinstance(robots, str) else robots if len(robots) == 1 else [None]
+    if robot is None or settings.get("control_freq", RATE_HZ) != RATE_HZ:
+        raise DatasetError(f"{path}: is not of one arm at {RATE_HZ} Hz: {settings}.")
+    arm = json.dumps(settings.get("controller_configs", {}))
+    if "OSC_POSE" not in arm or '"absolute"' in arm or '"control_delta": false' in arm:
+        raise DatasetError(f"{path}: its actions are not relative poses (OSC_POSE); take the file with those.")
+    return task, str(robot)
+
+
+def _play(path: Path, recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episode:
+    try:
+        states, actions = np.asarray(recorded["states"]), np.asarray(recorded["actions"], np.float32)
+        model = str(recorded.attrs["model_file"])
+    except KeyError as error:
+        raise DatasetError(
+            f"{path}: {recorded.name} lacks {error}; it needs states, actions and model_file."
+        ) from error
+    wanted = (len(states), len(env.world_spec.action_names))
+    if actions.shape != wanted or not np.isfinite(actions).all():
+        raise DatasetError(
+            f"{path}: {recorded.name} has actions of shape {actions.shape}, or not finite; not {wanted}."
+        )
+    env.load_recorded(model)
+    images: dict[str, list[Any]] = {camera: [] for camera in env.world_spec.cameras}
+    shown = []
+    for state in states:
+        env.show_recorded(state)
+        observation = env.observe()
+        for camera, frames in images.items():
+            frames.append(observation[IMAGE_PREFIX + camera])
+        shown.append(observation[STATE_KEY])
+    return Episode(
+        images={camera: np.stack(frames) for camera, frames in images.items()},
+        states=np.stack(shown),
+        actions=env.world_spec.clip(actions),
+        instruction=env.instruction,
+        origin=origin,
+    )

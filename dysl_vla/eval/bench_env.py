@@ -1,0 +1,111 @@
+"""`dysl bench env`: how fast a suite simulates, and where the time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from dysl_vla.envs import ManipulationEnv, get_suite, with_robot
+from dysl_vla.errors import ConfigError
+from dysl_vla.types import FloatArray
+
+
+@dataclass(frozen=True)
+class EnvBenchConfig:
+    """Measure a suite's environments: steps a second as demonstrations are collected, and where the time goes."""
+
+    suite: str = "metaworld-mt10"
+    """What is measured: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, mock."""
+    robot: str = ""
+    """Another robot than the suite's own."""
+    tasks: str = ""
+    """Comma-separated tasks of the suite; all of them when empty."""
+    steps: int = 100
+    """Steps of each task."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps: {self.steps} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class EnvTimes:
+    """Seconds, means over steps but for `make_s`, which happens once a task and process.
+
+    Attributes:
+        make_s: Making the environment.
+        reset_s: Starting an episode, its first picture included.
+        expert_s: Asking the expert; 0 without one.
+        physics_s: A control period.
+        cameras_s: All cameras.
+    """
+
+    task: str
+    make_s: float
+    reset_s: float
+    expert_s: float
+    physics_s: float
+    cameras_s: float
+
+    @property
+    def steps_per_s(self) -> float:
+        """Of an episode in which every step is shown, as in demonstrations."""
+        return 1 / (self.expert_s + self.physics_s + self.cameras_s)
+
+
+def bench_env(config: EnvBenchConfig) -> Iterator[EnvTimes]:
+    """Measure task after task.
+
+    Raises:
+        ConfigError: Unknown suite, robot or task.
+    """
+    suite = get_suite(with_robot(config.suite, config.robot))
+    for task in tqdm(suite.choose(config.tasks), desc=suite.name, unit="task"):
+        started = time.perf_counter()
+        with closing(suite.make(task, None)) as env:
+            yield _measure(env, time.perf_counter() - started, config.steps)
+
+
+def _measure(env: ManipulationEnv, make_s: float, steps: int) -> EnvTimes:
+    spent: dict[str, list[float]] = {"reset": [], "expert": [], "physics": [], "cameras": []}
+
+    def timed(name: str, call: Callable[[], FloatArray | object]) -> object:
+        started = time.perf_counter()
+        value = call()
+        spent[name].append(time.perf_counter() - started)
+        return value
+
+    env.reset(seed=0)  # whatever is compiled or allocated once
+    still = env.world_spec.clip(np.zeros(len(env.world_spec.action_names), np.float32))
+    env.advance(still)
+    for index in range(3):
+        timed("reset", lambda index=index: env.reset(seed=0, options={"episode_index": index}))  # type: ignore[misc]
+    for step in range(steps):
+        if step and step % env.horizon == 0:
+            env.reset()
+        action = np.asarray(timed("expert", env.expert_action), np.float32) if env.has_expert else still
+        timed("physics", lambda action=action: env.advance(action))  # type: ignore[misc]
+        timed("cameras", env.observe)
+    mean = {name: float(np.mean(seconds)) if seconds else 0.0 for name, seconds in spent.items()}
+    return EnvTimes(env.task, make_s, mean["reset"], mean["expert"], mean["physics"], mean["cameras"])
+
+
+def render_env_times(config: EnvBenchConfig, rows: list[EnvTimes]) -> str:
+    """As a table in Markdown."""
+    lines = [
+        f"{with_robot(config.suite, config.robot)}, {config.steps} steps of each task, one process:",
+        "",
+        "| task | steps/s with every step shown | physics ms | cameras ms | expert ms | reset ms | make s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines.extend(
+        f"| {row.task} | {row.steps_per_s:.0f} | {1e3 * row.physics_s:.1f} | {1e3 * row.cameras_s:.1f} "
+        f"| {1e3 * row.expert_s:.1f} | {1e3 * row.reset_s:.0f} | {row.make_s:.1f} |"
+        for row in rows
+    )
+    return "\n".join(lines)

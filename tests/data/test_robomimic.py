@@ -1,0 +1,105 @@
+"""Recordings in the layout of robomimic's and robosuite's files, made here by the simulator that they are of."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from dysl_vla.data.robomimic import HUMAN, ImportConfig, import_robomimic
+from dysl_vla.envs.robosuite import RobosuiteEnv
+from dysl_vla.errors import ConfigError, DatasetError
+
+SMALL = "agentview=32x32"
+STEPS = 6
+ARGUMENTS = {
+    "env_name": "Door",
+    "env_version": "1.5.1",
+    "type": 1,
+    "env_kwargs": {
+        "robots": ["Panda"],
+        "control_freq": 20,
+        "controller_configs": {"type": "BASIC", "body_parts": {"right": {"type": "OSC_POSE", "input_type": "delta"}}},
+    },
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
+    """Two short recordings, and what the environment's state was in them."""
+    path = tmp_path_factory.mktemp("robomimic") / "demo_v15.hdf5"
+    seen = []
+    with closing(RobosuiteEnv("door", {"agentview": (32, 32)})) as env, h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = json.dumps(ARGUMENTS)
+        for index in range(2):
+            env.reset(seed=1, options={"episode_index": index})
+            sim = env._world.sim
+            # Of a recording's own: where the door stands is in its scene.
+            model = sim.model.get_xml()
+            states, actions = [], []
+            for _ in range(STEPS):
+                states.append(sim.get_state().flatten())
+                sim.forward()  # a step leaves poses as they were 2 ms before
+                seen.append(env._state())
+                actions.append(env.expert_action())
+                env.advance(actions[-1])
+            demo = data.create_group(f"demo_{index}")
+            demo.attrs["model_file"], demo.attrs["num_samples"] = model, STEPS
+            demo["states"], demo["actions"] = np.array(states), np.array(actions, np.float64)
+    return path, seen
+
+
+def test_a_recording_becomes_demonstrations(recording: tuple[Path, list[np.ndarray]], tmp_path: Path) -> None:
+    path, seen = recording
+    first = import_robomimic(ImportConfig(path, tmp_path / "out", episodes=1, cameras=SMALL))
+    assert [row.length for row in first.rows] == [STEPS]
+    both = import_robomimic(ImportConfig(path, tmp_path / "out", cameras=SMALL))
+    assert [row.origin.actor for row in both.rows if row.origin] == [HUMAN, HUMAN]
+    assert both.instructions == ["open the door"]
+    np.testing.assert_allclose(both.columns()["states"], np.array(seen), atol=1e-6)
+    pictures = np.stack([picture for *_, picture in both.frames("agentview")])
+    assert pictures.shape == (2 * STEPS, 32, 32, 3)
+    assert pictures.std() > 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.attrs.__setitem__("env_args", "{"), "which environment"),
+        (lambda data: data.attrs.__setitem__("env_args", json.dumps({**ARGUMENTS, "env_name": "Kitchen"})), "Kitchen"),
+        (
+            lambda data: data.attrs.__setitem__(
+                "env_args", json.dumps(ARGUMENTS).replace('"OSC_POSE"', '"JOINT_POSITION"')
+            ),
+            "relative poses",
+        ),
+        (lambda data: data["demo_0"].__delitem__("actions"), "lacks.*actions"),
+        (lambda data: data["demo_0"].attrs.__setitem__("model_file", "<mujoco/>"), r"robosuite 1\.5"),
+    ],
+)
+def test_a_foreign_recording_is_refused_and_nothing_written(
+    recording: tuple[Path, list[np.ndarray]], tmp_path: Path, change: Any, message: str
+) -> None:
+    path = tmp_path / "changed.hdf5"
+    path.write_bytes(recording[0].read_bytes())
+    with h5py.File(path, "a") as file:
+        change(file["data"])
+    with pytest.raises(DatasetError, match=message):
+        import_robomimic(ImportConfig(path, tmp_path / "out", cameras=SMALL))
+    assert not list(tmp_path.glob("out/data/**/*.parquet"))
+
+
+def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        import_robomimic(ImportConfig(tmp_path / "nothing.hdf5", tmp_path / "out"))
+    (tmp_path / "text.hdf5").write_text("hello")
+    with pytest.raises(DatasetError, match="no HDF5 file"):
+        import_robomimic(ImportConfig(tmp_path / "text.hdf5", tmp_path / "out"))
