@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The main job on the shipped policy: a minute of checks, then real episodes of Meta-World's MT10 with films of them.
+# The main job on the shipped policy: a check of the machine, then episodes of Meta-World's MT10, each with the full model and
+# with the one that skips layers, in turn, with films of them.
 # Usage: launch/demo.sh [path of the dysl command]
 set -eu
 dysl=${1:-dysl}
 out=runs/demo
 rm -rf "$out"
 "$dysl" doctor
-"$dysl" eval --policy metaworld-mini --suite metaworld-mt10 --episodes 3 --seed 100000 --workers 2 --video 1 --out "$out"
-echo "Films: $out/videos, and on one picture: $out/films.png"
+"$dysl" eval --policy metaworld-mini --episodes 2 --workers 1 --skip-config full,dysl --video 1 --out "$out"
+echo "Films: $out/dysl/videos, and on one picture, with the layers that ran under each frame: $out/dysl/films.png"

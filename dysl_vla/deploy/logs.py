@@ -90,6 +90,8 @@ def replay(folder: Path, robot_name: str = "") -> dict[str, Any]:
                 last, _ = guard.check(np.array(line["action"], np.float32), last, clock())
                 robot.act(last)
                 sent += 1
+            if not is_over:
+                time.sleep(period)  # the last one is executed, too
     finally:
         robot.stop()
     return {"sent": sent, "passed": passed, "robot": dict(robot.report())}

@@ -7,6 +7,7 @@ measured to be faster.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
 import logging
 import queue
@@ -379,11 +380,18 @@ def serve_policy(config: ServeConfig) -> None:
     """Load, and serve until SIGTERM or SIGINT.
 
     Raises:
-        DyslError: The policy cannot be loaded, or the key not be read.
-        OSError: The address is taken, or not this machine's.
+        DyslError: The policy cannot be loaded, the key not be read, or the address is taken or not this machine's.
     """
     policy = open_policy(config.bundle, config.policy, config.skip)
-    asyncio.run(PolicyServer(policy, _read_key(config.api_key_file)).run(config.host, config.port))
+    try:
+        asyncio.run(PolicyServer(policy, _read_key(config.api_key_file)).run(config.host, config.port))
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
+            raise
+        raise ConfigError(
+            f"host, port: cannot listen on {config.host}:{config.port} ({error.strerror}); end the program that does, "
+            "or give another --port."
+        ) from error
 
 
 def _float32(value: Any) -> Any:

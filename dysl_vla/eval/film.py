@@ -51,7 +51,7 @@ def draw_skipping(frame: ImageArray, trace: SkipTrace, continuities: Sequence[fl
 
     Args:
         frame: uint8, (height, width, 3).
-        trace: Of the inference whose actions are being executed.
+        trace: Of the inference that ran most layers since the last frame.
         continuities: Of the episode's inferences until now.
 
     Returns:

@@ -77,16 +77,19 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
     render_s = clock() - started
     state = policy.reset()
     continuities: list[float | None] = []
+    busiest: SkipTrace | None = None  # since the last frame: a film shows one inference in several
     while True:
         [chunk] = policy.infer([observation], [state])
         timing = chunk.timing
         if chunk.skips is not None:
             continuities.append(chunk.skips.continuity)
+            busiest = chunk.skips if busiest is None or chunk.skips.layers >= busiest.layers else busiest
         check_actions(chunk.actions, len(env.world_spec.action_names))
         executed = env.world_spec.clip(chunk.actions[: policy.spec.execute_steps])
         for offset, action in enumerate(executed):
             if film and len(rollout.steps) % every == 0:
-                rollout.film.append(_frame(env, chunk.skips, continuities))
+                rollout.film.append(_frame(env, busiest or chunk.skips, continuities))
+                busiest = None
             started = clock()
             reward, truncated, info = env.advance(action)
             physics_s = clock() - started
@@ -113,7 +116,7 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
             if info["success"] or truncated:
                 rollout.success = info["success"]
                 if film:
-                    rollout.film.append(_frame(env, chunk.skips, continuities))
+                    rollout.film.append(_frame(env, busiest or chunk.skips, continuities))
                 return rollout
         started = clock()
         observation = env.observe()

@@ -26,7 +26,7 @@ from websockets.sync.client import connect
 
 from dysl_vla.deploy.client import Client
 from dysl_vla.deploy.runtime import Bundle
-from dysl_vla.deploy.server import PolicyServer, ServeConfig
+from dysl_vla.deploy.server import PolicyServer, ServeConfig, serve_policy
 from dysl_vla.deploy.wire import pack, unpack
 from dysl_vla.errors import ConfigError, RobotFault
 from tests.policies.test_dysl import make_dysl, observe
@@ -311,6 +311,13 @@ def test_other_machines_need_a_key() -> None:
             ServeConfig(Path("b"), host=host)
     with pytest.raises(ConfigError, match="port"):
         ServeConfig(Path("b"), port=70000)
+
+
+def test_a_taken_port_is_named(bundle_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}.*--port"):
+            serve_policy(ServeConfig(bundle_folder, port=port))
 
 
 @contextmanager
