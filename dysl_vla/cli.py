@@ -183,7 +183,10 @@ def _export(arguments: Sequence[str]) -> int:
     from dysl_vla.deploy.export import ExportConfig, export
 
     out = export(_parse(ExportConfig, arguments, "dysl export"))
-    print(f"Exported: {out}. Run it: dysl control --bundle {out} --robot mujoco:metaworld-drawer-open --seconds 10")
+    print(
+        f"Exported: {out}. Run it in simulation: dysl control --bundle {out} --robot mujoco:SIMULATOR-TASK --seconds 10 "
+        "(metaworld-drawer-open, robosuite-lift, ...)"
+    )
     return 0
 
 
