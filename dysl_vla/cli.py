@@ -184,7 +184,7 @@ def _export(arguments: Sequence[str]) -> int:
 
     out = export(_parse(ExportConfig, arguments, "dysl export"))
     print(
-        f"Exported: {out}. Run it in simulation: dysl control --bundle {out} --robot mujoco:SIMULATOR-TASK --seconds 10 "
+        f"Exported: {out}. Try it: dysl control --bundle {out} --robot mujoco:SIMULATOR-TASK --seconds 10 "
         "(metaworld-drawer-open, robosuite-lift, ...)"
     )
     return 0

@@ -7,9 +7,13 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from dysl_vla.errors import ConfigError
 
 PACKAGES = (
     "dysl-vla",
@@ -77,3 +81,25 @@ def command() -> str:
 def record() -> dict[str, Any]:
     """All three, for a result's or checkpoint's JSON."""
     return {"command": command(), "versions": versions(), "git_commit": git_commit()}
+
+
+def origins(record: Any) -> Iterator[dict[str, Any]]:
+    """All origins of demonstrations in a policy's provenance, and in those that it started from."""
+    if record:
+        yield from record.get("data", {}).get("origins", [])
+        yield from origins(record.get("init"))
+        yield from origins(record.get("skipping"))
+
+
+def home_suite(record: Any) -> str:
+    """The suite that most demonstrations of a policy are of.
+
+    Raises:
+        ConfigError: Its provenance names none.
+    """
+    episodes: Counter[str] = Counter()
+    for origin in origins(record):
+        episodes[origin["suite"]] += origin["episodes"]
+    if not episodes:
+        raise ConfigError("suite: this policy does not say which suite it was trained in; name one.")
+    return episodes.most_common(1)[0][0]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dysl_vla import provenance
 from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.envs.suites import TaskEnvs, get_suite
 from dysl_vla.errors import ConfigError
@@ -34,8 +35,8 @@ class BundleBenchConfig:
     """Folder of `dysl export`."""
     policy: str = "metaworld-mini"
     """The checkpoint that it was made from."""
-    suite: str = "metaworld-mt10"
-    """Where episodes are played."""
+    suite: str = ""
+    """Where episodes are played; the suite that the policy was trained in when empty."""
     tasks: str = ""
     """Names separated by commas; all when empty."""
     episodes: int = 1
@@ -86,7 +87,7 @@ def bench_bundle(config: BundleBenchConfig) -> BundleBench:
     made_from = policies[3].provenance.get("export", {}).get("policy")
     if made_from != policies[0].fingerprint:
         raise ConfigError(f"bundle: {config.bundle} was exported from another policy than {config.policy}.")
-    suite = get_suite(config.suite)
+    suite = get_suite(config.suite or provenance.home_suite(policies[0].provenance))
     tasks = suite.choose(config.tasks)
     moments: list[list[ActionChunk]] = []
     envs = TaskEnvs(suite, policies[0].spec.cameras)

@@ -30,6 +30,8 @@ OVER = 0.1
 """Metres before what will be grasped, from where the hand goes straight to it."""
 WITHIN = 0.012
 """Metres by which a grasp may be off."""
+STRAIGHT = 0.02
+"""Metres aside, within which the hand goes straight on."""
 SLANT = 0.75
 """Radians by which the hand leans from the door: upright, it would touch it."""
 UNLATCHED = 1.2
@@ -89,11 +91,12 @@ class Hand:
         depth = away @ pointing
         aside = away - depth * pointing
         before = target - OVER * pointing
-        if np.linalg.norm(aside) > WITHIN or np.linalg.norm(self._turn(closing, pointing)) > 0.2:
-            if depth < 0.5 * OVER and 2 * WITHIN < np.linalg.norm(aside) < OVER:  # not sideways through what is there
+        if np.linalg.norm(aside) > STRAIGHT or np.linalg.norm(self._turn(closing, pointing)) > 0.25:
+            if depth < 0.5 * OVER and STRAIGHT < np.linalg.norm(aside) < OVER:  # not sideways through what is there
                 before = before - aside
             return self.move(before, OPEN, closing, pointing)
-        return self.move(target, OPEN if depth > WITHIN else CLOSED, closing, pointing)
+        is_there = depth < WITHIN and np.linalg.norm(aside) < WITHIN
+        return self.move(target, CLOSED if is_there else OPEN, closing, pointing)
 
     def carry(
         self, away: Vector, closing: Vector, pointing: Vector = DOWN, *, rise: float, within: float
@@ -246,10 +249,10 @@ class NutAssemblySquareExpert:
         square = Rotation.from_rotvec(-wrong * UP).apply(_horizontal(hand.rotation[:, 0]))
         if is_on:
             return hand.move(hand.position + away - 0.2 * UP, CLOSED, square)
-        carrying = hand.carry(away, square, rise=0.02, within=0.004)
+        carrying = hand.carry(away, square, rise=0.02, within=0.006)
         if carrying is not None:
             return carrying
-        if abs(wrong) > 0.04:
+        if abs(wrong) > 0.08:
             return hand.move(hand.position + away, CLOSED, square)
         return hand.move(hand.position + away - 0.2 * UP, CLOSED, square)
 

@@ -36,8 +36,9 @@ class EvalConfig:
     """Folder for records, figures and videos."""
     policy: str = "metaworld-mini"
     """A shipped checkpoint's name, a checkpoint's folder, a Hugging Face hub id, or mock (for the mock suite)."""
-    suite: str = "metaworld-mt10"
-    """What is evaluated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, mock."""
+    suite: str = ""
+    """What is evaluated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, mock; when empty, the suite that
+    the policy was trained in."""
     robot: str = ""
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str = ""
@@ -71,11 +72,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     for name in ("episodes", "workers"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
-    config = replace(config, suite=with_robot(config.suite, config.robot), robot="")
-    suite = get_suite(config.suite)
-    tasks = suite.choose(config.tasks)
     ways = _ways(config)
     policies = [way.load(config.policy) for way in ways]
+    home = config.suite or provenance.home_suite(policies[0].provenance)
+    config = replace(config, suite=with_robot(home, config.robot), robot="")
+    suite = get_suite(config.suite)
+    tasks = suite.choose(config.tasks)
     for policy in policies:
         check_seed(config.seed, policy)
     with closing(suite.make(tasks[0], policies[0].spec.cameras)) as env:
@@ -179,19 +181,11 @@ def check_seed(seed: int, policy: Policy) -> None:
         raise ConfigError(
             f"seed: {seed} belongs to demonstrations; evaluation takes seeds from {FIRST_EVALUATION_SEED} on."
         )
-    trained = {origin["seed"] for origin in _origins(policy.provenance)}
+    trained = {origin["seed"] for origin in provenance.origins(policy.provenance)}
     if seed in trained:
         raise ConfigError(f"seed: the policy was trained on seed {seed}; take another.")
     if seed == policy.provenance.get("skipping", {}).get("operating_point", {}).get("seed"):
         raise ConfigError(f"seed: how much the policy skips was chosen on seed {seed}; take another.")
-
-
-def _origins(record: Any) -> Iterator[dict[str, Any]]:
-    """All origins of demonstrations in a provenance, and in those that it started from."""
-    if record:
-        yield from record.get("data", {}).get("origins", [])
-        yield from _origins(record.get("init"))
-        yield from _origins(record.get("skipping"))
 
 
 def _identity(config: EvalConfig, way: _Way, suite: Suite, tasks: tuple[str, ...], policy: Policy) -> dict[str, Any]:

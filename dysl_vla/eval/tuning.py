@@ -41,8 +41,8 @@ class TuneConfig:
     """The whole policy's mean milliseconds an inference, at most, on this machine: skips as little as that allows."""
     target_success_drop: float | None = None
     """Success rate lost, at most, as a share (0.01: a point), measured in simulation: skips as much as that allows."""
-    suite: str = "metaworld-mt10"
-    """Where success is measured."""
+    suite: str = ""
+    """Where success is measured; the suite that the policy was trained in when empty."""
     episodes: int = 20
     """Episodes of each task for that, at each setting; a smaller loss than one episode of them cannot be seen."""
     workers: int = 1
