@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+
+from dysl_vla.errors import ConfigError
+from dysl_vla.provenance import home_suite, origins
+
+
+def demonstrations(**episodes: int) -> dict[str, object]:
+    return {"data": {"origins": [{"suite": suite, "seed": 0, "episodes": n} for suite, n in episodes.items()]}}
+
+
+def test_a_policy_is_at_home_where_most_of_its_demonstrations_are() -> None:
+    first = demonstrations(lift=10, push=15)
+    assert home_suite(first) == "push"
+    later = {**demonstrations(lift=10), "init": first, "skipping": demonstrations(lift=1)}
+    assert home_suite(later) == "lift"
+    assert len(list(origins(later))) == 4
+
+
+@pytest.mark.parametrize("record", [None, {}, {"data": {}}, {"data": {"origins": []}}])
+def test_a_policy_without_demonstrations_has_no_home(record: object) -> None:
+    with pytest.raises(ConfigError, match=r"suite.*name one"):
+        home_suite(record)
