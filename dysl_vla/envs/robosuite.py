@@ -2,8 +2,8 @@
 
 A robot gets small motions of its end effector (OSC_POSE, relative to where it is) in the frame of its base, and shows
 the end effector's pose and the gripper's opening. Orientation is the rotation matrix's first two columns: continuous,
-with no second name for the same rotation (Zhou et al. 2019). Objects' poses stay with the expert. The scene is built once:
-Lift's cube, whose size robosuite draws between 40 and 44 mm whenever it builds the scene anew, keeps one size.
+with no second name for the same rotation (Zhou et al. 2019). Objects' poses stay with the expert. Scenes are made once:
+Lift's cube, whose side robosuite draws between 40 and 44 mm whenever it builds the scene anew, keeps one size.
 """
 
 from __future__ import annotations

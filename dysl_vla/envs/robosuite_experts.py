@@ -21,7 +21,10 @@ OPEN, CLOSED = -1.0, 1.0
 POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
 """Metres and radians of an action of 1."""
 GAIN = 2.0
-SIDES = tuple(np.array(side) for side in ((0.0, 1.0, 0.0), (0.0, -1.0, 0.0), (-1.0, 0.0, 0.0)))
+SIDES = np.array([0.5, -0.5, 1.0]) * np.pi
+"""Where a nut's handle may point on its peg, in radians about z: the fourth side is out of reach."""
+LEFTWARDS = 0.8
+"""Radians by which a turn to the left, for which the wrist has less room, counts as longer."""
 UP = np.array([0.0, 0.0, 1.0])
 DOWN = -UP
 ALONG_Y = np.array([0.0, 1.0, 0.0])
@@ -242,17 +245,15 @@ class NutAssemblySquareExpert:
             if is_on:
                 return hand.move(hand.position + OVER * UP, OPEN, _horizontal(hand.rotation[:, 0]))
             return hand.grasp(handle, closing)
-        # Of the peg's four sides the farthest is out of reach.
-        along = _horizontal(nut.rotation[:, 0])
-        wanted = max(SIDES, key=along.__matmul__)
-        wrong = np.arctan2(np.cross(wanted, along) @ UP, wanted @ along)
-        square = Rotation.from_rotvec(-wrong * UP).apply(_horizontal(hand.rotation[:, 0]))
+        turns = (SIDES - np.arctan2(nut.rotation[1, 0], nut.rotation[0, 0]) + np.pi) % (2 * np.pi) - np.pi
+        turn = min(turns, key=lambda angle: abs(angle) + LEFTWARDS * (angle > 0))
+        square = Rotation.from_rotvec(turn * UP).apply(_horizontal(hand.rotation[:, 0]))
         if is_on:
             return hand.move(hand.position + away - 0.2 * UP, CLOSED, square)
         carrying = hand.carry(away, square, rise=0.02, within=0.006)
         if carrying is not None:
             return carrying
-        if abs(wrong) > 0.08:
+        if abs(turn) > 0.08:
             return hand.move(hand.position + away, CLOSED, square)
         return hand.move(hand.position + away - 0.2 * UP, CLOSED, square)
 
