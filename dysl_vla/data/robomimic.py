@@ -6,6 +6,7 @@ cameras see there is written as a LeRobotDataset v3, to be trained on beside oth
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin, check_writable
 from dysl_vla.data.options import SIZE, camera_options
-from dysl_vla.envs.robosuite import INSTRUCTIONS, RATE_HZ, RobosuiteEnv
+from dysl_vla.envs import with_robot
+from dysl_vla.envs.robosuite import INSTRUCTIONS, RATE_HZ, ROBOTS, RobosuiteEnv
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import claimed
@@ -61,6 +63,9 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
     with _recorded(config.file) as data:
         task, robot = _world_of(config.file, data)
+        suite = with_robot(SUITE, robot if robot != ROBOTS[0] else "")
+        with config.file.open("rb") as opened:
+            actor = f"{HUMAN}@{hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
         names = sorted((name for name in data if name.startswith("demo_")), key=lambda name: int(name[5:]))
         names = names[: config.episodes or None]
         if not names:
@@ -72,7 +77,7 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
                 try:
                     done = {row.origin for row in writer.rows}
                     for name in tqdm(names, desc=task, unit="episode"):
-                        origin = Origin(SUITE, task, NO_SEED, int(name[5:]), HUMAN, 0.0)
+                        origin = Origin(suite, task, NO_SEED, int(name[5:]), actor, 0.0)
                         if origin not in done:
                             writer.append(_play(config.file, data[name], env, origin))
                 finally:

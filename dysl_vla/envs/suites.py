@@ -121,8 +121,8 @@ def get_suite(name: str) -> Suite:
 
 
 def with_robot(suite: str, robot: str) -> str:
-    """The name of a suite with a robot; that of the suite when no robot is named."""
-    return f"{suite}@{robot}" if robot else suite
+    """The name of a suite with another robot than the name says; the name itself when no robot is named."""
+    return f"{suite.partition('@')[0]}@{robot}" if robot else suite
 
 
 def _metaworld(name: str, tasks: tuple[str, ...]) -> Suite:
@@ -148,7 +148,9 @@ def _robosuite(name: str, tasks: tuple[str, ...]) -> Suite:
     load_robosuite()
 
     def make(label: str, robot: str) -> Suite:
-        others = {other: partial(make, f"{name}@{other}", other) for other in ROBOTS}
+        others = {
+            other: partial(make, with_robot(name, other if other != ROBOTS[0] else ""), other) for other in ROBOTS
+        }
         return Suite(label, tasks, ROBOSUITE_HORIZON, partial(RobosuiteEnv, robot=robot), noise=0.4, robots=others)
 
     return make(name, ROBOTS[0])
