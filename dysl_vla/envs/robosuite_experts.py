@@ -98,7 +98,7 @@ class Hand:
             if depth < 0.5 * OVER and STRAIGHT < np.linalg.norm(aside) < OVER:  # not sideways through what is there
                 before = before - aside
             return self.move(before, OPEN, closing, pointing)
-        is_there = abs(depth) < WITHIN and np.linalg.norm(aside) < WITHIN
+        is_there = -0.03 < depth < WITHIN and np.linalg.norm(aside) < WITHIN
         return self.move(target, CLOSED if is_there else OPEN, closing, pointing)
 
     def carry(

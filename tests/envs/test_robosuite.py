@@ -54,7 +54,7 @@ def test_an_initial_state_is_the_same_in_any_order_and_after_any_episode(env: Ro
 
 def test_the_expert_solves_the_task(env: RobosuiteEnv) -> None:
     for index in range(2):
-        env.reset(seed=11, options={"episode_index": index})
+        env.reset(seed=13, options={"episode_index": index})
         assert any(env.advance(env.expert_action())[2]["success"] for _ in range(250)), index
 
 
