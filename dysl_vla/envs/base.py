@@ -1,7 +1,7 @@
 """What every simulated manipulation environment shares: observation keys, seeding, checks.
 
-A simulator's module subclasses `ManipulationEnv` and fills in five methods. Not for robots: those speak the robot
-protocol of `deploy`.
+A simulator's module subclasses `ManipulationEnv` and fills in four methods, five with an expert. Not
+for robots: those speak the robot protocol of `deploy`.
 """
 
 from __future__ import annotations
@@ -150,9 +150,13 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
     def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
         """One frame, uint8 (height, width, 3)."""
 
-    @abstractmethod
     def expert_action(self) -> FloatArray:
-        """What a scripted expert would do now, from privileged state; (action,) inside the action space."""
+        """What a scripted expert would do now, from privileged state; (action,) inside the action space.
+
+        Raises:
+            ConfigError: There is none for this task (`has_expert` is False).
+        """
+        raise ConfigError(f"task: {self.task!r} has no scripted expert; take one that has, or imported demonstrations.")
 
 
 def check_cameras(asked: dict[str, tuple[int, int]], offered: tuple[str, ...]) -> None:

@@ -53,6 +53,37 @@ COLLISION_GEOMS = 0
 """The group of the geometries that only collide."""
 
 
+class Arm:
+    """Where a robosuite world's arm is.
+
+    Args:
+        world: robosuite's environment.
+    """
+
+    def __init__(self, world: Any) -> None:
+        self._world = world
+        self._robot = world.robots[0]
+        self._site = self._robot.eef_site_id["right"]
+        self._fingers = self._robot._ref_gripper_joint_pos_indexes.get("right", [])
+
+    @property
+    def position(self) -> NDArray[np.float64]:
+        """Between the fingertips, in metres, (3,)."""
+        position: NDArray[np.float64] = self._world.sim.data.site_xpos[self._site]
+        return position
+
+    @property
+    def rotation(self) -> NDArray[np.float64]:
+        """(3, 3); its first column is where the closing fingers move, its last where the hand points."""
+        rotation: NDArray[np.float64] = self._world.sim.data.site_xmat[self._site].reshape(3, 3)
+        return rotation
+
+    @property
+    def opening(self) -> float:
+        """The absolute positions of the gripper's joints, summed: with two parallel fingers, metres between them."""
+        return float(np.abs(self._world.sim.data.qpos[self._fingers]).sum())
+
+
 class RobosuiteEnv(ManipulationEnv):
     """One robosuite task.
 
@@ -78,7 +109,7 @@ class RobosuiteEnv(ManipulationEnv):
         render_mode: str = "rgb_array",
     ) -> None:
         if task not in INSTRUCTIONS:
-            raise ConfigError(f"unknown robosuite task {task!r}; there are: {', '.join(INSTRUCTIONS)}.")
+            raise ConfigError(f"task: robosuite's {task!r} is not offered; there are: {', '.join(INSTRUCTIONS)}.")
         if robot not in ROBOTS:
             raise ConfigError(f"robot: robosuite's {robot!r} is not offered; there are: {', '.join(ROBOTS)}.")
         robosuite = load_robosuite()
@@ -118,9 +149,7 @@ class RobosuiteEnv(ManipulationEnv):
     def _bind(self) -> None:
         """Look up what the world's present model holds."""
         self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
-        robot = self._world.robots[0]
-        self._hand = robot.eef_site_id["right"]
-        self._fingers = robot._ref_gripper_joint_pos_indexes.get("right", [])
+        self._arm = Arm(self._world)
         self._renderer = SceneRenderer(self._model, full_quality=self._full_quality, hidden_groups=(COLLISION_GEOMS,))
 
     def load_recorded(self, model: str) -> None:
@@ -134,7 +163,7 @@ class RobosuiteEnv(ManipulationEnv):
         """
         self._renderer.close()
         try:
-            self._world.reset_from_xml_string(self._world.edit_model_xml(model))
+            self._world.reset_from_xml_string(model)
         except Exception as error:  # whatever MuJoCo, robosuite and the XML parser raise
             raise DatasetError(
                 f"the recorded scene is none of robosuite 1.5's {self.task} ({error}); take one of that "
@@ -168,21 +197,16 @@ class RobosuiteEnv(ManipulationEnv):
         return float(reward), bool(self._world._check_success())
 
     def _state(self) -> FloatArray:
-        axes = self._data.site_xmat[self._hand].reshape(3, 3)
-        opening = np.abs(self._data.qpos[self._fingers]).sum()
-        return np.array([*self._data.site_xpos[self._hand], *axes[:, 0], *axes[:, 1], opening], np.float32)
+        arm = self._arm
+        return np.array([*arm.position, *arm.rotation[:, 0], *arm.rotation[:, 1], arm.opening], np.float32)
 
     def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
         return self._renderer.render(self._data, camera, height, width)
 
     def expert_action(self) -> FloatArray:
-        """A scripted policy on the full state.
-
-        Raises:
-            ConfigError: There is none for this task.
-        """
+        """A scripted policy on the full state; see `ManipulationEnv.expert_action`."""
         if self._expert is None:
-            raise ConfigError(f"task: {self.task!r} has no scripted expert; the tasks of robosuite-5 have.")
+            return super().expert_action()
         return np.clip(np.asarray(self._expert.act(), np.float32), -1, 1)
 
     def close(self) -> None:

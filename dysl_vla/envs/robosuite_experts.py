@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from dysl_vla.envs.robosuite import Arm
 from dysl_vla.types import FloatArray
 
 Vector = NDArray[np.float64]
@@ -37,39 +38,14 @@ STRAIGHT = 0.02
 """Metres aside, within which the hand goes straight on."""
 SLANT = 0.75
 """Radians by which the hand leans from the door: upright, it would touch it."""
+NEARLY_OPEN = 0.068
+"""Metres between the fingers, from which on nothing is between them: the handle, as it turns, spreads them that far."""
 UNLATCHED = 1.2
 """Radians that the door's handle must be turned."""
 
 
-class Hand:
-    """The arm's hand: where it is, and the actions that move it. The hand always points down.
-
-    Args:
-        world: robosuite's environment.
-    """
-
-    def __init__(self, world: Any) -> None:
-        self._world = world
-        self._robot = world.robots[0]
-        self._site = self._robot.eef_site_id["right"]
-        self._fingers = self._robot._ref_gripper_joint_pos_indexes["right"]
-
-    @property
-    def position(self) -> Vector:
-        """Between the fingertips, (3,)."""
-        position: Vector = self._world.sim.data.site_xpos[self._site]
-        return position
-
-    @property
-    def rotation(self) -> Vector:
-        """(3, 3); its first column is where the closing fingers move, its last where the hand points."""
-        rotation: Vector = self._world.sim.data.site_xmat[self._site].reshape(3, 3)
-        return rotation
-
-    @property
-    def opening(self) -> float:
-        """Metres between the fingertips."""
-        return float(np.abs(self._world.sim.data.qpos[self._fingers]).sum())
+class Hand(Arm):
+    """The arm's hand, and the actions that move it."""
 
     def holds(self, geoms: Any) -> bool:
         """Both fingers touch it."""
@@ -187,9 +163,9 @@ class DoorExpert:
         latch = _Body(world, world.door.latch_body)
         out = latch.rotation @ np.array([0.0, -1.0, 0.0])
         grip = latch.position + latch.rotation @ np.array([0.10, -0.10, 0.0])
-        closing = np.cos(SLANT) * out - np.sin(SLANT) * UP  # upright, the hand would touch the door
+        closing = np.cos(SLANT) * out - np.sin(SLANT) * UP
         pointing = -np.cos(SLANT) * UP - np.sin(SLANT) * out
-        if hand.opening > 0.068 or np.linalg.norm(hand.position - grip) > 0.04:
+        if hand.opening > NEARLY_OPEN or np.linalg.norm(hand.position - grip) > 0.04:
             return hand.grasp(grip, closing, pointing)
         turned, opened = (world.sim.data.qpos[at] for at in (world.handle_qpos_addr, world.hinge_qpos_addr))
         if turned < UNLATCHED and opened < 0.05:

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from scipy.spatial.transform import Rotation
 
 from dysl_vla.envs import get_suite
 from dysl_vla.envs.robosuite import ARM_ACTIONS, FIVE, INSTRUCTIONS, ROBOTS, STATE_NAMES, RobosuiteEnv
@@ -100,6 +101,13 @@ def test_an_action_moves_the_hand_as_its_name_says() -> None:
         moved = (env._state() - before)[:3]
         assert np.argmax(np.abs(moved)) == axis, ARM_ACTIONS[axis]
         assert moved[axis] > 0.02
+        env.reset(seed=5)
+        before = env._arm.rotation.copy()
+        for _ in range(5):
+            env.advance(np.eye(7, dtype=np.float32)[3 + axis])
+        turned = Rotation.from_matrix(env._arm.rotation @ before.T).as_rotvec()
+        assert np.argmax(np.abs(turned)) == axis, ARM_ACTIONS[3 + axis]
+        assert turned[axis] > 0.1
 
 
 def test_an_initial_state_is_the_same_in_another_process() -> None:
