@@ -66,20 +66,23 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
         suite = with_robot(SUITE, robot if robot != ROBOTS[0] else "")
         with config.file.open("rb") as opened:
             actor = f"{HUMAN}@{hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
-        names = sorted((name for name in data if name.startswith("demo_")), key=lambda name: int(name[5:]))
-        names = names[: config.episodes or None]
-        if not names:
-            raise DatasetError(f"{config.file}: holds no demonstrations.")
+        numbers = sorted(int(found[1]) for name in data if (found := re.fullmatch(r"demo_(\d+)", name)))
+        numbers = numbers[: config.episodes or None]
+        if not numbers:
+            raise DatasetError(f"{config.file}: holds no demonstrations (groups data/demo_0 and so on).")
         with closing(RobosuiteEnv(task, cameras, robot=robot)) as env:
             check_writable(config.out, env.world_spec)
+            for number in numbers:  # what is refused, is before anything is written
+                _check(config.file, data[f"demo_{number}"], env)
+            env.load_recorded(data[f"demo_{numbers[0]}"].attrs["model_file"])
             with claimed(config.out):
                 writer = DemonstrationWriter(config.out, env.world_spec, robot_type=robot)
                 try:
                     done = {row.origin for row in writer.rows}
-                    for name in tqdm(names, desc=task, unit="episode"):
-                        origin = Origin(suite, task, NO_SEED, int(name[5:]), actor, 0.0)
+                    for number in tqdm(numbers, desc=task, unit="episode"):
+                        origin = Origin(suite, task, NO_SEED, number, actor, 0.0)
                         if origin not in done:
-                            writer.append(_play(config.file, data[name], env, origin))
+                            writer.append(_play(data[f"demo_{number}"], env, origin))
                 finally:
                     writer.close()
     return Demonstrations(config.out)
@@ -106,41 +109,44 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
     try:
         if "env_args" in data.attrs:
             made = json.loads(data.attrs["env_args"])
-            name, settings = made["env_name"], made["env_kwargs"]
+            name, settings = made["env_name"], dict(made["env_kwargs"])
         else:
-            name, settings = data.attrs["env"], json.loads(data.attrs["env_info"])
+            name, settings = data.attrs["env"], dict(json.loads(data.attrs["env_info"]))
     except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{path}: does not say which environment it is of ({error!r}).") from error
     task = re.sub(r"(?<=.)(?=[A-Z])", "-", str(name)).lower()
     if task not in INSTRUCTIONS:
         raise DatasetError(f"{path}: is of robosuite's {name!r}; those that can be played: {', '.join(INSTRUCTIONS)}.")
-    robots = settings.get("robots", "Panda")
-    [robot] = [robots] if isinstance(robots, str) else robots if len(robots) == 1 else [None]
-    if robot is None or settings.get("control_freq", RATE_HZ) != RATE_HZ:
-        raise DatasetError(f"{path}: is not of one arm at {RATE_HZ} Hz: {settings}.")
+    robots = settings.get("robots", ROBOTS[0])
+    robot = robots[0] if isinstance(robots, list) and len(robots) == 1 else robots
+    if robot not in ROBOTS or settings.get("control_freq", RATE_HZ) != RATE_HZ:
+        raise DatasetError(
+            f"{path}: is of {robots} at {settings.get('control_freq', RATE_HZ)} Hz; it can be played for one of "
+            f"{', '.join(ROBOTS)} at {RATE_HZ} Hz."
+        )
     arm = json.dumps(settings.get("controller_configs", {}))
     if "OSC_POSE" not in arm or '"absolute"' in arm or '"control_delta": false' in arm:
         raise DatasetError(f"{path}: its actions are not relative poses (OSC_POSE); take the file with those.")
-    return task, str(robot)
+    return task, robot
 
 
-def _play(path: Path, recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episode:
-    try:
-        states, actions = np.asarray(recorded["states"]), np.asarray(recorded["actions"], np.float32)
-        model = str(recorded.attrs["model_file"])
-    except KeyError as error:
+def _check(path: Path, recorded: Any, env: RobosuiteEnv) -> None:
+    missing = {"states", "actions"} - set(recorded) | {"model_file"} - set(recorded.attrs)
+    if missing:
+        raise DatasetError(f"{path}: {recorded.name} lacks {', '.join(sorted(missing))}.")
+    actions = np.asarray(recorded["actions"])
+    expected = (len(recorded["states"]), len(env.world_spec.action_names))
+    if actions.shape != expected or not len(actions) or not np.isfinite(actions).all():
         raise DatasetError(
-            f"{path}: {recorded.name} lacks {error}; it needs states, actions and model_file."
-        ) from error
-    wanted = (len(states), len(env.world_spec.action_names))
-    if actions.shape != wanted or not np.isfinite(actions).all():
-        raise DatasetError(
-            f"{path}: {recorded.name} has actions of shape {actions.shape}, or not finite; not {wanted}."
+            f"{path}: {recorded.name} has actions of shape {actions.shape}, none, or not finite; expected {expected}."
         )
-    env.load_recorded(model)
+
+
+def _play(recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episode:
+    env.load_recorded(recorded.attrs["model_file"])
     images: dict[str, list[Any]] = {camera: [] for camera in env.world_spec.cameras}
     shown = []
-    for state in states:
+    for state in np.asarray(recorded["states"]):
         env.show_recorded(state)
         observation = env.observe()
         for camera, frames in images.items():
@@ -149,7 +155,7 @@ def _play(path: Path, recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episo
     return Episode(
         images={camera: np.stack(frames) for camera, frames in images.items()},
         states=np.stack(shown),
-        actions=env.world_spec.clip(actions),
+        actions=env.world_spec.clip(np.asarray(recorded["actions"], np.float32)),
         instruction=env.instruction,
         origin=origin,
     )
