@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from dysl_vla.envs import ManipulationEnv, get_suite, with_robot
 from dysl_vla.errors import ConfigError
-from dysl_vla.types import FloatArray
+
+RESETS = 3
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class EnvBenchConfig:
 
 @dataclass(frozen=True)
 class EnvTimes:
-    """Seconds, means over steps but for `make_s`, which happens once a task and process.
+    """Seconds: means over steps, or over some resets; making happens once a task and process.
 
     Attributes:
         make_s: Making the environment.
@@ -74,23 +75,28 @@ def bench_env(config: EnvBenchConfig) -> Iterator[EnvTimes]:
 def _measure(env: ManipulationEnv, make_s: float, steps: int) -> EnvTimes:
     spent: dict[str, list[float]] = {"reset": [], "expert": [], "physics": [], "cameras": []}
 
-    def timed(name: str, call: Callable[[], FloatArray | object]) -> object:
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
         started = time.perf_counter()
-        value = call()
+        yield
         spent[name].append(time.perf_counter() - started)
-        return value
 
     env.reset(seed=0)  # whatever is compiled or allocated once
-    still = env.world_spec.clip(np.zeros(len(env.world_spec.action_names), np.float32))
-    env.advance(still)
-    for index in range(3):
-        timed("reset", lambda index=index: env.reset(seed=0, options={"episode_index": index}))  # type: ignore[misc]
+    action = env.world_spec.clip(np.zeros(len(env.world_spec.action_names), np.float32))
+    env.advance(action)
+    for index in range(RESETS):
+        with timed("reset"):
+            env.reset(seed=0, options={"episode_index": index})
     for step in range(steps):
         if step and step % env.horizon == 0:
             env.reset()
-        action = np.asarray(timed("expert", env.expert_action), np.float32) if env.has_expert else still
-        timed("physics", lambda action=action: env.advance(action))  # type: ignore[misc]
-        timed("cameras", env.observe)
+        if env.has_expert:
+            with timed("expert"):
+                action = env.expert_action()
+        with timed("physics"):
+            env.advance(action)
+        with timed("cameras"):
+            env.observe()
     mean = {name: float(np.mean(seconds)) if seconds else 0.0 for name, seconds in spent.items()}
     return EnvTimes(env.task, make_s, mean["reset"], mean["expert"], mean["physics"], mean["cameras"])
 
