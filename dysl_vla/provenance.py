@@ -91,15 +91,27 @@ def origins(record: Any) -> Iterator[dict[str, Any]]:
         yield from origins(record.get("skipping"))
 
 
-def home_suite(record: Any) -> str:
-    """The suite that most demonstrations of a policy are of.
+def home(record: Any, suite: str, tasks: str) -> tuple[str, str]:
+    """Where a policy is played: what was asked for; when no suite was, that of most of its demonstrations.
+
+    Args:
+        record: Its provenance.
+        suite: Asked for; empty: none.
+        tasks: Asked for, separated by commas; empty: all of the suite's that was asked for, or those demonstrated.
+
+    Returns:
+        Suite and tasks.
 
     Raises:
-        ConfigError: Its provenance names none.
+        ConfigError: No suite was asked for, and its provenance names none.
     """
+    if suite:
+        return suite, tasks
     episodes: Counter[str] = Counter()
     for origin in origins(record):
         episodes[origin["suite"]] += origin["episodes"]
     if not episodes:
         raise ConfigError("suite: this policy does not say which suite it was trained in; name one.")
-    return episodes.most_common(1)[0][0]
+    [(suite, _)] = episodes.most_common(1)
+    demonstrated = {origin["task"] for origin in origins(record) if origin["suite"] == suite}
+    return suite, tasks or ",".join(sorted(demonstrated))

@@ -46,7 +46,7 @@ class CollectConfig:
     out: Path
     """Folder of the dataset; an existing one is continued."""
     suite: str = "metaworld-mt10"
-    """Suite whose tasks are demonstrated."""
+    """Suite whose tasks are demonstrated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all."""
     robot: str = ""
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str = ""
@@ -79,6 +79,12 @@ def collect(config: CollectConfig) -> Demonstrations:
     suite = get_suite(with_robot(config.suite, config.robot))
     noise = suite.noise if config.noise is None else config.noise
     tasks = suite.choose(config.tasks)
+    if lacking := [task for task in tasks if task in suite.without_expert]:
+        having = ",".join(task for task in tasks if task not in suite.without_expert) or "another suite's or robot's"
+        raise ConfigError(
+            f"tasks: {suite.robot} has no scripted expert for {', '.join(lacking)}; take --tasks {having}, or imported "
+            "demonstrations."
+        )
     sizes = camera_options("cameras", config.cameras, SIZE, "144x144")
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
     actor = EXPERT
@@ -89,9 +95,9 @@ def collect(config: CollectConfig) -> Demonstrations:
             actor = f"{Path(config.policy).name}@{policy.fingerprint[:12]}"
         env.reset(seed=0)  # renders: a machine that cannot is found out before anything is written
         spec = env.world_spec
-    check_writable(config.out, spec)
+    check_writable(config.out, spec, suite.robot)
     with claimed(config.out), worker_pool(config.workers) as pool:
-        writer = DemonstrationWriter(config.out, spec, robot_type=config.robot or config.suite.split("-")[0])
+        writer = DemonstrationWriter(config.out, spec, suite.robot)
         try:
             for task in tasks:
                 first = Origin(suite.name, task, config.seed, 0, actor, 0.0 if config.policy else noise)

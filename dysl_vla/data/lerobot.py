@@ -81,15 +81,15 @@ class EpisodeRow:
     origin: Origin | None
 
 
-def check_writable(root: Path, spec: WorldSpec) -> None:
+def check_writable(root: Path, spec: WorldSpec, robot: str) -> None:
     """Refuse a folder that episodes of a world cannot be appended to.
 
     Raises:
-        DatasetError: It holds something else, or demonstrations of another world.
+        DatasetError: It holds something else, or demonstrations of another world or robot.
     """
     if (root / INFO).exists():
         present = Demonstrations(root)
-        _check_same_world(present, spec)
+        _check_same_world(present, spec, robot)
         if present.info["data_path"] != DATA_PATH or any(row.origin is None for row in present.rows):
             raise DatasetError(f"{root}: was written by another program; give --out a new folder.")
     elif not is_unused(root):
@@ -102,23 +102,23 @@ class DemonstrationWriter:
     Args:
         root: The dataset's folder.
         spec: The world that the demonstrations are of.
-        robot_type: LeRobot's free text.
+        robot: Whose arm moves; LeRobot's `robot_type`.
 
     Raises:
         DatasetError: See `check_writable`.
     """
 
-    def __init__(self, root: Path, spec: WorldSpec, robot_type: str) -> None:
+    def __init__(self, root: Path, spec: WorldSpec, robot: str) -> None:
         self._root = root
         self._spec = spec
         self._tasks: list[str] = []
         self.rows: list[EpisodeRow] = []
-        check_writable(root, spec)
+        check_writable(root, spec, robot)
         if (root / INFO).exists():
             present = Demonstrations(root)
             self._tasks, self.rows, self._info = list(present.instructions), present.rows, present.info
         else:
-            self._info = _new_info(spec, robot_type)
+            self._info = _new_info(spec, robot)
             write_json(root / INFO, self._info)
 
     def append(self, episode: Episode) -> None:
@@ -312,7 +312,7 @@ class Demonstrations:
                 raise DatasetError(f"{self.root / name}: {found} frames, {len(wanted)} are needed; it was cut off.")
 
 
-def _new_info(spec: WorldSpec, robot_type: str) -> dict[str, Any]:
+def _new_info(spec: WorldSpec, robot: str) -> dict[str, Any]:
     if not float(spec.rate_hz).is_integer():
         raise DatasetError(f"fps: LeRobot's format needs a whole number, the world runs at {spec.rate_hz} Hz.")
     features: dict[str, Any] = {}
@@ -339,7 +339,7 @@ def _new_info(spec: WorldSpec, robot_type: str) -> dict[str, Any]:
         features[key] = {"dtype": "int64", "shape": [1], "names": None}
     return {
         "codebase_version": CODEBASE_VERSION,
-        "robot_type": robot_type,
+        "robot_type": robot,
         "fps": int(spec.rate_hz),
         "total_episodes": 0,
         "total_frames": 0,
@@ -388,9 +388,11 @@ def _names(feature: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, names or range(length)))
 
 
-def _check_same_world(present: Demonstrations, spec: WorldSpec) -> None:
+def _check_same_world(present: Demonstrations, spec: WorldSpec, robot: str) -> None:
+    compared = {"robot": (robot, present.info.get("robot_type"))}
     for name in ("cameras", "state_names", "action_names", "rate_hz"):
-        mine, theirs = getattr(spec, name), getattr(present.spec, name)
+        compared[name] = getattr(spec, name), getattr(present.spec, name)
+    for name, (mine, theirs) in compared.items():
         if mine != theirs:
             raise DatasetError(
                 f"{present.root}: {name} is {theirs}, the new demonstrations have {mine}; give --out a new folder."

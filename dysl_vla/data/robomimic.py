@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin, check_writable
 from dysl_vla.data.options import SIZE, camera_options
 from dysl_vla.envs import with_robot
-from dysl_vla.envs.robosuite import INSTRUCTIONS, RATE_HZ, ROBOTS, RobosuiteEnv
+from dysl_vla.envs.robosuite import INSTRUCTIONS, RATE_HZ, ROBOTS, RobosuiteEnv, controllers
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import claimed
@@ -29,6 +29,7 @@ from dysl_vla.types import IMAGE_PREFIX, STATE_KEY
 
 SUITE = "robosuite-all"
 HUMAN = "human"
+POSE_CONTROLLER = "OSC_POSE"
 NO_SEED = -1
 """The initial states are none of our own."""
 
@@ -71,12 +72,12 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
         if not numbers:
             raise DatasetError(f"{config.file}: holds no demonstrations (groups data/demo_0 and so on).")
         with closing(RobosuiteEnv(task, cameras, robot=robot)) as env:
-            check_writable(config.out, env.world_spec)
+            check_writable(config.out, env.world_spec, robot)
             for number in numbers:  # what is refused, is before anything is written
                 _check(config.file, data[f"demo_{number}"], env)
             env.load_recorded(data[f"demo_{numbers[0]}"].attrs["model_file"])
             with claimed(config.out):
-                writer = DemonstrationWriter(config.out, env.world_spec, robot_type=robot)
+                writer = DemonstrationWriter(config.out, env.world_spec, robot)
                 try:
                     done = {row.origin for row in writer.rows}
                     for number in tqdm(numbers, desc=task, unit="episode"):
@@ -124,10 +125,32 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
             f"{path}: is of {robots} at {settings.get('control_freq', RATE_HZ)} Hz; it can be played for one of "
             f"{', '.join(ROBOTS)} at {RATE_HZ} Hz."
         )
-    arm = json.dumps(settings.get("controller_configs", {}))
-    if "OSC_POSE" not in arm or '"absolute"' in arm or '"control_delta": false' in arm:
+    recorded, ours = _pose_controller(settings.get("controller_configs")), _pose_controller(controllers(robot))
+    if recorded is None or recorded.get("input_type", "delta") != "delta" or recorded.get("control_delta") is False:
         raise DatasetError(f"{path}: its actions are not relative poses (OSC_POSE); take the file with those.")
+    for name in ("input_min", "input_max", "output_min", "output_max"):
+        if name in recorded and not _are_same(recorded[name], ours[name]):
+            raise DatasetError(
+                f"{path}: the controller's {name} is {recorded[name]}, here {ours[name]}: the same action would be "
+                "another motion; record it again with robosuite's own controller."
+            )
     return task, robot
+
+
+def _pose_controller(found: Any) -> Any:
+    """Settings of the operational-space controller, wherever a version of robosuite keeps them; None: there is none."""
+    if not isinstance(found, dict):
+        return None
+    if found.get("type") == POSE_CONTROLLER:
+        return found
+    return next((inner for inner in map(_pose_controller, found.values()) if inner), None)
+
+
+def _are_same(theirs: Any, ours: Any) -> bool:
+    try:
+        return bool(np.allclose(np.asarray(theirs, np.float64), ours))
+    except (TypeError, ValueError):  # no numbers, or not as many
+        return False
 
 
 def _check(path: Path, recorded: Any, env: RobosuiteEnv) -> None:

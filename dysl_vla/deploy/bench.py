@@ -38,7 +38,7 @@ class BundleBenchConfig:
     suite: str = ""
     """Where episodes are played; the suite that the policy was trained in when empty."""
     tasks: str = ""
-    """Names separated by commas; all when empty."""
+    """Names separated by commas; when empty, all of the suite, or those that the policy was trained in."""
     episodes: int = 1
     """Of each task."""
     seed: int = 100_000
@@ -87,8 +87,9 @@ def bench_bundle(config: BundleBenchConfig) -> BundleBench:
     made_from = policies[3].provenance.get("export", {}).get("policy")
     if made_from != policies[0].fingerprint:
         raise ConfigError(f"bundle: {config.bundle} was exported from another policy than {config.policy}.")
-    suite = get_suite(config.suite or provenance.home_suite(policies[0].provenance))
-    tasks = suite.choose(config.tasks)
+    home, home_tasks = provenance.home(policies[0].provenance, config.suite, config.tasks)
+    suite = get_suite(home)
+    tasks = suite.choose(home_tasks)
     moments: list[list[ActionChunk]] = []
     envs = TaskEnvs(suite, policies[0].spec.cameras)
     try:

@@ -63,6 +63,10 @@ def replay(folder: Path, robot_name: str = "") -> dict[str, Any]:
         nonlocal is_over
         is_over = True
 
+    def wait_until(due: float) -> None:
+        while (left := due - clock()) > 0 and not is_over:
+            time.sleep(min(left, NAP_S))
+
     try:
         with handled_signals(stop):
             if list(robot.world.action_names) != account["action_names"]:
@@ -76,8 +80,7 @@ def replay(folder: Path, robot_name: str = "") -> dict[str, Any]:
             last = robot.hold(None)
             for line in lines:
                 due = start + line["due_s"]
-                while (left := due - clock()) > 0 and not is_over:
-                    time.sleep(min(left, NAP_S))
+                wait_until(due)
                 if is_over:
                     break
                 if line.get("action") is None:
@@ -90,8 +93,7 @@ def replay(folder: Path, robot_name: str = "") -> dict[str, Any]:
                 last, _ = guard.check(np.array(line["action"], np.float32), last, clock())
                 robot.act(last)
                 sent += 1
-            if not is_over:
-                time.sleep(period)  # the last one is executed, too
+            wait_until(clock() + period)  # the last one is executed, too
     finally:
         robot.stop()
     return {"sent": sent, "passed": passed, "robot": dict(robot.report())}

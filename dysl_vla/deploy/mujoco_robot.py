@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from dysl_vla.deploy.robot import Reading, hold_action, robots
 from dysl_vla.envs.base import ManipulationEnv
-from dysl_vla.envs.suites import get_suite, suites
+from dysl_vla.envs.suites import get_suite, suites, with_robot
 from dysl_vla.errors import ConfigError, DyslError, RobotFault
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, FloatArray, Observation, WorldSpec
 from dysl_vla.workers import begin_worker
@@ -55,7 +55,7 @@ class Simulation:
     """What is simulated, and what goes wrong, in seconds after the start; infinity: never."""
 
     task: str
-    """Suite's first word and task: "metaworld-drawer-open"."""
+    """Suite's first word and task: "metaworld-drawer-open"; with another robot "robosuite-lift@UR5e"."""
     episode: int = 0
     """Index of the first episode; at the horizon the next one begins."""
     seed: int = 100_000
@@ -399,12 +399,13 @@ class _Eyes:
 
 
 def _make_env(name: str, cameras: Mapping[str, tuple[int, int]] | None) -> ManipulationEnv:
-    family, _, task = name.partition("-")
+    family, _, asked = name.partition("-")
+    asked, _, robot = asked.partition("@")
     tasks: list[str] = []
     for suite_name in suites.names():
         if suite_name.partition("-")[0] == family:
-            suite = get_suite(suite_name)
-            if task in suite.tasks:
+            suite = get_suite(with_robot(suite_name, robot))
+            if (task := suite.find(asked)) is not None:
                 return suite.make(task, cameras)
             tasks.extend(f"{family}-{other}" for other in suite.tasks)
     known = ", ".join(dict.fromkeys(tasks))

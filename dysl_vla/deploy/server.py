@@ -12,6 +12,7 @@ import hmac
 import logging
 import queue
 import signal
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -142,16 +143,12 @@ class PolicyServer:
         )
         self._layers = Counter("dysl_layers", "Layers of the backbone that ran.", registry=registry)
 
-    async def run(self, host: str, port: int, *, handle_signals: bool = True) -> None:
+    async def run(self, address: socket.socket, *, handle_signals: bool = True) -> None:
         """Serve until told to end.
 
         Args:
-            host: To listen on.
-            port: To listen on; 0: any.
+            address: Of `bind`; closed in the end.
             handle_signals: SIGTERM and SIGINT end it.
-
-        Raises:
-            OSError: The address is taken, or not this machine's.
         """
         loop = asyncio.get_running_loop()
         self.max_batch = await loop.run_in_executor(None, self._measure_batches)
@@ -160,19 +157,18 @@ class PolicyServer:
         threading.Thread(target=self._infer_forever, args=(loop,), name="inference", daemon=True).start()
         async with serve(
             self._connection,
-            host,
-            port,
+            sock=address,
             process_request=self._http,
             compression=None,
             max_size=4 * images + 65536,
             write_limit=65536,
             close_timeout=CLOSE_S,
         ) as server:
-            self.port = next(iter(server.sockets)).getsockname()[1]
+            host, self.port, *_ = address.getsockname()
             if handle_signals:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.add_signal_handler(number, self._end.set)
-            print(f"Serving on ws://{host}:{self.port}", flush=True)
+            print(f"Serving on ws://{f'[{host}]' if ':' in host else host}:{self.port}", flush=True)
             await self._end.wait()
             self._is_ending = True
             limit = time.monotonic() + DRAIN_S
@@ -380,18 +376,41 @@ def serve_policy(config: ServeConfig) -> None:
     """Load, and serve until SIGTERM or SIGINT.
 
     Raises:
-        DyslError: The policy cannot be loaded, the key not be read, or the address is taken or not this machine's.
+        DyslError: The policy cannot be loaded, the key not be read, or the address is none to listen on.
     """
-    policy = open_policy(config.bundle, config.policy, config.skip)
+    key = _read_key(config.api_key_file)
+    with bind(config.host, config.port) as address:
+        policy = open_policy(config.bundle, config.policy, config.skip)
+        asyncio.run(PolicyServer(policy, key).run(address))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address, on which nobody is answered yet.
+
+    Args:
+        host: A name or number of this machine's.
+        port: 0: any that is free.
+
+    Raises:
+        ConfigError: It cannot be taken; the message says what to do.
+    """
     try:
-        asyncio.run(PolicyServer(policy, _read_key(config.api_key_file)).run(config.host, config.port))
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"host: {host} is unknown ({error.strerror}); give an address of this machine.") from error
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
-        if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
-            raise
-        raise ConfigError(
-            f"host, port: cannot listen on {config.host}:{config.port} ({error.strerror}); end the program that does, "
-            "or give another --port."
-        ) from error
+        bound.close()
+        mend = {
+            errno.EADDRINUSE: "end the program that listens there, or give another --port",
+            errno.EADDRNOTAVAIL: "give a --host that is an address of this machine",
+            errno.EACCES: "give a --port from 1024 on, those below are the system's",
+        }.get(error.errno or 0, "give another --host or --port")
+        raise ConfigError(f"host, port: cannot listen on {host}:{port} ({error.strerror}); {mend}.") from error
+    return bound
 
 
 def _float32(value: Any) -> Any:

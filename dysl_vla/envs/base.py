@@ -131,9 +131,6 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         """A frame for people: the first camera at 256 pixels, (256, 256, 3) uint8."""
         return self._render_camera(next(iter(self.world_spec.cameras)), VIDEO_PIXELS, VIDEO_PIXELS)
 
-    has_expert = True
-    """`expert_action` answers."""
-
     @abstractmethod
     def _reset_world(self, rng: np.random.Generator) -> None:
         """Put the world into the initial state that `rng` draws, whatever happened before."""
@@ -154,7 +151,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         """What a scripted expert would do now, from privileged state; (action,) inside the action space.
 
         Raises:
-            ConfigError: There is none for this task (`has_expert` is False).
+            ConfigError: There is none for this task.
         """
         raise ConfigError(f"task: {self.task!r} has no scripted expert; take one that has, or imported demonstrations.")
 

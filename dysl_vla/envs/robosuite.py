@@ -40,15 +40,28 @@ INSTRUCTIONS: dict[str, str] = {  # not PickPlaceSingle and NutAssemblySingle: t
     "tool-hang": "hang the tool on the frame",
     "wipe": "wipe the table",
 }
+EXPERT_ROBOTS: dict[str, tuple[str, ...]] = {
+    "lift": ("Panda", "IIWA", "Jaco", "Kinova3", "UR5e"),
+    "stack": ("Panda", "IIWA", "Kinova3", "UR5e"),
+    "door": ("Panda",),
+    "pick-place-can": ("Panda", "IIWA", "Kinova3", "UR5e"),
+    "nut-assembly-square": ("Panda", "IIWA", "Kinova3", "UR5e"),
+}
+"""Task to the robots whose scripted expert does it, at least four times out of five."""
 FIVE = ("lift", "stack", "door", "pick-place-can", "nut-assembly-square")
 ROBOTS = ("Panda", "Sawyer", "IIWA", "Jaco", "Kinova3", "UR5e")
 HORIZON = 400
+"""robosuite's benchmarks'; little for the tasks with several objects, and for the tool's."""
 RATE_HZ = 20
 DEFAULT_CAMERAS = {"agentview": (128, 128), "robot0_eye_in_hand": (96, 96)}
 STATE_NAMES = ("x", "y", "z", "x_to_x", "x_to_y", "x_to_z", "y_to_x", "y_to_y", "y_to_z", "gripper")
-"""Position in metres; where the end effector's x and y axes point; the gripper's opening."""
+"""Position in metres; where the end effector's x and y axes point; metres between the fingers."""
 ARM_ACTIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
 """1 is 5 cm, or half a radian about that axis; the three angles are one rotation vector."""
+ACTION_NAMES = (*ARM_ACTIONS, "gripper")
+"""Of every task: the tool that wipes has no gripper, and its last action moves nothing."""
+FAR = 0.5
+"""Metres, more than any hand opens."""
 COLLISION_GEOMS = 0
 """The group of the geometries that only collide."""
 
@@ -64,7 +77,13 @@ class Arm:
         self._world = world
         self._robot = world.robots[0]
         self._site = self._robot.eef_site_id["right"]
-        self._fingers = self._robot._ref_gripper_joint_pos_indexes.get("right", [])
+        self._mujoco = load_mujoco()
+        pads = self._robot.gripper["right"].important_geoms
+        self._pads = [
+            (world.sim.model.geom_name2id(left), world.sim.model.geom_name2id(right))
+            for left in pads["left_fingerpad"]
+            for right in pads["right_fingerpad"]
+        ]
 
     @property
     def position(self) -> NDArray[np.float64]:
@@ -80,8 +99,10 @@ class Arm:
 
     @property
     def opening(self) -> float:
-        """The absolute positions of the gripper's joints, summed: with two parallel fingers, metres between them."""
-        return float(np.abs(self._world.sim.data.qpos[self._fingers]).sum())
+        """Metres between the pads of the fingers; 0 for a tool that has none."""
+        sim = self._world.sim
+        distance = self._mujoco.mj_geomDistance
+        return min((distance(sim.model._model, sim.data._data, *pair, FAR, None) for pair in self._pads), default=0.0)
 
 
 class RobosuiteEnv(ManipulationEnv):
@@ -115,12 +136,11 @@ class RobosuiteEnv(ManipulationEnv):
         robosuite = load_robosuite()
         from dysl_vla.envs.robosuite_experts import experts
 
-        self._make_expert = experts.get(task)
-        self.has_expert = self._make_expert is not None
+        self._make_expert = experts[task] if robot in EXPERT_ROBOTS.get(task, ()) else None
         self._world: Any = robosuite.make(
             re.sub(r"(?:^|-)(.)", lambda first: first[1].upper(), task),
             robots=robot,
-            controller_configs=robosuite.load_composite_controller_config(robot=robot),
+            controller_configs=controllers(robot),
             has_renderer=False,
             has_offscreen_renderer=False,
             use_camera_obs=False,
@@ -135,13 +155,13 @@ class RobosuiteEnv(ManipulationEnv):
         sizes = dict(cameras or DEFAULT_CAMERAS)
         check_cameras(sizes, tuple(self._model.camera(index).name for index in range(self._model.ncam)))
         self._expert: Expert | None = None
-        actions = (*ARM_ACTIONS, "gripper")[: self._world.action_dim]
+        self._is_recorded = False
         spec = WorldSpec(
             cameras=sizes,
             state_names=STATE_NAMES,
-            action_names=actions,
-            action_low=(-1.0,) * len(actions),
-            action_high=(1.0,) * len(actions),
+            action_names=ACTION_NAMES,
+            action_low=(-1.0,) * len(ACTION_NAMES),
+            action_high=(1.0,) * len(ACTION_NAMES),
             rate_hz=float(RATE_HZ),
         )
         super().__init__(task, INSTRUCTIONS[task], spec, HORIZON, render_mode)
@@ -153,7 +173,7 @@ class RobosuiteEnv(ManipulationEnv):
         self._renderer = SceneRenderer(self._model, full_quality=self._full_quality, hidden_groups=(COLLISION_GEOMS,))
 
     def load_recorded(self, model: str) -> None:
-        """Build the scene of a recording, whose objects may differ in size and place.
+        """Build the scene of a recording, whose objects may differ in size and place; there are no episodes in it.
 
         Args:
             model: MJCF, as robosuite records it.
@@ -162,6 +182,7 @@ class RobosuiteEnv(ManipulationEnv):
             DatasetError: It is of another robot or another version of robosuite.
         """
         self._renderer.close()
+        self._is_recorded = True
         try:
             self._world.reset_from_xml_string(model)
         except Exception as error:  # whatever MuJoCo, robosuite and the XML parser raise
@@ -187,13 +208,15 @@ class RobosuiteEnv(ManipulationEnv):
         self._world.sim.forward()
 
     def _reset_world(self, rng: np.random.Generator) -> None:
+        if self._is_recorded:
+            raise ConfigError("reset: this environment shows a recording; make another one for episodes.")
         # Robot and placement samplers hold one generator, that of the world.
         self._world.rng.bit_generator.state = rng.bit_generator.state
         self._world.reset()
         self._expert = self._make_expert(self._world) if self._make_expert else None
 
     def _step_world(self, action: FloatArray) -> tuple[float, bool]:
-        _, reward, _, _ = self._world.step(action)
+        _, reward, _, _ = self._world.step(action[: self._world.action_dim])
         return float(reward), bool(self._world._check_success())
 
     def _state(self) -> FloatArray:
@@ -213,6 +236,12 @@ class RobosuiteEnv(ManipulationEnv):
         """Free the renderers."""
         self._renderer.close()
         self._world.close()
+
+
+def controllers(robot: str) -> dict[str, Any]:
+    """Robosuite's own settings of a robot's controllers."""
+    settings: dict[str, Any] = load_robosuite().load_composite_controller_config(robot=robot)
+    return settings
 
 
 def load_robosuite() -> Any:

@@ -38,7 +38,7 @@ STRAIGHT = 0.02
 """Metres aside, within which the hand goes straight on."""
 SLANT = 0.75
 """Radians by which the hand leans from the door: upright, it would touch it."""
-NEARLY_OPEN = 0.068
+NEARLY_OPEN = 0.067
 """Metres between the fingers, from which on nothing is between them: the handle, as it turns, spreads them that far."""
 UNLATCHED = 1.2
 """Radians that the door's handle must be turned."""

@@ -17,7 +17,7 @@ from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
 from dysl_vla.envs.mock import TASKS as MOCK_TASKS
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.envs.rendering import load_mujoco
-from dysl_vla.envs.robosuite import FIVE, ROBOTS, RobosuiteEnv, load_robosuite
+from dysl_vla.envs.robosuite import EXPERT_ROBOTS, FIVE, ROBOTS, RobosuiteEnv, load_robosuite
 from dysl_vla.envs.robosuite import HORIZON as ROBOSUITE_HORIZON
 from dysl_vla.envs.robosuite import INSTRUCTIONS as ROBOSUITE_INSTRUCTIONS
 from dysl_vla.errors import ConfigError
@@ -31,21 +31,25 @@ Cameras = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Suite:
-    """A named set of tasks.
+    """A named set of tasks of one robot, with the same cameras, state and actions.
 
     Attributes:
         name: What the command line calls it.
         tasks: In the order of reports.
         horizon: Steps at most.
         make: (task, cameras or None for the suite's own) to an environment.
+        robot: Whose arm moves.
+        without_expert: Tasks that no scripted expert of this robot's does.
         noise: Strength of the noise on an expert's actions in demonstrations; more, and too many of them fail.
-        robots: Name of another robot to this suite with that robot.
+        robots: Name of a robot that the suite may have instead to this suite with it.
     """
 
     name: str
     tasks: tuple[str, ...]
     horizon: int
     make: Callable[[str, Cameras | None], ManipulationEnv]
+    robot: str
+    without_expert: frozenset[str] = frozenset()
     noise: float = 1.0
     robots: Mapping[str, Callable[[], Suite]] = field(default_factory=dict)
 
@@ -53,17 +57,20 @@ class Suite:
         """The tasks asked for, all of them when none is named, in the suite's order.
 
         Args:
-            names: Separated by commas; "PickPlaceCan" is "pick-place-can".
+            names: Separated by commas; see `find`.
 
         Raises:
             ConfigError: A task is not in this suite.
         """
-        tasks = {_plain(name): name.strip() for name in names.split(",") if name.strip()}
-        known = {_plain(task): task for task in self.tasks}
-        for plain, task in tasks.items():
-            if plain not in known:
-                raise ConfigError(f"unknown task {task!r}; suite {self.name} has: {', '.join(self.tasks)}.")
-        return tuple(task for plain, task in known.items() if plain in tasks) if tasks else self.tasks
+        asked = {name.strip(): self.find(name) for name in names.split(",") if name.strip()}
+        for name, task in asked.items():
+            if task is None:
+                raise ConfigError(f"unknown task {name!r}; suite {self.name} has: {', '.join(self.tasks)}.")
+        return tuple(task for task in self.tasks if task in asked.values()) if asked else self.tasks
+
+    def find(self, name: str) -> str | None:
+        """The task that a name means, "PickPlaceCan" pick-place-can; None: it has none such."""
+        return {_plain(task): task for task in self.tasks}.get(_plain(name))
 
 
 def _plain(name: str) -> str:
@@ -114,10 +121,11 @@ def get_suite(name: str) -> Suite:
     suite = suites.get(name)()
     if not robot:
         return suite
-    if robot not in suite.robots:
-        offered = f"there are: {', '.join(suite.robots)}" if suite.robots else "it has only its own"
+    known = {_plain(other): make for other, make in suite.robots.items()}
+    if _plain(robot) not in known:
+        offered = f"there are: {', '.join(suite.robots)}" if suite.robots else f"it has only its own, {suite.robot}"
         raise ConfigError(f"robot: suite {name} has no robot {robot!r}; {offered}.")
-    return suite.robots[robot]()
+    return known[_plain(robot)]()
 
 
 def with_robot(suite: str, robot: str) -> str:
@@ -129,7 +137,7 @@ def _metaworld(name: str, tasks: tuple[str, ...]) -> Suite:
     load_mujoco()
     with needs_extra("sim"):
         import metaworld  # noqa: F401
-    return Suite(name, tasks, HORIZON, MetaWorldEnv)
+    return Suite(name, tasks, HORIZON, MetaWorldEnv, robot="Sawyer")
 
 
 @suites.register("metaworld-mt10")
@@ -147,13 +155,19 @@ def metaworld_mt50() -> Suite:
 def _robosuite(name: str, tasks: tuple[str, ...]) -> Suite:
     load_robosuite()
 
-    def make(label: str, robot: str) -> Suite:
-        others = {
-            other: partial(make, with_robot(name, other if other != ROBOTS[0] else ""), other) for other in ROBOTS
-        }
-        return Suite(label, tasks, ROBOSUITE_HORIZON, partial(RobosuiteEnv, robot=robot), noise=0.4, robots=others)
+    def with_arm(robot: str) -> Suite:
+        return Suite(
+            with_robot(name, robot if robot != ROBOTS[0] else ""),
+            tasks,
+            ROBOSUITE_HORIZON,
+            partial(RobosuiteEnv, robot=robot),
+            robot,
+            without_expert=frozenset(task for task in tasks if robot not in EXPERT_ROBOTS.get(task, ())),
+            noise=0.4,
+            robots={other: partial(with_arm, other) for other in ROBOTS},
+        )
 
-    return make(name, ROBOTS[0])
+    return with_arm(ROBOTS[0])
 
 
 @suites.register("robosuite-5")
@@ -171,4 +185,4 @@ def robosuite_all() -> Suite:
 @suites.register("mock")
 def mock() -> Suite:
     """A point on a plane: no simulator, for tests of everything around one."""
-    return Suite("mock", tuple(MOCK_TASKS), MOCK_HORIZON, MockEnv)
+    return Suite("mock", tuple(MOCK_TASKS), MOCK_HORIZON, MockEnv, robot="point")

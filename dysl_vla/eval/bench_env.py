@@ -69,10 +69,10 @@ def bench_env(config: EnvBenchConfig) -> Iterator[EnvTimes]:
     for task in tqdm(suite.choose(config.tasks), desc=suite.name, unit="task"):
         started = time.perf_counter()
         with closing(suite.make(task, None)) as env:
-            yield _measure(env, time.perf_counter() - started, config.steps)
+            yield _measure(env, time.perf_counter() - started, config.steps, task not in suite.without_expert)
 
 
-def _measure(env: ManipulationEnv, make_s: float, steps: int) -> EnvTimes:
+def _measure(env: ManipulationEnv, make_s: float, steps: int, has_expert: bool) -> EnvTimes:
     spent: dict[str, list[float]] = {"reset": [], "expert": [], "physics": [], "cameras": []}
 
     @contextmanager
@@ -90,7 +90,7 @@ def _measure(env: ManipulationEnv, make_s: float, steps: int) -> EnvTimes:
     for step in range(steps):
         if step and step % env.horizon == 0:
             env.reset()
-        if env.has_expert:
+        if has_expert:
             with timed("expert"):
                 action = env.expert_action()
         with timed("physics"):

@@ -42,7 +42,8 @@ class EvalConfig:
     robot: str = ""
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str = ""
-    """Comma-separated tasks of the suite; all of them when empty."""
+    """Comma-separated tasks; when empty, all of the suite, or those of it that the policy was trained in when none is
+    named."""
     episodes: int = 10
     """Episodes of each task."""
     seed: int = FIRST_EVALUATION_SEED
@@ -74,10 +75,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
     ways = _ways(config)
     policies = [way.load(config.policy) for way in ways]
-    home = config.suite or provenance.home_suite(policies[0].provenance)
-    config = replace(config, suite=with_robot(home, config.robot), robot="")
-    suite = get_suite(config.suite)
-    tasks = suite.choose(config.tasks)
+    home, home_tasks = provenance.home(policies[0].provenance, config.suite, config.tasks)
+    suite = get_suite(with_robot(home, config.robot))
+    config = replace(config, suite=suite.name, robot="")
+    tasks = suite.choose(home_tasks)
     for policy in policies:
         check_seed(config.seed, policy)
     with closing(suite.make(tasks[0], policies[0].spec.cameras)) as env:

@@ -43,6 +43,11 @@ class TuneConfig:
     """Success rate lost, at most, as a share (0.01: a point), measured in simulation: skips as much as that allows."""
     suite: str = ""
     """Where success is measured; the suite that the policy was trained in when empty."""
+    robot: str = ""
+    """Another robot than the suite's own."""
+    tasks: str = ""
+    """Comma-separated; when empty, all of the suite, or those of it that the policy was trained in when none is
+    named."""
     episodes: int = 20
     """Episodes of each task for that, at each setting; a smaller loss than one episode of them cannot be seen."""
     workers: int = 1
@@ -178,6 +183,8 @@ def _evaluate(config: TuneConfig, out: Path, skip: float) -> Path:
             out=out,
             policy=str(config.policy),
             suite=config.suite,
+            robot=config.robot,
+            tasks=config.tasks,
             episodes=config.episodes,
             seed=TUNING_SEED,
             workers=config.workers,

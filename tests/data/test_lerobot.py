@@ -177,6 +177,8 @@ def test_demonstrations_of_another_world_are_not_appended(tmp_path: Path, change
     write(tmp_path / "d", 0)
     with pytest.raises(DatasetError, match=field):
         DemonstrationWriter(tmp_path / "d", replace(SPEC, **change), "test")
+    with pytest.raises(DatasetError, match=r"robot is test.*another"):
+        DemonstrationWriter(tmp_path / "d", SPEC, "another")
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

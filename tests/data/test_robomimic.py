@@ -17,6 +17,7 @@ from dysl_vla.errors import ConfigError, DatasetError
 
 SMALL = "agentview=32x32"
 STEPS = 6
+SCALES = [0.05, 0.05, 0.05, 0.5, 0.5, 0.5]
 ARGUMENTS = {
     "env_name": "Door",
     "env_version": "1.5.1",
@@ -24,7 +25,10 @@ ARGUMENTS = {
     "env_kwargs": {
         "robots": ["Panda"],
         "control_freq": 20,
-        "controller_configs": {"type": "BASIC", "body_parts": {"right": {"type": "OSC_POSE", "input_type": "delta"}}},
+        "controller_configs": {
+            "type": "BASIC",
+            "body_parts": {"right": {"type": "OSC_POSE", "input_type": "delta", "input_max": 1, "output_max": SCALES}},
+        },
     },
 }
 
@@ -85,6 +89,16 @@ def test_a_recording_becomes_demonstrations(recording: tuple[Path, list[np.ndarr
             lambda data: data.attrs.__setitem__(
                 "env_args", json.dumps(ARGUMENTS).replace('"OSC_POSE"', '"JOINT_POSITION"')
             ),
+            "relative poses",
+        ),
+        (
+            lambda data: data.attrs.__setitem__(
+                "env_args", json.dumps(ARGUMENTS).replace(json.dumps(SCALES), "[0.1, 0.1, 0.1, 0.5, 0.5, 0.5]")
+            ),
+            r"output_max is \[0\.1.*another motion",
+        ),
+        (
+            lambda data: data.attrs.__setitem__("env_args", json.dumps(ARGUMENTS).replace('"delta"', '"absolute"')),
             "relative poses",
         ),
         (lambda data: data.attrs.__setitem__("env_args", json.dumps({**ARGUMENTS, "env_kwargs": None})), "which env"),

@@ -427,6 +427,7 @@ def test_a_log_is_played_back_and_viewed(bundle_folder: Path, tmp_path: Path) ->
     played = replay(tmp_path / "log")
     assert played["sent"] + played["passed"] == sum("action" in line for line in read_log(tmp_path / "log")[1])
     assert played["sent"] > 25
+    assert played["robot"]["commands executed"] > 25
     assert played["robot"]["unsafe commands refused"] == 0
     edited = read_json(tmp_path / "log" / "account.json")
     write_json(tmp_path / "log" / "account.json", {**edited, "action_names": ["a", "b", "c"]})

@@ -26,7 +26,7 @@ from websockets.sync.client import connect
 
 from dysl_vla.deploy.client import Client
 from dysl_vla.deploy.runtime import Bundle
-from dysl_vla.deploy.server import PolicyServer, ServeConfig, serve_policy
+from dysl_vla.deploy.server import PolicyServer, ServeConfig, bind, serve_policy
 from dysl_vla.deploy.wire import pack, unpack
 from dysl_vla.errors import ConfigError, RobotFault
 from tests.policies.test_dysl import make_dysl, observe
@@ -48,7 +48,7 @@ def served(policy: Any, key: str | None = None) -> Iterator[tuple[PolicyServer, 
         async def run() -> None:
             server = parts["server"] = PolicyServer(policy, key)
             parts["loop"] = asyncio.get_running_loop()
-            task = asyncio.create_task(server.run("127.0.0.1", 0, handle_signals=False))
+            task = asyncio.create_task(server.run(bind("127.0.0.1", 0), handle_signals=False))
             while not server.port and not task.done():
                 await asyncio.sleep(0.01)
             ready.set()
@@ -318,6 +318,21 @@ def test_a_taken_port_is_named(bundle_folder: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}.*--port"):
             serve_policy(ServeConfig(bundle_folder, port=port))
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("nobody.invalid", r"host: nobody\.invalid is unknown"),
+        ("192.0.2.1", r"192\.0\.2\.1.*an address of this machine"),
+    ],
+)
+def test_an_address_that_is_not_ours_is_refused_before_the_policy_is_loaded(
+    tmp_path: Path, host: str, message: str
+) -> None:
+    (tmp_path / "key").write_text("secret")
+    with pytest.raises(ConfigError, match=message):
+        serve_policy(ServeConfig(tmp_path / "no-bundle", host=host, api_key_file=tmp_path / "key"))
 
 
 @contextmanager

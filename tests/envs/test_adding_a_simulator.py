@@ -64,7 +64,7 @@ class DiscEnv(ManipulationEnv):
 
 
 def disc() -> Suite:
-    return Suite("disc", ("push",), 200, DiscEnv)
+    return Suite("disc", ("push",), 200, DiscEnv, robot="disc")
 
 
 # end of the example

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,15 +21,19 @@ from dysl_vla.data.calibrating import CalibrateConfig, calibrate, read_plan
 from dysl_vla.data.distilling import DistillRunConfig, distill
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.replay import Replay, Replayed
+from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval import tuning
 from dysl_vla.eval.plot import plot
+from dysl_vla.eval.rollout import EpisodeKey, run_episode
 from dysl_vla.eval.runner import EvalConfig, evaluate
 from dysl_vla.eval.tuning import TuneConfig, tune
 from dysl_vla.policies import load_backbone_policy, load_policy
 from dysl_vla.policies.dysl import load_dysl
 from dysl_vla.policies.mini_vla import MiniVLA
+from dysl_vla.policies.mock import MockPolicy
 from dysl_vla.skip_controller.distill import DistillConfig
+from dysl_vla.types import ActionChunk, SkipTrace
 from dysl_vla.video import read_video
 from tests.conftest import make_tiny_policy
 
@@ -248,3 +253,21 @@ def test_the_backbone_bench_measures_side_by_side(capsys: pytest.CaptureFixture[
     assert len(rows) == 1 + 9
     assert main(["bench", "backbone", "--config", "nothing-here"]) == 2
     assert "LAYERSxWIDTH" in capsys.readouterr().err
+
+
+def test_a_film_shows_the_busiest_inference_since_its_last_frame() -> None:
+    layers_run = iter([1, 6, 2, 3, 5, 4, 1, 1] + [1] * 100)
+
+    class Skipping(MockPolicy):
+        def infer(self, observations: Any, states: Any) -> list[ActionChunk]:
+            [chunk] = super().infer(observations, states)
+            still = np.zeros_like(chunk.actions)
+            trace = SkipTrace(np.arange(6) < next(layers_run), {}, {}, (), None)
+            return [ActionChunk(still, chunk.timing, trace)]
+
+    env = MockEnv("linger")
+    env.world_spec = replace(env.world_spec, rate_hz=80.0)  # four steps, two inferences a frame
+    film = run_episode(env, Skipping(), EpisodeKey("linger", 100_000, 0), film=True).film
+    middles = np.linspace(2, 254, 7)[:-1] + 20
+    green = [(frame[262, middles.astype(int), 1] > 1.2 * frame[262, middles.astype(int), 0]).sum() for frame in film]
+    assert green[:4] == [1, 6, 5, 4]
