@@ -73,8 +73,17 @@ def test_top_level_links_are_relative_and_lead_into_the_package(name: str) -> No
     assert (link / "__init__.py").is_file()
 
 
-@pytest.mark.parametrize(("module", "extra"), [("gymnasium", "sim"), ("av", "sim"), ("torch", "policy")])
-def test_a_missing_extra_is_named_with_its_mend(module: str, extra: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [
+        ("gymnasium", "sim", "demos collect --suite mock --episodes 1"),
+        ("av", "sim", "demos collect --suite mock --episodes 1"),
+        ("robosuite", "sim", "demos collect --suite robosuite-5 --episodes 1"),
+        ("h5py", "hdf5", "demos import --file x"),
+        ("torch", "policy", "train --data x"),
+    ],
+)
+def test_a_missing_extra_is_named_with_its_mend(module: str, extra: str, command: str, tmp_path: Path) -> None:
     code = f"""
 import sys
 class Block:
@@ -83,8 +92,7 @@ class Block:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Block())
 from dysl_vla.cli import main
-sys.exit(main(["demos", "collect", "--suite", "mock", "--episodes", "1", "--out", {str(tmp_path / "d")!r}])
-         if {module != "torch"} else main(["train", "--data", "x", "--out", {str(tmp_path / "d")!r}]))
+sys.exit(main([*{command!r}.split(), "--out", {str(tmp_path / "d")!r}]))
 """
     done = run_python(code)
     assert done.returncode == 2, done.stderr

@@ -45,9 +45,9 @@ EXPERT_ROBOTS: dict[str, tuple[str, ...]] = {
     "stack": ("Panda", "IIWA", "Kinova3", "UR5e"),
     "door": ("Panda",),
     "pick-place-can": ("Panda", "IIWA", "Kinova3", "UR5e"),
-    "nut-assembly-square": ("Panda", "IIWA", "Kinova3", "UR5e"),
+    "nut-assembly-square": ("Panda", "UR5e"),
 }
-"""Task to the robots whose scripted expert does it, at least four times out of five."""
+"""Task to the robots with which its scripted expert succeeds in at least 16 of the episodes 0 to 19 of seed 11."""
 FIVE = ("lift", "stack", "door", "pick-place-can", "nut-assembly-square")
 ROBOTS = ("Panda", "Sawyer", "IIWA", "Jaco", "Kinova3", "UR5e")
 HORIZON = 400

@@ -73,8 +73,8 @@ def test_zero_holds(env: RobosuiteEnv) -> None:
     for _ in range(20):
         env.advance(np.array([0, 0, 0, 0, 0, 0, -1], np.float32))
     after = env._state()
-    np.testing.assert_allclose(after[:3], before[:3], atol=0.03)
-    np.testing.assert_allclose(after[3:9], before[3:9], atol=0.1)
+    np.testing.assert_allclose(after[:3], before[:3], atol=0.001)
+    np.testing.assert_allclose(after[3:9], before[3:9], atol=0.01)
 
 
 def test_the_state_is_a_pose_and_an_opening(env: RobosuiteEnv) -> None:
