@@ -6,7 +6,6 @@ cameras see there is written as a LeRobotDataset v3, to be trained on beside oth
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin, check_writable
 from dysl_vla.data.options import SIZE, camera_options
-from dysl_vla.envs import with_robot
-from dysl_vla.envs.robosuite import INSTRUCTIONS, RATE_HZ, ROBOTS, RobosuiteEnv, controllers
+from dysl_vla.envs import get_suite, with_robot
+from dysl_vla.envs.robosuite import ACTION_NAMES, FIVE, INSTRUCTIONS, RATE_HZ, ROBOTS, RobosuiteEnv, controllers
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import claimed
+from dysl_vla.files import claimed, sha256
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY
 
-SUITE = "robosuite-all"
 HUMAN = "human"
 POSE_CONTROLLER = "OSC_POSE"
 NO_SEED = -1
@@ -64,26 +63,30 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
     with _recorded(config.file) as data:
         task, robot = _world_of(config.file, data)
-        suite = with_robot(SUITE, robot if robot != ROBOTS[0] else "")
-        with config.file.open("rb") as opened:
-            actor = f"{HUMAN}@{hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
+        suite = get_suite(with_robot("robosuite-5" if task in FIVE else "robosuite-all", robot)).name
+        actor = f"{HUMAN}@{sha256(config.file)[:12]}"
         numbers = sorted(int(found[1]) for name in data if (found := re.fullmatch(r"demo_(\d+)", name)))
         numbers = numbers[: config.episodes or None]
         if not numbers:
             raise DatasetError(f"{config.file}: holds no demonstrations (groups data/demo_0 and so on).")
         with closing(RobosuiteEnv(task, cameras, robot=robot)) as env:
             check_writable(config.out, env.world_spec, robot)
-            for number in numbers:  # what is refused, is before anything is written
-                _check(config.file, data[f"demo_{number}"], env)
-            env.load_recorded(data[f"demo_{numbers[0]}"].attrs["model_file"])
+            with _naming(config.file, data[f"demo_{numbers[0]}"]) as first:
+                env.load_recorded(_scene(first))
+            for number in numbers:  # before anything is written
+                with _naming(config.file, data[f"demo_{number}"]) as recorded:
+                    _check(recorded, env)
             with claimed(config.out):
                 writer = DemonstrationWriter(config.out, env.world_spec, robot)
                 try:
                     done = {row.origin for row in writer.rows}
                     for number in tqdm(numbers, desc=task, unit="episode"):
                         origin = Origin(suite, task, NO_SEED, number, actor, 0.0)
-                        if origin not in done:
-                            writer.append(_play(data[f"demo_{number}"], env, origin))
+                        if origin in done:
+                            continue
+                        with _naming(config.file, data[f"demo_{number}"]) as recorded:
+                            episode = _play(recorded, env, origin)
+                        writer.append(episode)
                 finally:
                     writer.close()
     return Demonstrations(config.out)
@@ -116,8 +119,9 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
     except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{path}: does not say which environment it is of ({error!r}).") from error
     task = re.sub(r"(?<=.)(?=[A-Z])", "-", str(name)).lower()
-    if task not in INSTRUCTIONS:
-        raise DatasetError(f"{path}: is of robosuite's {name!r}; those that can be played: {', '.join(INSTRUCTIONS)}.")
+    known = sorted(set(INSTRUCTIONS) - {"wipe"})  # what has been wiped off is not in its states
+    if task not in known:
+        raise DatasetError(f"{path}: is of robosuite's {name!r}; those that can be played: {', '.join(known)}.")
     robots = settings.get("robots", ROBOTS[0])
     robot = robots[0] if isinstance(robots, list) and len(robots) == 1 else robots
     if robot not in ROBOTS or settings.get("control_freq", RATE_HZ) != RATE_HZ:
@@ -128,7 +132,8 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
     recorded, ours = _pose_controller(settings.get("controller_configs")), _pose_controller(controllers(robot))
     if recorded is None or recorded.get("input_type", "delta") != "delta" or recorded.get("control_delta") is False:
         raise DatasetError(f"{path}: its actions are not relative poses (OSC_POSE); take the file with those.")
-    for name in ("input_min", "input_max", "output_min", "output_max"):
+    # Not the frame: the base's and the world's are parallel in all of these tasks.
+    for name in ("input_min", "input_max", "output_min", "output_max", "kp", "damping_ratio", "impedance_mode"):
         if name in recorded and not _are_same(recorded[name], ours[name]):
             raise DatasetError(
                 f"{path}: the controller's {name} is {recorded[name]}, here {ours[name]}: the same action would be "
@@ -150,23 +155,46 @@ def _are_same(theirs: Any, ours: Any) -> bool:
     try:
         return bool(np.allclose(np.asarray(theirs, np.float64), ours))
     except (TypeError, ValueError):  # no numbers, or not as many
-        return False
+        return bool(theirs == ours)
 
 
-def _check(path: Path, recorded: Any, env: RobosuiteEnv) -> None:
-    missing = {"states", "actions"} - set(recorded) | {"model_file"} - set(recorded.attrs)
-    if missing:
-        raise DatasetError(f"{path}: {recorded.name} lacks {', '.join(sorted(missing))}.")
-    actions = np.asarray(recorded["actions"])
-    expected = (len(recorded["states"]), len(env.world_spec.action_names))
-    if actions.shape != expected or not len(actions) or not np.isfinite(actions).all():
-        raise DatasetError(
-            f"{path}: {recorded.name} has actions of shape {actions.shape}, none, or not finite; expected {expected}."
-        )
+@contextmanager
+def _naming(path: Path, recorded: Any) -> Iterator[Any]:
+    """Say of which recording an error is."""
+    try:
+        yield recorded
+    except DatasetError as error:
+        raise DatasetError(f"{path}: {recorded.name}: {error}") from error
+
+
+def _scene(recorded: Any) -> str:
+    scene = str(recorded.attrs.get("model_file", ""))
+    if "<mujoco" not in scene:
+        raise DatasetError("its attribute model_file is missing, or no MuJoCo scene.")
+    return scene
+
+
+def _check(recorded: Any, env: RobosuiteEnv) -> None:
+    """Refuse what cannot be played in the scene that is loaded: one file's scenes hold the same objects."""
+    _scene(recorded)
+    numbers = _numbers(recorded, "states", env.recorded_width), _numbers(recorded, "actions", len(ACTION_NAMES))
+    lengths = list(map(len, numbers))
+    if lengths[0] != lengths[1] or not lengths[0]:
+        raise DatasetError(f"it has {lengths[0]} states and {lengths[1]} actions; expected one action for each state.")
+
+
+def _numbers(recorded: Any, name: str, width: int) -> NDArray[np.float64]:
+    try:
+        values = np.asarray(recorded[name], np.float64)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise DatasetError(f"its {name} are missing, damaged, or no numbers ({error}).") from error
+    if values.ndim != 2 or values.shape[1] != width or not np.isfinite(values).all():
+        raise DatasetError(f"its {name} have shape {values.shape}, or are not finite; expected (time, {width}).")
+    return values
 
 
 def _play(recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episode:
-    env.load_recorded(recorded.attrs["model_file"])
+    env.load_recorded(_scene(recorded))
     images: dict[str, list[Any]] = {camera: [] for camera in env.world_spec.cameras}
     shown = []
     for state in np.asarray(recorded["states"]):

@@ -48,7 +48,7 @@ EXPERT_ROBOTS: dict[str, tuple[str, ...]] = {
     "nut-assembly-square": ("Panda", "UR5e"),
 }
 """Task to the robots with which its scripted expert succeeds in at least 16 of the episodes 0 to 19 of seed 11."""
-FIVE = ("lift", "stack", "door", "pick-place-can", "nut-assembly-square")
+FIVE = tuple(EXPERT_ROBOTS)
 ROBOTS = ("Panda", "Sawyer", "IIWA", "Jaco", "Kinova3", "UR5e")
 HORIZON = 400
 """robosuite's benchmarks'; little for the tasks with several objects, and for the tool's."""
@@ -192,6 +192,11 @@ class RobosuiteEnv(ManipulationEnv):
             ) from error
         self._bind()
 
+    @property
+    def recorded_width(self) -> int:
+        """Numbers in a recorded moment of the present scene."""
+        return int(1 + self._model.nq + self._model.nv)
+
     def show_recorded(self, state: NDArray[np.float64]) -> None:
         """Put the world into a recorded moment; for looking, not for going on from there.
 
@@ -201,9 +206,10 @@ class RobosuiteEnv(ManipulationEnv):
         Raises:
             DatasetError: It does not fit the scene.
         """
-        expected = 1 + self._model.nq + self._model.nv
-        if state.shape != (expected,) or not np.isfinite(state).all():
-            raise DatasetError(f"a recorded state has shape {state.shape}, or is not finite; expected ({expected},).")
+        if state.shape != (self.recorded_width,) or not np.isfinite(state).all():
+            raise DatasetError(
+                f"a recorded state has shape {state.shape}, or is not finite; expected ({self.recorded_width},)."
+            )
         self._world.sim.set_state_from_flattened(state)
         self._world.sim.forward()
 
@@ -228,8 +234,11 @@ class RobosuiteEnv(ManipulationEnv):
 
     def expert_action(self) -> FloatArray:
         """A scripted policy on the full state; see `ManipulationEnv.expert_action`."""
+        if self._make_expert is None:
+            having = ", ".join(EXPERT_ROBOTS.get(self.task, ())) or "none"
+            raise ConfigError(f"task: {self.task!r} has no scripted expert for this robot; robots with one: {having}.")
         if self._expert is None:
-            return super().expert_action()
+            raise ConfigError("expert_action: reset the environment first.")
         return np.clip(np.asarray(self._expert.act(), np.float32), -1, 1)
 
     def close(self) -> None:

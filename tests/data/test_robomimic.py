@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,25 @@ ARGUMENTS = {
 pytestmark = pytest.mark.slow
 
 
+def replace_values(group: Any, name: str, values: Any) -> None:
+    del group[name]
+    group[name] = values
+
+
+@dataclass
+class Seen:
+    """What the environment showed while it was recorded."""
+
+    states: list[np.ndarray] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)
+
+
 @pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
-    """Two short recordings, and what the environment's state was in them."""
+def recording(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
+    """Two short recordings, and what was seen."""
     path = tmp_path_factory.mktemp("robomimic") / "demo_v15.hdf5"
-    seen = []
+    seen = Seen()
     with closing(RobosuiteEnv("door", {"agentview": (32, 32)})) as env, h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs["env_args"] = json.dumps(ARGUMENTS)
@@ -52,26 +67,33 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.n
             for _ in range(STEPS):
                 states.append(sim.get_state().flatten())
                 sim.forward()  # a step leaves poses as they were 2 ms before
-                seen.append(env._state())
+                observation = env.observe()
+                seen.states.append(observation["observation.state"])
+                seen.pictures.append(observation["observation.images.agentview"])
                 actions.append(env.expert_action())
                 env.advance(actions[-1])
+            seen.actions += actions
             demo = data.create_group(f"demo_{index}")
             demo.attrs["model_file"], demo.attrs["num_samples"] = model, STEPS
             demo["states"], demo["actions"] = np.array(states), np.array(actions, np.float64)
     return path, seen
 
 
-def test_a_recording_becomes_demonstrations(recording: tuple[Path, list[np.ndarray]], tmp_path: Path) -> None:
+def test_a_recording_becomes_demonstrations(recording: tuple[Path, Seen], tmp_path: Path) -> None:
     path, seen = recording
     first = import_robomimic(ImportConfig(path, tmp_path / "out", episodes=1, cameras=SMALL))
     assert [row.length for row in first.rows] == [STEPS]
     both = import_robomimic(ImportConfig(path, tmp_path / "out", cameras=SMALL))
     assert {row.origin.actor.partition("@")[0] for row in both.rows if row.origin} == {HUMAN}
     assert both.instructions == ["open the door"]
-    np.testing.assert_allclose(both.columns()["states"], np.array(seen), atol=1e-6)
-    pictures = np.stack([picture for *_, picture in both.frames("agentview")])
-    assert pictures.shape == (2 * STEPS, 32, 32, 3)
-    assert pictures.std() > 10
+    assert {row.origin.suite for row in both.rows if row.origin} == {"robosuite-5"}
+    np.testing.assert_allclose(both.columns()["states"], np.array(seen.states), atol=1e-6)
+    np.testing.assert_allclose(both.columns()["actions"], np.array(seen.actions), atol=1e-6)
+    pictures = np.stack([picture for *_, picture in both.frames("agentview")]).astype(float)
+    distances = [np.abs(pictures - picture).mean((1, 2, 3)) for picture in np.array(seen.pictures, float)]
+    assert np.max([distances[moment][moment] for moment in range(2 * STEPS)]) < 4
+    other = np.array(distances)[:STEPS, STEPS:]  # the other door
+    assert other.min() > 4
     another = tmp_path / "another.hdf5"
     another.write_bytes(path.read_bytes())
     with h5py.File(another, "a") as file:
@@ -106,13 +128,26 @@ def test_a_recording_becomes_demonstrations(recording: tuple[Path, list[np.ndarr
             lambda data: data.attrs.__setitem__("env_args", json.dumps(ARGUMENTS).replace("Panda", "Baxter")),
             r"Baxter.*Panda",
         ),
-        (lambda data: data["demo_1"].__delitem__("actions"), r"demo_1 lacks actions"),
+        (
+            lambda data: data.attrs.__setitem__(
+                "env_args", json.dumps(ARGUMENTS).replace('"input_max"', '"kp": 300, "x"')
+            ),
+            r"kp is 300",
+        ),
+        (lambda data: data.attrs.__setitem__("env_args", json.dumps(ARGUMENTS).replace("Door", "Wipe")), "'Wipe'"),
+        (lambda data: data["demo_1"].__delitem__("actions"), r"demo_1: its actions are missing"),
+        (lambda data: replace_values(data["demo_1"], "states", np.zeros((STEPS, 2))), r"demo_1: its states have shape"),
+        (lambda data: replace_values(data["demo_1"], "states", np.float64(1)), r"demo_1: its states have shape"),
+        (lambda data: replace_values(data["demo_1"], "actions", np.full((STEPS, 7), np.nan)), r"demo_1.*not finite"),
+        (lambda data: replace_values(data["demo_1"], "actions", np.array([b"a"])), r"demo_1.*no numbers"),
+        (lambda data: replace_values(data["demo_1"], "actions", np.zeros((2, 7))), r"demo_1.*6 states and 2 actions"),
+        (lambda data: data["demo_1"].attrs.__setitem__("model_file", "rubbish"), r"demo_1.*no MuJoCo scene"),
         (lambda data: [data.__delitem__(f"demo_{index}") for index in range(2)], "no demonstrations"),
         (lambda data: data["demo_0"].attrs.__setitem__("model_file", "<mujoco/>"), r"robosuite 1\.5"),
     ],
 )
 def test_a_foreign_recording_is_refused_and_nothing_written(
-    recording: tuple[Path, list[np.ndarray]], tmp_path: Path, change: Any, message: str
+    recording: tuple[Path, Seen], tmp_path: Path, change: Any, message: str
 ) -> None:
     path = tmp_path / "changed.hdf5"
     path.write_bytes(recording[0].read_bytes())
