@@ -67,9 +67,7 @@ def _train(arguments: Sequence[str]) -> int:
     from dysl_vla.data.cloning import TrainConfig, train
 
     out = train(_parse(TrainConfig, arguments, "dysl train"))
-    print(
-        f"Trained: {out}. Evaluate it on the suite of its data: dysl eval --suite NAME --policy {out} --out {out}-eval"
-    )
+    print(f"Trained: {out}. Evaluate it: dysl eval --policy {out} --out {out}-eval")
     return 0
 
 

@@ -92,7 +92,7 @@ def origins(record: Any) -> Iterator[dict[str, Any]]:
 
 
 def home(record: Any, suite: str, tasks: str) -> tuple[str, str]:
-    """Where a policy is played: what was asked for; when no suite was, that of most of its demonstrations.
+    """Where a policy is played: what was asked for; when no suite was, where most of its last demonstrations are.
 
     Args:
         record: Its provenance.
@@ -107,11 +107,19 @@ def home(record: Any, suite: str, tasks: str) -> tuple[str, str]:
     """
     if suite:
         return suite, tasks
-    episodes: Counter[str] = Counter()
-    for origin in origins(record):
-        episodes[origin["suite"]] += origin["episodes"]
-    if not episodes:
+    last = _last_origins(record)
+    if not last:
         raise ConfigError("suite: this policy does not say which suite it was trained in; name one.")
+    episodes: Counter[str] = Counter()
+    for origin in last:
+        episodes[origin["suite"]] += origin["episodes"]
     [(suite, _)] = episodes.most_common(1)
-    demonstrated = {origin["task"] for origin in origins(record) if origin["suite"] == suite}
-    return suite, tasks or ",".join(sorted(demonstrated))
+    return suite, tasks or ",".join(sorted({origin["task"] for origin in last if origin["suite"] == suite}))
+
+
+def _last_origins(record: Any) -> list[dict[str, Any]]:
+    """Those of a policy's last training that says any; of its heads' when no training of the policy itself does."""
+    if not record:
+        return []
+    own: list[dict[str, Any]] = record.get("data", {}).get("origins", [])
+    return own or _last_origins(record.get("init")) or _last_origins(record.get("skipping"))

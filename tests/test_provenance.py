@@ -19,8 +19,11 @@ def demonstrations(**episodes: int) -> dict[str, object]:
 def test_a_policy_is_at_home_where_most_of_its_demonstrations_are() -> None:
     first = demonstrations(lift=10, push=15)
     assert home(first, "", "") == ("push", "push-it")
-    later = {**demonstrations(lift=10), "init": first, "skipping": demonstrations(lift=1)}
-    assert home(later, "", "") == ("lift", "lift-it")
+    later = {**demonstrations(lift=10), "init": first, "skipping": demonstrations(push=100)}
+    assert home(later, "", "") == ("lift", "lift-it"), "the last training decides, however long the first was"
+    foreign = {**demonstrations(), "init": first}
+    assert home(foreign, "", "") == ("push", "push-it")
+    assert home({"skipping": first}, "", "") == ("push", "push-it")
     assert len(list(origins(later))) == 4
 
 

@@ -381,7 +381,12 @@ def serve_policy(config: ServeConfig) -> None:
     key = _read_key(config.api_key_file)
     with bind(config.host, config.port) as address:
         policy = open_policy(config.bundle, config.policy, config.skip)
-        asyncio.run(PolicyServer(policy, key).run(address))
+        try:
+            asyncio.run(PolicyServer(policy, key).run(address))
+        except OSError as error:  # another one, bound like this one, listens since
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise _cannot_listen(config.host, config.port, error) from error
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -395,22 +400,28 @@ def bind(host: str, port: int) -> socket.socket:
         ConfigError: It cannot be taken; the message says what to do.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"host: {host} is unknown ({error.strerror}); give an address of this machine.") from error
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(f"host: {host} is unknown ({error}); give an address of this machine.") from error
+    # "localhost" may be two: the older one is what clients try first or last, but always.
+    family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
         bound.close()
-        mend = {
-            errno.EADDRINUSE: "end the program that listens there, or give another --port",
-            errno.EADDRNOTAVAIL: "give a --host that is an address of this machine",
-            errno.EACCES: "give a --port from 1024 on, those below are the system's",
-        }.get(error.errno or 0, "give another --host or --port")
-        raise ConfigError(f"host, port: cannot listen on {host}:{port} ({error.strerror}); {mend}.") from error
+        raise _cannot_listen(host, port, error) from error
     return bound
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    mend = {
+        errno.EADDRINUSE: "end the program that listens there, or give another --port",
+        errno.EADDRNOTAVAIL: "give a --host that is an address of this machine",
+        errno.EACCES: "give a --port from 1024 on, those below are the system's",
+    }.get(error.errno or 0, "give another --host or --port")
+    return ConfigError(f"host, port: cannot listen on {host}:{port} ({error.strerror}); {mend}.")
 
 
 def _float32(value: Any) -> Any:

@@ -111,7 +111,7 @@ def get_suite(name: str) -> Suite:
     """The suite of that name.
 
     Args:
-        name: "robosuite-5", or with another robot than its own "robosuite-5@Sawyer".
+        name: "robosuite-5", or with another robot than its own "robosuite-5@UR5e".
 
     Raises:
         ConfigError: Unknown; the message lists those that exist.
@@ -119,7 +119,7 @@ def get_suite(name: str) -> Suite:
     """
     name, _, robot = name.partition("@")
     suite = suites.get(name)()
-    if not robot:
+    if not robot or _plain(robot) == _plain(suite.robot):
         return suite
     known = {_plain(other): make for other, make in suite.robots.items()}
     if _plain(robot) not in known:
@@ -172,13 +172,13 @@ def _robosuite(name: str, tasks: tuple[str, ...]) -> Suite:
 
 @suites.register("robosuite-5")
 def robosuite_5() -> Suite:
-    """Five tasks, each with a scripted expert."""
+    """Five tasks, each with a scripted expert for the Panda."""
     return _robosuite("robosuite-5", FIVE)
 
 
 @suites.register("robosuite-all")
 def robosuite_all() -> Suite:
-    """Every task of robosuite's for one arm."""
+    """Robosuite's tasks for one arm."""
     return _robosuite("robosuite-all", tuple(ROBOSUITE_INSTRUCTIONS))
 
 

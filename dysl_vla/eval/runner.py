@@ -70,15 +70,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         ConfigError: A value cannot work, the policy does not fit the suite, or `out` holds another run. Nothing was
             written.
     """
-    for name in ("episodes", "workers"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
     ways = _ways(config)
+    if config.suite:  # loading takes longer than finding that there is none such
+        playground(config, None)
     policies = [way.load(config.policy) for way in ways]
-    home, home_tasks = provenance.home(policies[0].provenance, config.suite, config.tasks)
-    suite = get_suite(with_robot(home, config.robot))
+    suite, tasks = playground(config, max((policy.provenance for policy in policies), key=len))  # one says of its heads
     config = replace(config, suite=suite.name, robot="")
-    tasks = suite.choose(home_tasks)
     for policy in policies:
         check_seed(config.seed, policy)
     with closing(suite.make(tasks[0], policies[0].spec.cameras)) as env:
@@ -104,6 +101,24 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                 _finish(config, entrant, suite, tasks, keys)
     results = {entrant.way.name: read_result(entrant.folder.root) for entrant in entrants}
     return {"ways": results} if config.skip_config else results[""]
+
+
+def playground(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ...]]:
+    """Suite and tasks that an evaluation is of.
+
+    Args:
+        config: Of the evaluation.
+        record: The policy's provenance.
+
+    Raises:
+        ConfigError: They, the robot or the numbers of episodes or workers cannot be.
+    """
+    for name in ("episodes", "workers"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
+    home, tasks = provenance.home(record, config.suite, config.tasks)
+    suite = get_suite(with_robot(home, config.robot))
+    return suite, suite.choose(tasks)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,9 @@ from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.replay import Replay, Replayed
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.compare import compare
-from dysl_vla.eval.runner import EvalConfig, evaluate
+from dysl_vla.eval.runner import EvalConfig, evaluate, playground
 from dysl_vla.extras import needs_extra
-from dysl_vla.policies import load_backbone_policy
+from dysl_vla.policies import load_backbone_policy, load_policy
 from dysl_vla.workers import use_one_inference_thread
 
 with needs_extra("policy"):
@@ -92,6 +92,9 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
         raise ConfigError(f"target: {targets[0]} must be finite and not negative.")
     if not has_skips(config.policy):
         raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
+    if config.target_success_drop is not None:  # minutes before it is needed
+        suite, tasks = playground(_evaluation(config, Path(), 0), load_policy(str(config.policy)).provenance)
+        config = replace(config, suite=suite.name, robot="", tasks=",".join(tasks))
     curve = measure_curve(config.policy, config.data)
     try:
         if config.target_ms is not None:
@@ -178,20 +181,22 @@ def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
 
 def _evaluate(config: TuneConfig, out: Path, skip: float) -> Path:
     """Measure success at a setting; the folder with its records."""
-    evaluate(
-        EvalConfig(
-            out=out,
-            policy=str(config.policy),
-            suite=config.suite,
-            robot=config.robot,
-            tasks=config.tasks,
-            episodes=config.episodes,
-            seed=TUNING_SEED,
-            workers=config.workers,
-            skip=skip,
-        )
-    )
+    evaluate(_evaluation(config, out, skip))
     return out
+
+
+def _evaluation(config: TuneConfig, out: Path, skip: float) -> EvalConfig:
+    return EvalConfig(
+        out=out,
+        policy=str(config.policy),
+        suite=config.suite,
+        robot=config.robot,
+        tasks=config.tasks,
+        episodes=config.episodes,
+        seed=TUNING_SEED,
+        workers=config.workers,
+        skip=skip,
+    )
 
 
 def render_curve(curve: list[Point], chosen: Point | None = None) -> str:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from dysl_vla.deploy.control import ControlConfig, ControlLoop, LoopConfig, _Plan, control, render_account
 from dysl_vla.deploy.limits import Limits
 from dysl_vla.deploy.logs import read_log, replay, view
-from dysl_vla.deploy.mujoco_robot import MujocoRobot, Simulation
+from dysl_vla.deploy.mujoco_robot import MujocoRobot, Simulation, _make_env
 from dysl_vla.deploy.robot import Reading
 from dysl_vla.errors import ConfigError, DyslError, ObservationError, RobotFault, SafetyStop
 from dysl_vla.files import read_json, write_json
@@ -407,6 +408,10 @@ def test_names_that_mean_nothing_are_refused() -> None:
         Simulation.parse("mock-reach?answer_s=nan")
     with pytest.raises(ConfigError, match="is no number"):
         Simulation.parse("mock-reach?episode=x")
+    with closing(_make_env("mock-Reach@Point", None)) as env:
+        assert env.task == "reach"
+    with pytest.raises(ConfigError, match=r"no robot 'Panda'"):
+        _make_env("mock-reach@Panda", None)
     assert Simulation.parse("mock-reach?episode=2&nan_after=1.5") == Simulation("mock-reach", 2, nan_after=1.5)
     for name, words in (("mujoco", "KIND:NAME"), ("ur5:x", "unknown kind 'ur5'; there are: lerobot, mujoco")):
         with pytest.raises(ConfigError, match=words):

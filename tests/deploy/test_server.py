@@ -25,6 +25,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.sync.client import connect
 
 from dysl_vla.deploy.client import Client
+from dysl_vla.deploy.robot import open_policy
 from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.deploy.server import PolicyServer, ServeConfig, bind, serve_policy
 from dysl_vla.deploy.wire import pack, unpack
@@ -320,10 +321,26 @@ def test_a_taken_port_is_named(bundle_folder: Path) -> None:
             serve_policy(ServeConfig(bundle_folder, port=port))
 
 
+def test_an_address_that_another_server_took_while_this_one_loaded_is_named(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+
+        def load(*what: Any) -> Any:
+            taken.listen()
+            return open_policy(*what)
+
+        monkeypatch.setattr("dysl_vla.deploy.server.open_policy", load)
+        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}.*--port"):
+            serve_policy(ServeConfig(bundle_folder, port=port))
+
+
 @pytest.mark.parametrize(
     ("host", "message"),
     [
         ("nobody.invalid", r"host: nobody\.invalid is unknown"),
+        ("a..b", r"host: a\.\.b is unknown"),
         ("192.0.2.1", r"192\.0\.2\.1.*an address of this machine"),
     ],
 )

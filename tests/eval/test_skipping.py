@@ -198,8 +198,28 @@ def test_tuning_stores_what_meets_the_target(distilled: Path, mock_demos: Path) 
     with pytest.raises(ConfigError, match=r"nearest possible[\s\S]*\| 0.1 \|"):
         tune(TuneConfig(distilled, mock_demos, target_ms=1e-3))
     assert (distilled / "skip.json").read_bytes() == before
-    _, chosen = tune(TuneConfig(distilled, mock_demos, target_success_drop=1.0, suite="mock", episodes=1))
+    _, chosen = tune(TuneConfig(distilled, mock_demos, target_success_drop=1.0, tasks="reach", episodes=1))
     assert chosen.skip == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"tasks": "fly"}, "'fly'"), ({"robot": "R2D2"}, "R2D2"), ({"episodes": 0}, "episodes: 0")]
+)
+def test_tuning_looks_where_it_will_play_before_it_measures(
+    distilled: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(tuning, "measure_curve", lambda *_: pytest.fail("minutes were spent"))
+    with pytest.raises(ConfigError, match=message):
+        tune(replace(TuneConfig(distilled, Path("demonstrations"), target_success_drop=0.1), **change))
+
+
+def test_a_policy_plays_where_it_was_trained(distilled: Path, tmp_path: Path) -> None:
+    for ways in ("", "full,dysl"):
+        evaluate(EvalConfig(out=tmp_path / f"out-{ways}", policy=str(distilled), episodes=1, skip_config=ways))
+    for folder in ("out-", "out-full,dysl/full", "out-full,dysl/dysl"):
+        result = json.loads((tmp_path / folder / "result.json").read_text())
+        assert result["suite"] == "mock"
+        assert set(result["per_task"]) == {"reach", "linger"}
 
 
 def test_tuning_by_success_takes_the_fastest_that_loses_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
