@@ -1,4 +1,4 @@
-"""A simulator in fifty lines: what CONTRIBUTING.md shows, and that everything else works on it."""
+"""A simulator in fifty lines: what CONTRIBUTING.md shows, and that it is one that demonstrations can be collected in."""
 
 from __future__ import annotations
 
