@@ -47,7 +47,7 @@ EXPERT_ROBOTS: dict[str, tuple[str, ...]] = {
     "pick-place-can": ("Panda", "IIWA", "Kinova3", "UR5e"),
     "nut-assembly-square": ("Panda", "UR5e"),
 }
-"""Task to the robots with which its scripted expert was seen to succeed, 16 of 20 times: eval/results/env/experts.md."""
+"""Task to the robots whose scripted expert was seen to succeed 16 times in 20: eval/results/env/experts.md."""
 FIVE = tuple(EXPERT_ROBOTS)
 ROBOTS = ("Panda", "Sawyer", "IIWA", "Jaco", "Kinova3", "UR5e")
 HORIZON = 400

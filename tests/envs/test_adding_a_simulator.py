@@ -1,4 +1,4 @@
-"""A simulator in fifty lines: what CONTRIBUTING.md shows, and that it is one that demonstrations can be collected in."""
+"""A simulator in fifty lines: what CONTRIBUTING.md shows, and that demonstrations can be collected in it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,53 @@
+"""The policies that come with the package."""
+
+from __future__ import annotations
+
+import re
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dysl_vla
+from dysl_vla.envs import FIRST_EVALUATION_SEED, get_suite
+from dysl_vla.policies import load_policy
+from dysl_vla.provenance import home, origins
+
+SHIPPED = sorted((Path(dysl_vla.__file__).parent / "policies/shipped").iterdir())
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=SHIPPED, ids=lambda folder: folder.name)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def test_it_is_small_and_says_nothing_of_the_machine_it_was_trained_on(folder: Path) -> None:
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16e6
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".jsonl"):
+            assert not re.search(r"/(root|tmp|home|work)/", path.read_text()), path
+
+
+def test_it_acts_where_it_was_trained_and_skips_most_layers(folder: Path) -> None:
+    policy, full = load_policy(folder.name), load_policy(folder.name, skip=0)
+    suite_name, tasks = home(policy.provenance, "", "")
+    suite = get_suite(suite_name)
+    with closing(suite.make(suite.choose(tasks)[0], policy.spec.cameras)) as env:
+        policy.spec.check_world(env.world_spec)
+        observation, _ = env.reset(seed=FIRST_EVALUATION_SEED)
+        state = policy.reset()
+        [skipping], [whole] = policy.infer([observation], [state]), full.infer([observation], [full.reset()])
+    assert skipping.skips is not None
+    assert skipping.skips.layers < 0.5 * len(skipping.skips.layers_run)
+    assert whole.skips is None
+    scale = np.asarray(policy.spec.action_normalisation.std)
+    assert np.abs((skipping.actions - whole.actions) / scale).mean() < 0.5
+
+
+def test_it_has_seen_no_evaluation_seed(folder: Path) -> None:
+    seeds = {origin["seed"] for origin in origins(load_policy(folder.name).provenance)}
+    assert seeds
+    assert max(seeds) < FIRST_EVALUATION_SEED
