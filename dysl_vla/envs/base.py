@@ -1,7 +1,7 @@
 """What every simulated manipulation environment shares: observation keys, seeding, checks.
 
-A simulator's module subclasses `ManipulationEnv` and fills in four methods, five with an expert. Not
-for robots: those speak the robot protocol of `deploy`.
+A simulator's module subclasses `ManipulationEnv` and fills in four methods, five with an expert. Not for
+robots: those speak the robot protocol of `deploy`.
 """
 
 from __future__ import annotations
