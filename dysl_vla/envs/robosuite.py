@@ -150,10 +150,10 @@ class RobosuiteEnv(ManipulationEnv):
             control_freq=RATE_HZ,
             seed=0,
         )
+        sizes = dict(cameras or DEFAULT_CAMERAS)
+        check_cameras(sizes, tuple(self._world.sim.model.camera_names))
         self._full_quality = full_quality
         self._bind()
-        sizes = dict(cameras or DEFAULT_CAMERAS)
-        check_cameras(sizes, tuple(self._model.camera(index).name for index in range(self._model.ncam)))
         self._expert: Expert | None = None
         self._is_recorded = False
         spec = WorldSpec(
