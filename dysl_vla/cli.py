@@ -178,13 +178,10 @@ def _eval_compare(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.export import ExportConfig, export
+    from dysl_vla.deploy.export import ExportConfig, export, simulation
 
     out = export(_parse(ExportConfig, arguments, "dysl export"))
-    print(
-        f"Exported: {out}. Try it: dysl control --bundle {out} --robot mujoco:SIMULATOR-TASK --seconds 10 "
-        "(metaworld-drawer-open, robosuite-lift, ...)"
-    )
+    print(f"Exported: {out}. Try it: dysl control --bundle {out} --robot {simulation(out)} --seconds 10")
     return 0
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dysl_vla import provenance
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin, check_writable
 from dysl_vla.data.options import SIZE, camera_options
 from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, TaskEnvs, episode_rng, get_suite, with_robot
@@ -29,6 +30,7 @@ from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray
 from dysl_vla.workers import use_one_inference_thread, worker_pool
 
 EXPERT = "expert"
+DEFAULT_SUITE = "metaworld-mt10"
 LONGEST_DEMONSTRATION = 250
 """Steps. An expert that needs more was thrown off by the noise, and shows nothing worth learning."""
 TAIL_STEPS = 4
@@ -45,8 +47,9 @@ class CollectConfig:
 
     out: Path
     """Folder of the dataset; an existing one is continued."""
-    suite: str = "metaworld-mt10"
-    """Suite whose tasks are demonstrated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all."""
+    suite: str = ""
+    """Suite whose tasks are demonstrated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all. The one that
+    `--policy` was trained in when empty; without a policy metaworld-mt10."""
     robot: str = ""
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str = ""
@@ -76,21 +79,24 @@ def collect(config: CollectConfig) -> Demonstrations:
         DatasetError: The folder is of another world, or the expert fails too often.
     """
     _check(config)
-    suite = get_suite(with_robot(config.suite, config.robot))
+    policy = load_policy(config.policy) if config.policy is not None else None
+    home, home_tasks = config.suite or DEFAULT_SUITE, config.tasks
+    if policy is not None:
+        home, home_tasks = provenance.home(policy.provenance, config.suite, config.tasks)
+    suite = get_suite(with_robot(home, config.robot))
     noise = suite.noise if config.noise is None else config.noise
-    tasks = suite.choose(config.tasks)
+    tasks = suite.choose(home_tasks)
     if lacking := [task for task in tasks if task in suite.without_expert]:
-        having = ",".join(task for task in tasks if task not in suite.without_expert) or "another suite's or robot's"
+        having = ",".join(task for task in tasks if task not in suite.without_expert)
+        mend = f"take --tasks {having}" if having else "take another --robot or --suite"
         raise ConfigError(
-            f"tasks: {suite.robot} has no scripted expert for {', '.join(lacking)}; take --tasks {having}, or imported "
-            "demonstrations."
+            f"tasks: {suite.robot} has no scripted expert for {', '.join(lacking)}; {mend}, or imported demonstrations."
         )
     sizes = camera_options("cameras", config.cameras, SIZE, "144x144")
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
     actor = EXPERT
     with closing(suite.make(tasks[0], cameras)) as env:
-        if config.policy is not None:
-            policy = load_policy(config.policy)
+        if policy is not None and config.policy is not None:
             policy.spec.check_world(env.world_spec)
             actor = f"{Path(config.policy).name}@{policy.fingerprint[:12]}"
         env.reset(seed=0)  # renders: a machine that cannot is found out before anything is written

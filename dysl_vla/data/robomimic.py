@@ -1,7 +1,8 @@
 """Human demonstrations of robosuite's, from HDF5 files of robomimic's or of robosuite's own recorder.
 
 Such a file holds the simulator's states and the actions between them. They are played in the simulator, and what the
-cameras see there is written as a LeRobotDataset v3, to be trained on beside other demonstrations, or alone.
+cameras see there is written as a LeRobotDataset v3, to be trained on beside other demonstrations, or alone. Recordings
+in which the task is never done (robomimic also publishes such ones) are left out, as failed episodes are elsewhere.
 """
 
 from __future__ import annotations
@@ -29,6 +30,18 @@ from dysl_vla.types import IMAGE_PREFIX, STATE_KEY
 
 HUMAN = "human"
 POSE_CONTROLLER = "OSC_POSE"
+SETTINGS = (
+    "input_min",
+    "input_max",
+    "output_min",
+    "output_max",
+    "kp",
+    "damping_ratio",
+    "impedance_mode",
+    "interpolation",
+    "uncouple_pos_ori",
+)
+"""Of the controller, by which the same action is another motion."""
 NO_SEED = -1
 """The initial states are none of our own."""
 
@@ -73,20 +86,28 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
             check_writable(config.out, env.world_spec, robot)
             with _naming(config.file, data[f"demo_{numbers[0]}"]) as first:
                 env.load_recorded(_scene(first))
-            for number in numbers:  # before anything is written
+            for number in numbers:  # before anything is written; scenes alone, which take long, as their turn comes
                 with _naming(config.file, data[f"demo_{number}"]) as recorded:
                     _check(recorded, env)
             with claimed(config.out):
                 writer = DemonstrationWriter(config.out, env.world_spec, robot)
                 try:
                     done = {row.origin for row in writer.rows}
-                    for number in tqdm(numbers, desc=task, unit="episode"):
-                        origin = Origin(suite, task, NO_SEED, number, actor, 0.0)
-                        if origin in done:
-                            continue
-                        with _naming(config.file, data[f"demo_{number}"]) as recorded:
-                            episode = _play(recorded, env, origin)
-                        writer.append(episode)
+                    failed = 0
+                    with tqdm(numbers, desc=task, unit="episode") as progress:
+                        for number in progress:
+                            origin = Origin(suite, task, NO_SEED, number, actor, 0.0)
+                            if origin in done:
+                                continue
+                            with _naming(config.file, data[f"demo_{number}"]) as recorded:
+                                episode = _play(recorded, env, origin)
+                            if episode is None:
+                                failed += 1
+                                progress.set_postfix(failures=failed)
+                            else:
+                                writer.append(episode)
+                    if failed:
+                        progress.write(f"left out, since the task is never done in them: {failed} of {len(numbers)}.")
                 finally:
                     writer.close()
     return Demonstrations(config.out)
@@ -132,8 +153,11 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
     recorded, ours = _pose_controller(settings.get("controller_configs")), _pose_controller(controllers(robot))
     if recorded is None or recorded.get("input_type", "delta") != "delta" or recorded.get("control_delta") is False:
         raise DatasetError(f"{path}: its actions are not relative poses (OSC_POSE); take the file with those.")
-    # Not the frame: the base's and the world's are parallel in all of these tasks.
-    for name in ("input_min", "input_max", "output_min", "output_max", "kp", "damping_ratio", "impedance_mode"):
+    names = [
+        *SETTINGS,
+        *(["input_ref_frame"] if robot == "IIWA" else []),
+    ]  # the others' bases are parallel to the world
+    for name in names:
         if name in recorded and not _are_same(recorded[name], ours[name]):
             raise DatasetError(
                 f"{path}: the controller's {name} is {recorded[name]}, here {ours[name]}: the same action would be "
@@ -193,16 +217,20 @@ def _numbers(recorded: Any, name: str, width: int) -> NDArray[np.float64]:
     return values
 
 
-def _play(recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episode:
+def _play(recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episode | None:
+    """The episode that a recording shows; None when the task is never done in it."""
     env.load_recorded(_scene(recorded))
     images: dict[str, list[Any]] = {camera: [] for camera in env.world_spec.cameras}
     shown = []
+    is_done = "rewards" in recorded and np.max(recorded["rewards"], initial=0) > 0  # maybe by the very last action
     for state in np.asarray(recorded["states"]):
-        env.show_recorded(state)
+        is_done |= env.show_recorded(state)
         observation = env.observe()
         for camera, frames in images.items():
             frames.append(observation[IMAGE_PREFIX + camera])
         shown.append(observation[STATE_KEY])
+    if not is_done:
+        return None
     return Episode(
         images={camera: np.stack(frames) for camera, frames in images.items()},
         states=np.stack(shown),

@@ -87,7 +87,7 @@ def bench_bundle(config: BundleBenchConfig) -> BundleBench:
     made_from = policies[3].provenance.get("export", {}).get("policy")
     if made_from != policies[0].fingerprint:
         raise ConfigError(f"bundle: {config.bundle} was exported from another policy than {config.policy}.")
-    home, home_tasks = provenance.home(policies[0].provenance, config.suite, config.tasks)
+    home, home_tasks = provenance.home(policies[1].provenance, config.suite, config.tasks)
     suite = get_suite(home)
     tasks = suite.choose(home_tasks)
     moments: list[list[ActionChunk]] = []

@@ -31,7 +31,7 @@ from dysl_vla.deploy.runtime import (
 )
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import TEMPORARY, claimed, is_unused, replacing, sha256, write_json, write_text
+from dysl_vla.files import TEMPORARY, claimed, is_unused, read_json, replacing, sha256, write_json, write_text
 from dysl_vla.policies import ExportablePolicy, load_backbone_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
 
@@ -204,6 +204,16 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
             np.savez(file, **example, **answers)
         write_json(out / MANIFEST, {name: sha256(out / name) for name in FILES})
         progress.update()
+
+
+def simulation(bundle: Path) -> str:
+    """What `dysl control --robot` simulates of the world that a bundle's policy was trained in, as one types it."""
+    try:
+        suite, tasks = provenance.home(read_json(bundle / DOCUMENT)["provenance"], "", "")
+    except ConfigError:  # trained on data that say of no suite
+        return "mujoco:SIMULATOR-TASK"
+    suite, _, arm = suite.partition("@")
+    return f"mujoco:{suite.partition('-')[0]}-{tasks.partition(',')[0]}" + (f"@{arm}" if arm else "")
 
 
 def _example(policy: ExportablePolicy) -> dict[str, NDArray[Any]]:

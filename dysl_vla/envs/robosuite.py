@@ -1,7 +1,7 @@
 """robosuite's single-arm tasks: 7-d operational-space actions at 20 Hz, two cameras, scripted experts.
 
-A robot gets small motions of its end effector (OSC_POSE, relative to where it is) in the frame of its base, and shows
-the end effector's pose and the gripper's opening. Orientation is the rotation matrix's first two columns: continuous,
+A robot gets small motions of its end effector (OSC_POSE, relative to where it is) along the world's axes, and shows the
+end effector's pose and the gripper's opening. Orientation is the rotation matrix's first two columns: continuous,
 with no second name for the same rotation (Zhou et al. 2019). Objects' poses stay with the expert. Scenes are made once:
 Lift's cube, whose side robosuite draws between 40 and 44 mm whenever it builds the scene anew, keeps one size.
 """
@@ -54,6 +54,8 @@ HORIZON = 400
 """robosuite's benchmarks'; little for the tasks with several objects, and for the tool's."""
 RATE_HZ = 20
 DEFAULT_CAMERAS = {"agentview": (128, 128), "robot0_eye_in_hand": (96, 96)}
+CAMERAS = ("agentview", "frontview", "birdview", "robot0_robotview", "robot0_eye_in_hand")
+"""Those that every task has."""
 STATE_NAMES = ("x", "y", "z", "x_to_x", "x_to_y", "x_to_z", "y_to_x", "y_to_y", "y_to_z", "gripper")
 """Position in metres; where the end effector's x and y axes point; metres between the fingers."""
 ARM_ACTIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
@@ -133,6 +135,8 @@ class RobosuiteEnv(ManipulationEnv):
             raise ConfigError(f"task: robosuite's {task!r} is not offered; there are: {', '.join(INSTRUCTIONS)}.")
         if robot not in ROBOTS:
             raise ConfigError(f"robot: robosuite's {robot!r} is not offered; there are: {', '.join(ROBOTS)}.")
+        sizes = dict(cameras or DEFAULT_CAMERAS)
+        check_cameras(sizes, CAMERAS)
         robosuite = load_robosuite()
         from dysl_vla.envs.robosuite_experts import experts
 
@@ -150,8 +154,6 @@ class RobosuiteEnv(ManipulationEnv):
             control_freq=RATE_HZ,
             seed=0,
         )
-        sizes = dict(cameras or DEFAULT_CAMERAS)
-        check_cameras(sizes, tuple(self._world.sim.model.camera_names))
         self._full_quality = full_quality
         self._bind()
         self._expert: Expert | None = None
@@ -197,11 +199,14 @@ class RobosuiteEnv(ManipulationEnv):
         """Numbers in a recorded moment of the present scene."""
         return int(1 + self._model.nq + self._model.nv)
 
-    def show_recorded(self, state: NDArray[np.float64]) -> None:
+    def show_recorded(self, state: NDArray[np.float64]) -> bool:
         """Put the world into a recorded moment; for looking, not for going on from there.
 
         Args:
             state: Time, positions and velocities, as robosuite flattens them.
+
+        Returns:
+            Whether the task is done in it.
 
         Raises:
             DatasetError: It does not fit the scene.
@@ -212,6 +217,7 @@ class RobosuiteEnv(ManipulationEnv):
             )
         self._world.sim.set_state_from_flattened(state)
         self._world.sim.forward()
+        return bool(self._world._check_success())
 
     def _reset_world(self, rng: np.random.Generator) -> None:
         if self._is_recorded:
@@ -248,8 +254,12 @@ class RobosuiteEnv(ManipulationEnv):
 
 
 def controllers(robot: str) -> dict[str, Any]:
-    """Robosuite's own settings of a robot's controllers."""
+    """Robosuite's own settings of a robot's controllers, but for the frame of actions.
+
+    That is the world's: the base's is parallel to it, except for the IIWA, whose "base" turns with its first joint.
+    """
     settings: dict[str, Any] = load_robosuite().load_composite_controller_config(robot=robot)
+    settings["body_parts"]["right"]["input_ref_frame"] = "world"
     return settings
 
 

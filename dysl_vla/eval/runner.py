@@ -75,7 +75,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         playground(config, None)
     policies = [way.load(config.policy) for way in ways]
     suite, tasks = playground(config, max((policy.provenance for policy in policies), key=len))  # one says of its heads
-    config = replace(config, suite=suite.name, robot="")
+    config = replace(config, suite=suite.name, robot="", tasks=",".join(tasks))
     for policy in policies:
         check_seed(config.seed, policy)
     with closing(suite.make(tasks[0], policies[0].spec.cameras)) as env:

@@ -76,6 +76,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
             demo = data.create_group(f"demo_{index}")
             demo.attrs["model_file"], demo.attrs["num_samples"] = model, STEPS
             demo["states"], demo["actions"] = np.array(states), np.array(actions, np.float64)
+            demo["rewards"] = np.eye(STEPS)[-1]  # too short to end well: said to be done by the last action
     return path, seen
 
 
@@ -100,6 +101,46 @@ def test_a_recording_becomes_demonstrations(recording: tuple[Path, Seen], tmp_pa
         file["data/demo_0/actions"][0] = 0
     more = import_robomimic(ImportConfig(another, tmp_path / "out", cameras=SMALL))
     assert len(more.rows) == 4, "a second file's demonstrations are its own"
+
+
+def test_a_recording_of_robosuites_own_is_read_too(recording: tuple[Path, Seen], tmp_path: Path) -> None:
+    path = changed(recording[0], tmp_path, told_by_robosuite)
+    read = import_robomimic(ImportConfig(path, tmp_path / "out", cameras=SMALL))
+    np.testing.assert_allclose(read.columns()["states"], np.array(recording[1].states), atol=1e-6)
+
+
+def told_by_robosuite(data: Any) -> None:
+    """As `collect_human_demonstrations.py` of robosuite 1.5 says what was recorded."""
+    del data.attrs["env_args"]
+    settings = {**ARGUMENTS["env_kwargs"], "env_name": "Door", "robots": "Panda"}
+    del settings["control_freq"]
+    data.attrs["env"], data.attrs["env_info"] = "Door", json.dumps(settings)
+
+
+def test_recordings_in_which_the_task_is_never_done_are_left_out(
+    recording: tuple[Path, Seen], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(data: Any) -> None:
+        del data["demo_0/rewards"]
+        replace_values(data["demo_1"], "rewards", np.zeros(STEPS))
+        states = np.array(data["demo_0/states"])
+        with closing(RobosuiteEnv("door", {"agentview": (32, 32)})) as env:
+            env.load_recorded(data["demo_0"].attrs["model_file"])
+            states[-1, 1 + env._world.hinge_qpos_addr] = 0.5  # radians: open
+        replace_values(data["demo_0"], "states", states)
+
+    path = changed(recording[0], tmp_path, fail)
+    read = import_robomimic(ImportConfig(path, tmp_path / "out", cameras=SMALL))
+    assert [row.origin.episode_index for row in read.rows if row.origin] == [0]
+    assert "never done in them: 1 of 2" in "".join(capsys.readouterr())
+
+
+def changed(recording: Path, folder: Path, change: Any) -> Path:
+    path = folder / "changed.hdf5"
+    path.write_bytes(recording.read_bytes())
+    with h5py.File(path, "a") as file:
+        change(file["data"])
+    return path
 
 
 @pytest.mark.parametrize(
@@ -134,6 +175,19 @@ def test_a_recording_becomes_demonstrations(recording: tuple[Path, Seen], tmp_pa
             ),
             r"kp is 300",
         ),
+        (
+            lambda data: data.attrs.__setitem__(
+                "env_args", json.dumps(ARGUMENTS).replace('"input_max"', '"interpolation": "linear", "x"')
+            ),
+            r"interpolation is linear, here None",
+        ),
+        (
+            lambda data: data.attrs.__setitem__(
+                "env_args",
+                json.dumps(ARGUMENTS).replace("Panda", "IIWA").replace('"input_max"', '"input_ref_frame": "base", "x"'),
+            ),
+            r"input_ref_frame is base, here world",
+        ),
         (lambda data: data.attrs.__setitem__("env_args", json.dumps(ARGUMENTS).replace("Door", "Wipe")), "'Wipe'"),
         (lambda data: data["demo_1"].__delitem__("actions"), r"demo_1: its actions are missing"),
         (lambda data: replace_values(data["demo_1"], "states", np.zeros((STEPS, 2))), r"demo_1: its states have shape"),
@@ -149,10 +203,7 @@ def test_a_recording_becomes_demonstrations(recording: tuple[Path, Seen], tmp_pa
 def test_a_foreign_recording_is_refused_and_nothing_written(
     recording: tuple[Path, Seen], tmp_path: Path, change: Any, message: str
 ) -> None:
-    path = tmp_path / "changed.hdf5"
-    path.write_bytes(recording[0].read_bytes())
-    with h5py.File(path, "a") as file:
-        change(file["data"])
+    path = changed(recording[0], tmp_path, change)
     with pytest.raises(DatasetError, match=message):
         import_robomimic(ImportConfig(path, tmp_path / "out", cameras=SMALL))
     assert not (tmp_path / "out").exists()

@@ -11,10 +11,11 @@ from contextlib import closing
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from dysl_vla.envs import get_suite
-from dysl_vla.envs.robosuite import ARM_ACTIONS, FIVE, INSTRUCTIONS, ROBOTS, STATE_NAMES, RobosuiteEnv
+from dysl_vla.envs.robosuite import ARM_ACTIONS, CAMERAS, FIVE, INSTRUCTIONS, ROBOTS, STATE_NAMES, RobosuiteEnv
 from dysl_vla.errors import ConfigError
 
 SMALL = {"agentview": (32, 32), "robot0_eye_in_hand": (32, 32)}
@@ -111,6 +112,35 @@ def test_an_action_moves_the_hand_as_its_name_says(lift: RobosuiteEnv) -> None:
         turned = Rotation.from_matrix(env._arm.rotation @ before.T).as_rotvec()
         assert np.argmax(np.abs(turned)) == axis, ARM_ACTIONS[3 + axis]
         assert turned[axis] > 0.1
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_actions_are_along_the_worlds_axes_however_the_arm_is_turned(robot: str) -> None:
+    with closing(RobosuiteEnv("lift", SMALL, robot=robot)) as env:
+
+        def place_after(action: NDArray[np.float32]) -> NDArray[np.float32]:
+            env.reset(seed=5)
+            env._data.qpos[env._world.robots[0]._ref_joint_pos_indexes[0]] += 0.4
+            env._world.sim.forward()
+            for _ in range(4):
+                env.advance(action)
+            return env._state()[:3]
+
+        held = place_after(np.zeros(7, np.float32))
+        for axis in range(3):
+            moved = place_after(np.eye(7, dtype=np.float32)[axis]) - held
+            assert moved[axis] > 0.95 * np.linalg.norm(moved) > 0.01, ARM_ACTIONS[axis]
+
+
+def test_a_camera_of_one_scene_alone_is_not_offered() -> None:
+    with pytest.raises(ConfigError, match=r"'sideview'.*robot0_robotview"):
+        RobosuiteEnv("lift", {"sideview": (32, 32)})
+
+
+@pytest.mark.parametrize("task", ["lift", "pick-place-can", "nut-assembly", "tool-hang", "wipe"])  # an arena each
+def test_every_offered_camera_is_in_every_scene(task: str) -> None:
+    with closing(RobosuiteEnv(task, dict.fromkeys(CAMERAS, (16, 16)))) as env:
+        env.reset(seed=5)
 
 
 def test_an_initial_state_is_the_same_in_another_process() -> None:
