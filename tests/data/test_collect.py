@@ -81,6 +81,7 @@ def test_noise_spares_the_gripper_and_is_reproducible(seed: int, strength: float
         ),
         ({"tasks": "fly"}, "unknown task"),
         ({"policy": "nobody"}, "unknown policy"),
+        ({"policy": "mock", "suite": ""}, "suite: this policy does not say which suite it was trained in"),
         ({"cameras": "top"}, "cameras"),
         ({"cameras": "side=8x8"}, "no camera 'side'"),
     ],

@@ -55,6 +55,18 @@ def wait_for_lines(process: subprocess.Popen[bytes], path: Path, lines: int) -> 
     pytest.fail(f"{path} did not grow beyond {lines} lines")
 
 
+def test_a_result_names_the_suite_and_the_tasks_that_were_played(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = MockPolicy()
+    origins = [{"suite": "mock", "task": "reach", "seed": 0, "episodes": 1}]
+    policy.provenance = MappingProxyType({"data": {"origins": origins}})  # type: ignore[assignment]
+    monkeypatch.setattr("dysl_vla.eval.runner.load_policy", lambda _, **__: policy)
+    played = evaluate(config(tmp_path / "r", suite="", episodes=1))
+    assert set(played["per_task"]) == {"reach"}
+    assert (played["config"]["suite"], played["config"]["tasks"]) == ("mock", "reach")
+
+
 def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     result = evaluate(config(tmp_path / "r", video=1))
     assert json.loads((tmp_path / "r/result.json").read_text()) == json.loads(json.dumps(result))
