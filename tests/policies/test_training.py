@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch._dynamo.utils import counters
 
 from dysl_vla.data.cloning import TrainConfig, train
 from dysl_vla.data.collect import CollectConfig, collect
@@ -41,6 +42,18 @@ def test_training_learns_a_demonstration_by_heart(tmp_path: Path) -> None:
     points = read_lines(out / CURVE_FILE)
     assert points[-1]["loss"] < 0.5 * points[0]["loss"]
     assert points[-1]["validation_loss"] is None  # a single episode leaves none to hold out
+
+
+@pytest.mark.slow
+def test_compiled_training_learns_the_same_and_compiles_once(mock_demos: Path, tmp_path: Path) -> None:
+    before = counters["stats"]["unique_graphs"]
+    plain = train(config(mock_demos, tmp_path / "plain"))
+    assert counters["stats"]["unique_graphs"] == before
+    compiled = train(config(mock_demos, tmp_path / "compiled", optimizer=replace(FAST, compile=True)))
+    assert counters["stats"]["unique_graphs"] == before + 1
+    for key in ("loss", "validation_loss"):
+        losses = [[point[key] for point in read_lines(folder / CURVE_FILE)] for folder in (plain, compiled)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("awaited", ["training_run.json", STATE_FILE])
