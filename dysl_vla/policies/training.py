@@ -84,7 +84,7 @@ class OptimizerConfig:
     threads: int = 0
     """Threads of PyTorch; 0: one a core."""
     compile: bool = False
-    """Compile the backbone, which takes a minute and makes a step a fifth shorter; on a CPU it needs a C++ compiler."""
+    """Compile the backbone, which takes a minute and makes a step shorter; on a CPU it needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "save_every"):
