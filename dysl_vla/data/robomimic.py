@@ -153,11 +153,8 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
     recorded, ours = _pose_controller(settings.get("controller_configs")), _pose_controller(controllers(robot))
     if recorded is None or recorded.get("input_type", "delta") != "delta" or recorded.get("control_delta") is False:
         raise DatasetError(f"{path}: its actions are not relative poses (OSC_POSE); take the file with those.")
-    names = [
-        *SETTINGS,
-        *(["input_ref_frame"] if robot == "IIWA" else []),
-    ]  # the others' bases are parallel to the world
-    for name in names:
+    frame = ("input_ref_frame",) if robot == "IIWA" else ()  # the others' bases are parallel to the world
+    for name in SETTINGS + frame:
         if name in recorded and not _are_same(recorded[name], ours[name]):
             raise DatasetError(
                 f"{path}: the controller's {name} is {recorded[name]}, here {ours[name]}: the same action would be "
