@@ -70,6 +70,8 @@ class DistillRunConfig:
     """A plan written by `dysl calibrate`; calibrated with its defaults when not given."""
     frames: int = 32_000
     """Frames to train on, evenly spread; kept encoded in memory."""
+    shifted: int = 0
+    """Copies of each frame to train on beside it, their images moved by up to 4 pixels; kept encoded in memory, too."""
     adapter_size: int = 0
     """Width of an adapter's bottleneck; 0: 88 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
     controller_size: int = 16
@@ -96,6 +98,8 @@ def distill(config: DistillRunConfig) -> Path:
         signals.get(config.signal)
     if config.frames < 1:
         raise ConfigError(f"frames: {config.frames} must be at least 1.")
+    if config.shifted < 0:
+        raise ConfigError(f"shifted: {config.shifted} must not be negative.")
     demonstrations = Demonstrations(config.data)
     policy = load_backbone_policy(config.policy)
     if config.signal == "gripper" and policy.spec.action_names[-1] != "gripper":
@@ -163,7 +167,7 @@ class _Run:
     def _train(self, seconds: float) -> float:
         config, distillation = self._config, self._distillation
         chosen = choose_frames(self._demonstrations, config.frames, held_out=False)
-        frames = encode(self._policy, self._demonstrations, chosen, "frames")
+        frames = encode(self._policy, self._demonstrations, chosen, "frames", shifted=config.shifted)
         targets: Target | None = None
         board = SummaryWriter(str(config.out / "tensorboard"), purge_step=distillation.step + 1)
         started = time.monotonic() - seconds
@@ -195,15 +199,20 @@ class _Run:
 
     def _targets(self, frames: Encoded) -> Target:
         """The full model's answer to every frame, once."""
-        actions: list[torch.Tensor] = []
-        landings: list[list[torch.Tensor]] = []
-        with tqdm(total=len(frames.indices), desc="asking the full model", unit="frame") as progress:
+        everything: Target | None = None
+        count = len(frames.indices)
+        with tqdm(total=count, desc="asking the full model", unit="frame") as progress:
             for rows, inputs in frames.batches():
                 target = self._distillation.target(inputs)
-                actions.append(target.actions)
-                landings.append(target.landings)
+                parts = [target.actions, *target.landings]
+                if everything is None:
+                    actions, *landings = [part.new_empty((count, *part.shape[1:])) for part in parts]
+                    everything = Target(actions, landings)
+                for kept, part in zip([everything.actions, *everything.landings], parts, strict=True):
+                    kept[rows] = part
                 progress.update(rows.stop - rows.start)
-        return Target(torch.cat(actions), [torch.cat(parts) for parts in zip(*landings, strict=True)])
+        assert everything is not None
+        return everything
 
     def _finish(self, seconds: float) -> None:
         config = self._config

@@ -19,7 +19,7 @@ with needs_extra("policy"):
     import torch
     from torch import Tensor
 
-    from dysl_vla.policies.training import HELD_OUT_EVERY
+    from dysl_vla.policies.training import HELD_OUT_EVERY, SHIFT
 
 BATCH = 32
 
@@ -62,7 +62,7 @@ class Encoded:
     """Frames, encoded; the first dimension of everything counts them.
 
     Attributes:
-        indices: (frames,) of the dataset, rising.
+        indices: (frames,) of the dataset, rising; shifted copies have their frame's.
         inputs: The backbone's arguments, each (frames, ...).
     """
 
@@ -83,7 +83,9 @@ class Encoded:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def encode(policy: BackbonePolicy, demonstrations: Demonstrations, chosen: NDArray[np.int64], what: str) -> Encoded:
+def encode(
+    policy: BackbonePolicy, demonstrations: Demonstrations, chosen: NDArray[np.int64], what: str, *, shifted: int = 0
+) -> Encoded:
     """Encode chosen frames.
 
     Args:
@@ -91,6 +93,7 @@ def encode(policy: BackbonePolicy, demonstrations: Demonstrations, chosen: NDArr
         demonstrations: Of a world that the policy fits.
         chosen: Indices of frames, rising.
         what: Names them on the progress bar.
+        shifted: Copies of each frame, behind it, whose images are moved as in training; a function of frame and copy.
 
     Raises:
         DatasetError: A file is damaged.
@@ -99,27 +102,41 @@ def encode(policy: BackbonePolicy, demonstrations: Demonstrations, chosen: NDArr
     inputs: dict[str, Tensor] = {}
     pending: list[Observation] = []
     done = 0
-    with tqdm(total=len(chosen), desc=f"encoding {what}", unit="frame") as progress:
+    indices = np.repeat(chosen, 1 + shifted)
+    with tqdm(total=len(indices), desc=f"encoding {what}", unit="frame") as progress:
 
         def flush() -> None:
             nonlocal done
             for name, value in policy.encode(pending).items():
                 if name not in inputs:
-                    inputs[name] = value.new_empty((len(chosen), *value.shape[1:]))
+                    inputs[name] = value.new_empty((len(indices), *value.shape[1:]))
                 inputs[name][done : done + len(pending)] = value
             done += len(pending)
             progress.update(len(pending))
             pending.clear()
 
         for index, observation in observations(demonstrations, chosen):
-            if index != chosen[done + len(pending)]:
+            if index != indices[done + len(pending)]:
                 raise DatasetError(f"{demonstrations.root}: frame {index} comes out of order in its videos.")
             pending.append(observation)
-            if len(pending) == BATCH:
+            pending.extend(_shift(observation, np.random.default_rng([index, copy])) for copy in range(shifted))
+            if len(pending) >= BATCH:
                 flush()
         if pending:
             flush()
-    return Encoded(chosen, inputs)
+    return Encoded(indices, inputs)
+
+
+def _shift(observation: Observation, rng: np.random.Generator) -> Observation:
+    """Each camera's image moved by up to SHIFT pixels; at the sides its edge is repeated."""
+    moved = dict(observation)
+    for key, image in observation.items():
+        if key.startswith(IMAGE_PREFIX):
+            down, right = rng.integers(-SHIFT, SHIFT + 1, 2)
+            rows = np.clip(np.arange(image.shape[0]) + down, 0, image.shape[0] - 1)
+            columns = np.clip(np.arange(image.shape[1]) + right, 0, image.shape[1] - 1)
+            moved[key] = image[rows[:, None], columns]
+    return moved
 
 
 def choose_frames(demonstrations: Demonstrations, count: int, *, held_out: bool) -> NDArray[np.int64]:

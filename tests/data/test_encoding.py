@@ -1,0 +1,52 @@
+"""Demonstrations as a backbone reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dysl_vla.data.distilling import DistillRunConfig, distill
+from dysl_vla.data.encoding import _shift, encode
+from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.errors import ConfigError
+from dysl_vla.policies.mini_vla import MiniVLA
+from dysl_vla.policies.training import SHIFT
+
+
+def test_shifted_copies_stand_behind_their_frame_and_are_the_same_every_time(
+    tiny_policy: MiniVLA, mock_demos: Path
+) -> None:
+    demonstrations = Demonstrations(mock_demos)
+    chosen = np.arange(3, 40, 2)
+    plain = encode(tiny_policy, demonstrations, chosen, "frames")
+    copied, again = (encode(tiny_policy, demonstrations, chosen, "frames", shifted=2) for _ in range(2))
+    assert copied.indices.tolist() == np.repeat(chosen, 3).tolist()
+    frames, copies = copied.inputs["inputs_embeds"][::3], copied.inputs["inputs_embeds"][1::3]
+    np.testing.assert_allclose(frames, plain.inputs["inputs_embeds"], atol=1e-5)
+    np.testing.assert_array_equal(copied.inputs["inputs_embeds"], again.inputs["inputs_embeds"])
+    assert (abs(copies - frames).amax(dim=(1, 2)) > 1e-4).float().mean() > 0.9  # one in 81 stays where it was
+    assert not np.array_equal(copies, copied.inputs["inputs_embeds"][2::3])
+
+
+@given(seed=st.integers(0, 10_000), rows=st.integers(20, 30), columns=st.integers(20, 30))
+def test_a_shift_moves_a_whole_image_and_nothing_else(seed: int, rows: int, columns: int) -> None:
+    y, x = np.mgrid[:rows, :columns]
+    image = np.stack([y, x, y + x], axis=2).astype(np.uint8)
+    observation = {"observation.images.top": image, "observation.state": np.ones(2, np.float32), "task": "move"}
+    moved = _shift(observation, np.random.default_rng(seed))
+    inside = (moved["observation.images.top"].astype(int) - image)[SHIFT:-SHIFT, SHIFT:-SHIFT].reshape(-1, 3)
+    down, right = inside[0, :2]
+    assert (inside == (down, right, down + right)).all()
+    assert max(abs(down), abs(right)) <= SHIFT
+    assert moved["observation.images.top"].shape == image.shape
+    assert moved["task"] == "move"
+    assert moved["observation.state"] is observation["observation.state"]
+
+
+def test_a_negative_number_of_copies_is_refused(mock_demos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="shifted"):
+        distill(DistillRunConfig(mock_demos, tmp_path / "out", shifted=-1))
