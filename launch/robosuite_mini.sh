@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# robosuite-mini from nothing, in about six hours on two cores. It may be stopped: the same command goes on.
+# Usage: launch/robosuite_mini.sh [OUT] [path of the dysl command]
+# The experts' demonstrations, and two rounds of DAgger, make the full model (r2). Its first heads (rf2) then act, so that the
+# heads that are shipped (rf3) are trained on the moments that a policy that skips layers gets itself into.
+set -eu
+out=${1:-runs/robosuite-mini}
+dysl=${2:-dysl}
+
+once() {
+    step=$1
+    shift
+    [ -e "$out/$step.done" ] || { "$dysl" "$@" && touch "$out/$step.done"; }
+}
+collect() {
+    step=$1 policy=$2 seed=$3 tasks=$4 episodes=$5 data=$6
+    once "$step" demos collect --policy "$out/$policy" --seed "$seed" --tasks "$tasks" --episodes "$episodes" --workers 2 \
+        --out "$out/$data"
+}
+
+mkdir -p "$out"
+once demos demos collect --suite robosuite-5 --episodes 120 --workers 2 --out "$out/demos"
+once r0 train --data "$out/demos" --out "$out/r0" --crops agentview=96x128+8+0,robot0_eye_in_hand=80x96+0+0 \
+    --grids robot0_eye_in_hand=2 --steps 4000 --batch 32 --learning-rate 6e-4
+collect dagger1 r0 1 lift,stack,door,pick-place-can 40 demos
+collect dagger1-nut r0 1 nut-assembly-square 75 demos
+once r1 train --init "$out/r0" --data "$out/demos" --out "$out/r1" --steps 4500 --batch 32 --learning-rate 4e-4
+collect dagger2 r1 2 lift,door,pick-place-can 30 demos
+collect dagger2-long r1 2 stack,nut-assembly-square 60 demos
+once r2 train --init "$out/r1" --data "$out/demos" --out "$out/r2" --steps 10000 --batch 32 --learning-rate 5e-4 --compile
+once rf2 distill --policy "$out/r2" --data "$out/demos" --frames 60000 --skip-steps 60000 --out "$out/rf2"
+collect reached rf2 3 lift,stack,nut-assembly-square 90 reached
+collect reached-rest rf2 3 door,pick-place-can 50 reached
+collect reached-more rf2 4 lift,stack,nut-assembly-square 110 reached
+collect reached-more-rest rf2 4 door,pick-place-can 60 reached
+once plan calibrate --policy "$out/r2" --data "$out/reached" --static-ratio 0.17 --longest-block 12 --out "$out/plan"
+once rf3 distill --policy "$out/r2" --data "$out/reached" --plan "$out/plan" --frames 80000 --shifted 1 --adapter-size 256 \
+    --together 0.9 --skip-steps 45000 --out "$out/rf3"
+"$dysl" eval --policy "$out/rf3" --episodes 10 --skip-config full,dysl --out "$out/eval"
