@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
+from dysl_vla.checkpoint import find_checkpoint
 from dysl_vla.data.calibrating import calibrated_plan, read_plan
 from dysl_vla.data.cloning import describe
 from dysl_vla.data.encoding import Encoded, choose_frames, encode
@@ -44,7 +45,7 @@ with needs_extra("policy"):
     from safetensors.torch import save_file
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from dysl_vla.policies.dysl import FORESIGHT, DyslPolicy, SkipSettings, has_skips, save_skips
+    from dysl_vla.policies.dysl import FORESIGHT, DyslPolicy, SkipSettings, has_skips, load_heads, save_skips
     from dysl_vla.skip_controller.distill import Distillation, DistillConfig, Target, mixed_precision
     from dysl_vla.skip_controller.guidance import signals
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
@@ -72,6 +73,8 @@ class DistillRunConfig:
     """Frames to train on, evenly spread; kept encoded in memory."""
     shifted: int = 0
     """Copies of each frame to train on beside it, their images moved by up to 4 pixels; kept encoded in memory, too."""
+    further: bool = False
+    """Train the heads that the policy comes with further, with their plan and without stage 1, instead of new ones."""
     adapter_size: int = 0
     """Width of an adapter's bottleneck; 0: 88 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
     controller_size: int = 16
@@ -92,14 +95,9 @@ def distill(config: DistillRunConfig) -> Path:
         DatasetError: The demonstrations are damaged or too few.
         CheckpointError: The policy or the state is damaged.
     """
-    if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
-        raise ConfigError(f"out: {config.out} is not empty and holds no distillation; give a new folder.")
-    if config.signal:
-        signals.get(config.signal)
-    if config.frames < 1:
-        raise ConfigError(f"frames: {config.frames} must be at least 1.")
-    if config.shifted < 0:
-        raise ConfigError(f"shifted: {config.shifted} must not be negative.")
+    _check(config)
+    if config.further:
+        config = replace(config, training=replace(config.training, adapter_steps=0))
     demonstrations = Demonstrations(config.data)
     policy = load_backbone_policy(config.policy)
     if config.signal == "gripper" and policy.spec.action_names[-1] != "gripper":
@@ -108,20 +106,41 @@ def distill(config: DistillRunConfig) -> Path:
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
     del settings["training"]
     identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
+    begun = _begun(config.policy, policy.fingerprint) if config.further else None
     if (config.out / RUN_FILE).exists():  # before a plan is calibrated, which takes a while
         check_same_run(config.out / RUN_FILE, {**identity, "plan": read_json(config.out / RUN_FILE).get("plan")})
-    plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
+    if begun:
+        plan = begun.heads.plan
+    else:
+        plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
     identity["plan"] = json.loads(json.dumps(asdict(plan)))
     if (config.out / RUN_FILE).exists():
         check_same_run(config.out / RUN_FILE, identity)
         if _is_finished(config):
             return config.out
     torch.set_num_threads(config.training.threads or len(os.sched_getaffinity(0)))
-    run = _Run(config, plan, policy, demonstrations)
+    run = _Run(config, plan, policy, demonstrations, begun)
     with claimed(config.out):
         write_json(config.out / RUN_FILE, identity)
         run.run()
     return config.out
+
+
+def _check(config: DistillRunConfig) -> None:
+    if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
+        raise ConfigError(f"out: {config.out} is not empty and holds no distillation; give a new folder.")
+    if config.signal:
+        signals.get(config.signal)
+    if config.frames < 1:
+        raise ConfigError(f"frames: {config.frames} must be at least 1.")
+    if config.shifted < 0:
+        raise ConfigError(f"shifted: {config.shifted} must not be negative.")
+    if config.further:
+        for name in ("plan", "adapter_size", "controller_size"):
+            if getattr(config, name) != getattr(DistillRunConfig, name):
+                raise ConfigError(
+                    f"{name}: the heads of {config.policy} decide it; leave it out, or distill without --further."
+                )
 
 
 def _is_finished(config: DistillRunConfig) -> bool:
@@ -130,21 +149,47 @@ def _is_finished(config: DistillRunConfig) -> bool:
     return reached == config.training.steps and has_skips(config.out) and not (config.out / STATE_FILE).exists()
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """Heads to go on from.
+
+    Attributes:
+        heads: As their checkpoint holds them.
+        provenance: How they were made.
+    """
+
+    heads: SkipHeads
+    provenance: dict[str, Any]
+
+
+def _begun(policy: str, fingerprint: str) -> _Begun:
+    folder = find_checkpoint(policy)
+    if not has_skips(folder):
+        raise ConfigError(f"further: {policy} has no heads yet; distill without --further.")
+    heads, settings, made = load_heads(folder)
+    if settings.teacher != fingerprint:
+        raise CheckpointError(f"{folder}: its heads were trained for other weights; distill without --further.")
+    return _Begun(heads, made)
+
+
 class _Run:
     """One distillation, from its demonstrations to its checkpoint."""
 
     def __init__(
-        self, config: DistillRunConfig, plan: SkipPlan, policy: BackbonePolicy, demonstrations: Demonstrations
+        self,
+        config: DistillRunConfig,
+        plan: SkipPlan,
+        policy: BackbonePolicy,
+        demonstrations: Demonstrations,
+        begun: _Begun | None,
     ) -> None:
+        self._begun = begun
         self._config, self._policy, self._demonstrations = config, policy, demonstrations
         backbone = policy.backbone
         for parameter in _parameters(policy):
             parameter.requires_grad_(False)
         torch.manual_seed(config.training.seed)
-        hidden = int(backbone.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
-        weights = sum(p.numel() for p in backbone.parameters())
-        size = config.adapter_size or default_adapter_size(hidden, weights, len(plan.dynamic_layers))
-        self._heads = SkipHeads(plan, HeadsConfig(hidden, size, config.controller_size))
+        self._heads = begun.heads if begun else _new_heads(config, plan, backbone)
         like = next(backbone.parameters())
         self._heads.to(like.device)
         with mixed_precision(backbone):
@@ -242,6 +287,7 @@ class _Run:
             "config": json.loads(json.dumps(asdict(config), default=str)),
             "data": describe(self._demonstrations),
             "seconds": round(seconds, 1),
+            "init": self._begun.provenance if self._begun else None,
         }
         save_skips(config.out, self._heads, settings, record)
         (config.out / STATE_FILE).unlink(missing_ok=True)
@@ -284,6 +330,13 @@ class _Run:
         curve = self._config.out / CURVE_FILE
         write_lines(curve, [point for point in read_lines(curve) if point["step"] <= distillation.step])
         return seconds
+
+
+def _new_heads(config: DistillRunConfig, plan: SkipPlan, backbone: torch.nn.Module) -> SkipHeads:
+    hidden = int(backbone.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
+    weights = sum(p.numel() for p in backbone.parameters())
+    size = config.adapter_size or default_adapter_size(hidden, weights, len(plan.dynamic_layers))
+    return SkipHeads(plan, HeadsConfig(hidden, size, config.controller_size))
 
 
 def _parameters(policy: BackbonePolicy) -> Iterator[torch.nn.Parameter]:

@@ -339,20 +339,11 @@ def read_skips(folder: Path) -> tuple[SkipSettings, dict[str, Any]]:
     return settings, document
 
 
-def load_dysl(
-    policy: BackbonePolicy, folder: Path, skip: float | None = None, switches: Switches | None = None
-) -> DyslPolicy:
-    """Give a policy the skipping of its checkpoint.
-
-    Args:
-        policy: Loaded from the folder.
-        folder: The checkpoint.
-        skip: See `DyslPolicy`.
-        switches: See `DyslPolicy`.
+def load_heads(folder: Path) -> tuple[SkipHeads, SkipSettings, dict[str, Any]]:
+    """A checkpoint's adapters and controllers in float32, its settings, and how they were made.
 
     Raises:
-        CheckpointError: Damaged, edited, or made for another policy.
-        ConfigError: A value of `skip` that cannot work.
+        CheckpointError: It has none, or they are damaged or edited.
     """
     settings, document = read_skips(folder)
     heads = SkipHeads(settings.plan, settings.heads)
@@ -372,8 +363,25 @@ def load_dysl(
         if name not in tensors or tensors[name].shape != value.shape:
             raise CheckpointError(f"{folder / HEADS}: tensor {name!r} is missing or not {tuple(value.shape)}.")
     heads.load_state_dict({name: tensors[name].float() for name in expected})
+    return heads, settings, document.get("provenance", {})
+
+
+def load_dysl(
+    policy: BackbonePolicy, folder: Path, skip: float | None = None, switches: Switches | None = None
+) -> DyslPolicy:
+    """Give a policy the skipping of its checkpoint.
+
+    Args:
+        policy: Loaded from the folder.
+        folder: The checkpoint.
+        skip: See `DyslPolicy`.
+        switches: See `DyslPolicy`.
+
+    Raises:
+        CheckpointError: Damaged, edited, or made for another policy.
+        ConfigError: A value of `skip` that cannot work.
+    """
+    heads, settings, provenance = load_heads(folder)
     like = next(policy.backbone.parameters())
     heads.to(like.device, like.dtype)
-    return DyslPolicy(
-        policy, heads.eval(), settings, skip=skip, switches=switches, provenance=document.get("provenance")
-    )
+    return DyslPolicy(policy, heads.eval(), settings, skip=skip, switches=switches, provenance=provenance)

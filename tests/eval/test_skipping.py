@@ -113,6 +113,27 @@ def test_distilling_leaves_the_policys_weights_as_they_were(teacher: Path, disti
     assert list((distilled / "tensorboard").iterdir())
 
 
+def test_heads_are_trained_further_from_what_they_were(
+    teacher: Path, distilled: Path, mock_demos: Path, tmp_path: Path
+) -> None:
+    training = replace(TRAINING, skip_steps=2, learning_rate=1e-4)
+    config = DistillRunConfig(mock_demos, tmp_path / "further", str(distilled), frames=50, training=training)
+    distill(replace(config, further=True))
+    before, after = (load_file(folder / "skip.safetensors") for folder in (distilled, tmp_path / "further"))
+    moved = {name: float((after[name].float() - value.float()).abs().max()) for name, value in before.items()}
+    assert 0 < max(moved.values()) < 1e-3
+    [point] = [json.loads(line) for line in (tmp_path / "further/distill.jsonl").read_text().splitlines()]
+    assert point["step"] == 2  # no stage 1
+    first, second = (json.loads((folder / "skip.json").read_text()) for folder in (distilled, tmp_path / "further"))
+    assert second["plan"] == first["plan"]
+    assert second["provenance"]["init"] == first["provenance"]
+    distill(replace(config, further=True))  # finished: nothing to do
+    for change, named in (({"adapter_size": 8}, "adapter_size"), ({"policy": str(teacher)}, "further")):
+        with pytest.raises(ConfigError, match=named):
+            distill(replace(config, further=True, out=tmp_path / "refused", **change))
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_distillation_that_was_stopped_ends_like_one_that_was_not(
     teacher: Path, plan: Path, mock_demos: Path, distilled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
