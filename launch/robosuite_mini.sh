@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# robosuite-mini from nothing, in about six hours on two cores. It may be stopped: the same command goes on.
+# robosuite-mini from nothing: about five hours on two cores, adding up what its steps took. It may be stopped, and goes on.
 # Usage: launch/robosuite_mini.sh [OUT] [path of the dysl command]
 # The experts' demonstrations, and two rounds of DAgger, make the full model (r2). Its first heads (rf2) then act, and those
 # trained on what they met (rf3) act again, so that the heads that are shipped (rf4) know the moments that a policy that skips
