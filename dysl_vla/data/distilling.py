@@ -34,6 +34,7 @@ from dysl_vla.files import (
     read_json,
     read_lines,
     replacing,
+    sha256,
     write_json,
     write_lines,
 )
@@ -45,7 +46,7 @@ with needs_extra("policy"):
     from safetensors.torch import save_file
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from dysl_vla.policies.dysl import FORESIGHT, DyslPolicy, SkipSettings, has_skips, load_heads, save_skips
+    from dysl_vla.policies.dysl import FORESIGHT, HEADS, DyslPolicy, SkipSettings, has_skips, load_heads, save_skips
     from dysl_vla.skip_controller.distill import Distillation, DistillConfig, Target, mixed_precision
     from dysl_vla.skip_controller.guidance import signals
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
@@ -80,7 +81,8 @@ class DistillRunConfig:
     controller_size: int = 16
     """Width of a controller's hidden layer."""
     signal: str = ""
-    """What tells important actions: "gripper" or "continuity", of all motion; empty: the gripper if there is one."""
+    """What tells important actions: "gripper" or "continuity", of all motion; empty: that of the heads
+    that are trained further, else the gripper if there is one."""
     training: DistillConfig = field(default_factory=DistillConfig)
 
 
@@ -107,6 +109,7 @@ def distill(config: DistillRunConfig) -> Path:
     del settings["training"]
     identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
     begun = _begun(config.policy, policy.fingerprint) if config.further else None
+    identity["begun"] = begun and begun.digest
     if (config.out / RUN_FILE).exists():  # before a plan is calibrated, which takes a while
         check_same_run(config.out / RUN_FILE, {**identity, "plan": read_json(config.out / RUN_FILE).get("plan")})
     if begun:
@@ -155,10 +158,14 @@ class _Begun:
 
     Attributes:
         heads: As their checkpoint holds them.
+        digest: SHA-256 of their file.
+        signal: The importance signal that they came with.
         provenance: How they were made.
     """
 
     heads: SkipHeads
+    digest: str
+    signal: str
     provenance: dict[str, Any]
 
 
@@ -169,7 +176,7 @@ def _begun(policy: str, fingerprint: str) -> _Begun:
     heads, settings, made = load_heads(folder)
     if settings.teacher != fingerprint:
         raise CheckpointError(f"{folder}: its heads were trained for other weights; distill without --further.")
-    return _Begun(heads, made)
+    return _Begun(heads, sha256(folder / HEADS), settings.signal, made)
 
 
 class _Run:
@@ -263,7 +270,8 @@ class _Run:
         config = self._config
         spec = self._policy.spec
         foresight = min(FORESIGHT, spec.chunk_length - spec.execute_steps)
-        signal = config.signal or ("gripper" if spec.action_names[-1] == "gripper" else "continuity")
+        usual = "gripper" if spec.action_names[-1] == "gripper" else "continuity"
+        signal = config.signal or (self._begun.signal if self._begun else usual)
         self._heads.to(next(self._policy.backbone.parameters()).dtype)
         replay = Replay(self._policy, self._demonstrations)
         statistics = replay.statistics(self._skipper, foresight, signal)

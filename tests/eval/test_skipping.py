@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from dysl_vla.eval.plot import plot
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
 from dysl_vla.eval.runner import EvalConfig, evaluate
 from dysl_vla.eval.tuning import TuneConfig, tune
+from dysl_vla.files import write_json
 from dysl_vla.policies import load_backbone_policy, load_policy
 from dysl_vla.policies.dysl import load_dysl
 from dysl_vla.policies.mini_vla import MiniVLA
@@ -114,10 +116,15 @@ def test_distilling_leaves_the_policys_weights_as_they_were(teacher: Path, disti
 
 
 def test_heads_are_trained_further_from_what_they_were(
-    teacher: Path, distilled: Path, mock_demos: Path, tmp_path: Path
+    teacher: Path, distilled: Path, mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("dysl_vla.data.encoding.HELD_OUT_EVERY", 5)
     training = replace(TRAINING, skip_steps=2, learning_rate=1e-4)
-    config = DistillRunConfig(mock_demos, tmp_path / "further", str(distilled), frames=50, training=training)
+    begun = tmp_path / "begun"
+    shutil.copytree(distilled, begun)
+    settings = json.loads((begun / "skip.json").read_text())
+    write_json(begun / "skip.json", settings | {"signal": "continuity"})
+    config = DistillRunConfig(mock_demos, tmp_path / "further", str(begun), frames=50, shifted=1, training=training)
     distill(replace(config, further=True))
     before, after = (load_file(folder / "skip.safetensors") for folder in (distilled, tmp_path / "further"))
     moved = {name: float((after[name].float() - value.float()).abs().max()) for name, value in before.items()}
@@ -125,9 +132,13 @@ def test_heads_are_trained_further_from_what_they_were(
     [point] = [json.loads(line) for line in (tmp_path / "further/distill.jsonl").read_text().splitlines()]
     assert point["step"] == 2  # no stage 1
     first, second = (json.loads((folder / "skip.json").read_text()) for folder in (distilled, tmp_path / "further"))
+    assert (settings["signal"], second["signal"]) == ("gripper", "continuity")
     assert second["plan"] == first["plan"]
     assert second["provenance"]["init"] == first["provenance"]
     distill(replace(config, further=True))  # finished: nothing to do
+    shutil.copytree(tmp_path / "further", begun, dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="begun"):  # other heads than those that it went on from
+        distill(replace(config, further=True))
     for change, named in (({"adapter_size": 8}, "adapter_size"), ({"policy": str(teacher)}, "further")):
         with pytest.raises(ConfigError, match=named):
             distill(replace(config, further=True, out=tmp_path / "refused", **change))
