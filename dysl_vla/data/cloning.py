@@ -17,6 +17,7 @@ import numpy as np
 
 from dysl_vla import provenance
 from dysl_vla.checkpoint import MANIFEST
+from dysl_vla.data.calibrating import read_plan
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.options import NUMBER, PLACE, camera_options
 from dysl_vla.errors import ConfigError, DatasetError
@@ -54,6 +55,9 @@ class TrainConfig:
     """Folder for the checkpoint, the training state, the curves and the TensorBoard log."""
     init: str | None = None
     """Start from the weights of this checkpoint (for rounds of DAgger) instead of random ones."""
+    plan: Path | None = None
+    """A plan written by `dysl calibrate`: its static layers alone learn, too, to act as all layers do, so that skipping
+    the others loses less."""
     crops: str = ""
     """Part of each camera's image to look at, "corner2=96x96+28+44" (height x width + top + left); else its middle."""
     grids: str = ""
@@ -88,8 +92,10 @@ def train(config: TrainConfig) -> Path:
     columns = demonstrations.columns()
     torch.manual_seed(config.optimizer.seed)
     policy = _warm_start(config, demonstrations) if config.init else _new_policy(config, demonstrations, columns)
+    static_layers = _static_layers(config.plan, policy.config.num_layers)
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.optimizer)}, default=str))
     del settings["optimizer"]
+    settings["static_layers"] = static_layers
     identity = {**settings, "frames": demonstrations.total_frames, "initial_weights": policy.fingerprint}
     if _is_finished(config.out, identity):
         return config.out
@@ -110,7 +116,7 @@ def train(config: TrainConfig) -> Path:
     )
     with claimed(config.out):
         write_json(config.out / RUN_FILE, identity)
-        BehaviourCloning(policy, arrays, config.optimizer, config.out).run()
+        BehaviourCloning(policy, arrays, config.optimizer, config.out, static_layers).run()
     return config.out
 
 
@@ -142,6 +148,15 @@ def describe(demonstrations: Demonstrations) -> dict[str, Any]:
             for (suite, task, seed, actor), count in sorted(counted.items())
         ],
     }
+
+
+def _static_layers(path: Path | None, depth: int) -> list[int]:
+    if path is None:
+        return []
+    plan = read_plan(path)
+    if plan.num_layers != depth:
+        raise ConfigError(f"plan: {path} is for {plan.num_layers} layers, the policy has {depth}.")
+    return list(plan.static_layers)
 
 
 def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any]) -> MiniVLA:

@@ -133,14 +133,25 @@ class BehaviourCloning:
         arrays: Demonstrations.
         optimizer: How.
         out: Folder for the checkpoint, the training state and the curves. A state in it is continued.
+        static_layers: Layers whose path learns, beside the demonstrations' actions, those of the whole backbone (as in
+            LayerSkip, Elhoushi et al. 2024), so that a controller that skips the others loses less; none: no such path.
     """
 
-    def __init__(self, policy: MiniVLA, arrays: TrainingArrays, optimizer: OptimizerConfig, out: Path) -> None:
+    def __init__(
+        self,
+        policy: MiniVLA,
+        arrays: TrainingArrays,
+        optimizer: OptimizerConfig,
+        out: Path,
+        static_layers: Sequence[int] = (),
+    ) -> None:
         torch.set_num_threads(optimizer.threads or len(os.sched_getaffinity(0)))
         policy.cameras.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # as safetensors needs
         if optimizer.compile:
             policy.backbone.compile(dynamic=False)
         self._policy = policy.train()
+        self._layers = policy.backbone.layers
+        self._static = torch.nn.ModuleList(self._layers[layer] for layer in static_layers)
         self._arrays = arrays
         self._config = optimizer
         self._out = out
@@ -183,12 +194,13 @@ class BehaviourCloning:
                 if self.step % 50 == 0:
                     progress.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
                 if self.step % self._config.save_every == 0 or self.step == self._config.steps:
-                    validation = self._validate()
+                    validation, static_error = self._validate()
                     self._seconds = time.monotonic() - started
                     point = {
                         "step": self.step,
                         "loss": float(np.mean(losses)),
                         "validation_loss": validation,
+                        **({"static_error": static_error} if self._static else {}),
                         "learning_rate": self._rate(self.step - 1),
                         "seconds": round(self._seconds, 1),
                     }
@@ -199,6 +211,8 @@ class BehaviourCloning:
                             board.add_scalar(name, value, self.step)
                     self._save()
                     held_out = "" if validation is None else f", held-out {validation:.4f}"
+                    if static_error is not None:
+                        held_out += f", static layers' actions off by {static_error:.4f}"
                     progress.write(f"step {self.step}: training loss {point['loss']:.4f}{held_out}")
         board.close()
         (self._out / STATE_FILE).unlink()
@@ -216,8 +230,10 @@ class BehaviourCloning:
         chosen = self._training[rng.integers(0, len(self._training), self._config.batch)]
         for group in self._adam.param_groups:
             group["lr"] = self._rate(self.step)
-        loss = self._loss(chosen, rng)
+        loss, static_error = self._losses(chosen, rng)
         value = float(loss.detach())
+        if static_error is not None:
+            loss = loss + static_error
         if not math.isfinite(value):
             raise ConfigError(
                 f"learning_rate: the loss is {value} at step {self.step}, with a rate of {self._rate(self.step):.1e}; "
@@ -236,20 +252,36 @@ class BehaviourCloning:
         self.step += 1
         return value
 
-    def _loss(self, frames: NDArray[np.int64], rng: np.random.Generator | None) -> Tensor:
-        """L1 between predicted and demonstrated chunks, normalised, over the actions that exist."""
-        chunk = self._policy.spec.chunk_length
+    def _losses(self, frames: NDArray[np.int64], rng: np.random.Generator | None) -> tuple[Tensor, Tensor | None]:
+        """Of the demonstrated chunks, over the actions that exist, and of the static layers' path from the whole's.
+
+        Both L1, normalised. Of the static layers', those actions that will be executed count half.
+        """
+        policy = self._policy
+        chunk = policy.spec.chunk_length
         images = {name: self._crop(name, frames, rng) for name in self._arrays.images}
         state = torch.from_numpy(self._arrays.states[frames])
         token_ids = self._token_ids[torch.from_numpy(self._arrays.task_index[frames])]
         steps = np.arange(chunk)
         exists = steps < self._remaining[frames][:, None]
         positions = np.minimum(frames[:, None] + steps, len(self._targets) - 1)
-        predicted: Tensor = self._policy(images, state, token_ids)
+        embeds = policy.embed(images, state, token_ids)
+        predicted = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
         error = (predicted - self._targets[torch.from_numpy(positions)]).abs()
         weight = torch.from_numpy(exists).unsqueeze(-1).float()
         loss: Tensor = (error * weight).sum() / (weight.sum() * error.shape[-1])
-        return loss
+        if not self._static:
+            return loss, None
+        distance = (self._through_static_layers(embeds) - predicted.detach()).abs()
+        return loss, (distance.mean() + distance[:, : policy.spec.execute_steps].mean()) / 2
+
+    def _through_static_layers(self, embeds: Tensor) -> Tensor:
+        backbone = self._policy.backbone
+        backbone.layers = self._static
+        try:  # past `__call__`, which may be compiled, for all layers
+            return self._policy.decode(backbone.forward(inputs_embeds=embeds).last_hidden_state)
+        finally:
+            backbone.layers = self._layers
 
     def _crop(self, camera: str, frames: NDArray[np.int64], rng: np.random.Generator | None) -> Tensor:
         stored = self._arrays.images[camera]
@@ -260,14 +292,17 @@ class BehaviourCloning:
             crops[row] = stored[frame, top : top + height, left : left + width]
         return torch.from_numpy(crops)
 
-    def _validate(self) -> float | None:
-        """The averaged weights' loss on held-out episodes; None when the data has none."""
+    def _validate(self) -> tuple[float | None, float | None]:
+        """The averaged weights' losses on held-out episodes; None when the data has none, or there is no such path."""
         as_is = torch.compiler.set_stance("force_eager") if self._config.compile else nullcontext()
         with self._averaged(), torch.inference_mode(), as_is:  # else every length of a batch would be compiled
             batches = [self._validation[i : i + 256] for i in range(0, len(self._validation), 256)]
             if not batches:
-                return None
-            return float(np.average([float(self._loss(b, None)) for b in batches], weights=[len(b) for b in batches]))
+                return None, None
+            sizes = [len(batch) for batch in batches]
+            losses, static_errors = zip(*(self._losses(batch, None) for batch in batches), strict=True)
+            static = float(np.average([float(e) for e in static_errors], weights=sizes)) if self._static else None
+            return float(np.average([float(loss) for loss in losses], weights=sizes)), static
 
     def _averaged(self) -> _Swapped:
         return _Swapped(self._parameters, self._average)

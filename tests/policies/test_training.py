@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch._dynamo.utils import counters
 
 from dysl_vla.data.cloning import TrainConfig, train
 from dysl_vla.data.collect import CollectConfig, collect
 from dysl_vla.errors import CheckpointError, ConfigError, DatasetError
-from dysl_vla.files import read_lines
+from dysl_vla.files import read_lines, write_json
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.policies.training import CURVE_FILE, STATE_FILE, BehaviourCloning, OptimizerConfig
 
@@ -44,14 +45,53 @@ def test_training_learns_a_demonstration_by_heart(tmp_path: Path) -> None:
     assert points[-1]["validation_loss"] is None  # a single episode leaves none to hold out
 
 
+def plan_of(path: Path, static_layers: list[int], num_layers: int = 4) -> Path:
+    write_json(path, {"plan": {"num_layers": num_layers, "static_layers": static_layers, "exits": []}})
+    return path
+
+
+def test_static_layers_alone_learn_to_act_as_all_layers_do(mock_demos: Path, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "plan.json", [0, 3])
+    learning = replace(FAST, steps=120, save_every=40, learning_rate=3e-3)
+    out = train(config(mock_demos, tmp_path / "p", layers=4, plan=plan, optimizer=learning))
+    errors = [point["static_error"] for point in read_lines(out / CURVE_FILE)]
+    assert errors[-1] < 0.5 * errors[0]
+    policy = MiniVLA.from_pretrained(str(out))
+    assert policy.provenance["config"]["static_layers"] == [0, 3]
+    assert len(policy.backbone.layers) == 4
+
+
+def test_the_static_layers_path_does_not_pull_the_whole_towards_itself(
+    mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its target is cut from the graph: layers that are not on the path get the demonstrations' gradient alone."""
+    gradients = []
+
+    def noted(self: BehaviourCloning) -> float:
+        value = update(self)
+        grad = self._policy.backbone.layers[1].mlp.up_proj.weight.grad
+        assert grad is not None
+        gradients.append(grad.clone())
+        return value
+
+    update = BehaviourCloning._update
+    monkeypatch.setattr(BehaviourCloning, "_update", noted)
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: None)  # which couples all gradients
+    once = replace(FAST, steps=1)
+    for name, plan in (("plain", None), ("both", plan_of(tmp_path / "plan.json", [0, 3]))):
+        train(config(mock_demos, tmp_path / name, layers=4, plan=plan, optimizer=once))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 @pytest.mark.slow
 def test_compiled_training_learns_the_same_and_compiles_once(mock_demos: Path, tmp_path: Path) -> None:
     before = counters["stats"]["unique_graphs"]
-    plain = train(config(mock_demos, tmp_path / "plain"))
+    both = {"layers": 4, "plan": plan_of(tmp_path / "plan.json", [0, 3])}
+    plain = train(config(mock_demos, tmp_path / "plain", **both))
     assert counters["stats"]["unique_graphs"] == before
-    compiled = train(config(mock_demos, tmp_path / "compiled", optimizer=replace(FAST, compile=True)))
+    compiled = train(config(mock_demos, tmp_path / "compiled", **both, optimizer=replace(FAST, compile=True)))
     assert counters["stats"]["unique_graphs"] == before + 1
-    for key in ("loss", "validation_loss"):
+    for key in ("loss", "validation_loss", "static_error"):
         losses = [[point[key] for point in read_lines(folder / CURVE_FILE)] for folder in (plain, compiled)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -111,7 +151,7 @@ def test_a_resumed_training_takes_the_saved_steps_and_no_others(
 
 
 def test_a_state_of_another_run_is_refused(mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BehaviourCloning, "_validate", lambda self: 1 / 0 if self.step == 8 else 0.0)
+    monkeypatch.setattr(BehaviourCloning, "_validate", lambda self: 1 / 0 if self.step == 8 else (0.0, None))
     with pytest.raises(ZeroDivisionError):
         train(config(mock_demos, tmp_path / "p"))
     with pytest.raises(ConfigError, match="another run: its steps"):
@@ -146,6 +186,13 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         train(config(mock_demos, tmp_path / "p", **changes))
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_plan_for_another_depth_is_refused(mock_demos: Path, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "plan.json", [0, 3])
+    with pytest.raises(ConfigError, match="for 4 layers, the policy has 2"):
+        train(config(mock_demos, tmp_path / "p", plan=plan))
     assert not (tmp_path / "p").exists()
 
 
