@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# robosuite-mini from nothing: about five hours on two cores, adding up what its steps took. It may be stopped, and goes on.
+# robosuite-mini from nothing: about seven hours on two cores, adding up what its steps took. It may be stopped, and goes on.
 # Usage: launch/robosuite_mini.sh [OUT] [path of the dysl command]
-# The experts' demonstrations, and two rounds of DAgger, make the full model (r2). Its first heads (rf2) then act, and those
-# trained on what they met (rf3) act again, so that the heads that are shipped (rf4) know the moments that a policy that skips
-# layers gets itself into.
+# The experts' demonstrations, and two rounds of DAgger, make the full model (r2). Its first heads (rf2, rf3) then act, so that
+# training knows the moments that a policy that skips layers gets itself into. With those, the full model is trained further, and
+# its static layers learn to act alone (r3); its heads (rf5) act again, and the last round (r4, rf6) is what is shipped.
 set -eu
 out=${1:-runs/robosuite-mini}
 dysl=${2:-dysl}
@@ -39,6 +39,15 @@ once rf3 distill --policy "$out/r2" --data "$out/reached" --plan "$out/plan" --f
     --together 0.9 --skip-steps 45000 --out "$out/rf3"
 collect corrected rf3 5 stack,nut-assembly-square 110 reached
 collect corrected-rest rf3 5 lift,door,pick-place-can 30 reached
-once rf4 distill --policy "$out/rf3" --further --data "$out/reached" --frames 120000 --together 0.9 --skip-steps 25000 \
-    --learning-rate 3e-3 --out "$out/rf4"
-"$dysl" eval --policy "$out/rf4" --episodes 10 --skip-config full,dysl --out "$out/eval"
+once plan3 calibrate --policy "$out/r2" --data "$out/reached" --longest-block 19 --out "$out/plan3"
+once r3 train --init "$out/r2" --data "$out/reached" --plan "$out/plan3" --out "$out/r3" --steps 10000 --batch 32 \
+    --learning-rate 4e-4 --compile
+once rf5 distill --policy "$out/r3" --data "$out/reached" --plan "$out/plan3" --frames 120000 --adapter-size 256 \
+    --together 0.9 --adapter-steps 0 --skip-steps 25000 --learning-rate 3e-3 --out "$out/rf5"
+collect again rf5 6 stack,nut-assembly-square 100 reached
+collect again-rest rf5 6 lift,door,pick-place-can 20 reached
+once r4 train --init "$out/r3" --data "$out/reached" --plan "$out/plan3" --out "$out/r4" --steps 4500 --batch 32 \
+    --learning-rate 3e-4 --compile
+once rf6 distill --policy "$out/r4" --data "$out/reached" --plan "$out/plan3" --frames 130000 --adapter-size 256 \
+    --together 0.9 --adapter-steps 0 --skip-steps 16000 --learning-rate 3e-3 --out "$out/rf6"
+"$dysl" eval --policy "$out/rf6" --episodes 10 --skip-config full,dysl --out "$out/eval"
