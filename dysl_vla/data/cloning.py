@@ -56,8 +56,8 @@ class TrainConfig:
     init: str | None = None
     """Start from the weights of this checkpoint (for rounds of DAgger) instead of random ones."""
     plan: Path | None = None
-    """A plan written by `dysl calibrate`: its static layers alone learn, too, to act as all layers do, so that skipping
-    the others loses less."""
+    """A plan written by `dysl calibrate`: its static layers, run without the others, also learn to act as all layers
+    do, so that skipping loses less."""
     crops: str = ""
     """Part of each camera's image to look at, "corner2=96x96+28+44" (height x width + top + left); else its middle."""
     grids: str = ""
@@ -92,10 +92,10 @@ def train(config: TrainConfig) -> Path:
     columns = demonstrations.columns()
     torch.manual_seed(config.optimizer.seed)
     policy = _warm_start(config, demonstrations) if config.init else _new_policy(config, demonstrations, columns)
-    static_layers = _static_layers(config.plan, policy.config.num_layers)
+    shortest_path = _shortest_path(config.plan, policy.config.num_layers)
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.optimizer)}, default=str))
     del settings["optimizer"]
-    settings["static_layers"] = static_layers
+    settings["plan"] = shortest_path or None
     identity = {**settings, "frames": demonstrations.total_frames, "initial_weights": policy.fingerprint}
     if _is_finished(config.out, identity):
         return config.out
@@ -116,7 +116,7 @@ def train(config: TrainConfig) -> Path:
     )
     with claimed(config.out):
         write_json(config.out / RUN_FILE, identity)
-        BehaviourCloning(policy, arrays, config.optimizer, config.out, static_layers).run()
+        BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
     return config.out
 
 
@@ -150,13 +150,13 @@ def describe(demonstrations: Demonstrations) -> dict[str, Any]:
     }
 
 
-def _static_layers(path: Path | None, depth: int) -> list[int]:
+def _shortest_path(path: Path | None, depth: int) -> list[int]:
     if path is None:
         return []
     plan = read_plan(path)
     if plan.num_layers != depth:
         raise ConfigError(f"plan: {path} is for {plan.num_layers} layers, the policy has {depth}.")
-    return list(plan.static_layers)
+    return list(plan.shortest_path)
 
 
 def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any]) -> MiniVLA:

@@ -287,11 +287,6 @@ class MiniVLA(nn.Module):
         actions: Tensor = self.head(hidden[:, -1])
         return actions.view(len(actions), self.config.spec.chunk_length, -1)
 
-    def forward(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
-        """`embed`, backbone and `decode`: normalised actions, (batch, chunk, action)."""
-        embeds = self.embed(images, state, token_ids)
-        return self.decode(self.backbone(inputs_embeds=embeds).last_hidden_state)
-
     @property
     def spec(self) -> PolicySpec:
         """What the policy expects of a world, and how it answers."""

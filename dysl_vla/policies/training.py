@@ -7,6 +7,7 @@ Not for reading datasets: the arrays come from `data`.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,8 +135,8 @@ class BehaviourCloning:
         arrays: Demonstrations.
         optimizer: How.
         out: Folder for the checkpoint, the training state and the curves. A state in it is continued.
-        static_layers: Layers whose path learns, beside the demonstrations' actions, those of the whole backbone (as in
-            LayerSkip, Elhoushi et al. 2024), so that a controller that skips the others loses less; none: no such path.
+        shortest_path: Layers that, run without the others, also learn the whole backbone's actions (inplace
+            distillation, Yu & Huang 2019, arXiv 1903.05134), so that skipping loses less; none: no such loss.
     """
 
     def __init__(
@@ -143,15 +145,14 @@ class BehaviourCloning:
         arrays: TrainingArrays,
         optimizer: OptimizerConfig,
         out: Path,
-        static_layers: Sequence[int] = (),
+        shortest_path: Sequence[int] = (),
     ) -> None:
         torch.set_num_threads(optimizer.threads or len(os.sched_getaffinity(0)))
         policy.cameras.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # as safetensors needs
+        self._short = _shortened(policy.backbone, shortest_path) if shortest_path else None
         if optimizer.compile:
             policy.backbone.compile(dynamic=False)
         self._policy = policy.train()
-        self._layers = policy.backbone.layers
-        self._static = torch.nn.ModuleList(self._layers[layer] for layer in static_layers)
         self._arrays = arrays
         self._config = optimizer
         self._out = out
@@ -194,13 +195,13 @@ class BehaviourCloning:
                 if self.step % 50 == 0:
                     progress.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
                 if self.step % self._config.save_every == 0 or self.step == self._config.steps:
-                    validation, static_error = self._validate()
+                    validation, short = self._validate()
                     self._seconds = time.monotonic() - started
                     point = {
                         "step": self.step,
                         "loss": float(np.mean(losses)),
                         "validation_loss": validation,
-                        **({"static_error": static_error} if self._static else {}),
+                        "validation_short_loss": short,
                         "learning_rate": self._rate(self.step - 1),
                         "seconds": round(self._seconds, 1),
                     }
@@ -211,8 +212,8 @@ class BehaviourCloning:
                             board.add_scalar(name, value, self.step)
                     self._save()
                     held_out = "" if validation is None else f", held-out {validation:.4f}"
-                    if static_error is not None:
-                        held_out += f", static layers' actions off by {static_error:.4f}"
+                    if short is not None:
+                        held_out += f", shortest path {short:.4f} from it"
                     progress.write(f"step {self.step}: training loss {point['loss']:.4f}{held_out}")
         board.close()
         (self._out / STATE_FILE).unlink()
@@ -230,17 +231,16 @@ class BehaviourCloning:
         chosen = self._training[rng.integers(0, len(self._training), self._config.batch)]
         for group in self._adam.param_groups:
             group["lr"] = self._rate(self.step)
-        loss, static_error = self._losses(chosen, rng)
-        value = float(loss.detach())
-        if static_error is not None:
-            loss = loss + static_error
+        loss, short = self._losses(chosen, rng)
+        total = loss if short is None else loss + short
+        value = float(total.detach())
         if not math.isfinite(value):
             raise ConfigError(
                 f"learning_rate: the loss is {value} at step {self.step}, with a rate of {self._rate(self.step):.1e}; "
                 "start again with a lower one."
             )
         self._adam.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         self._adam.step()
         with torch.no_grad():
@@ -250,12 +250,12 @@ class BehaviourCloning:
             decay = min(self._config.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(average, present, 1 - decay)
         self.step += 1
-        return value
+        return float(loss.detach())
 
     def _losses(self, frames: NDArray[np.int64], rng: np.random.Generator | None) -> tuple[Tensor, Tensor | None]:
-        """Of the demonstrated chunks, over the actions that exist, and of the static layers' path from the whole's.
+        """L1, normalised: from the demonstrated chunks, over the actions that exist, and of the shortest path.
 
-        Both L1, normalised. Of the static layers', those actions that will be executed count half.
+        The latter's is from the whole backbone's chunks; half of it counts the executed actions alone, the rest all.
         """
         policy = self._policy
         chunk = policy.spec.chunk_length
@@ -270,18 +270,10 @@ class BehaviourCloning:
         error = (predicted - self._targets[torch.from_numpy(positions)]).abs()
         weight = torch.from_numpy(exists).unsqueeze(-1).float()
         loss: Tensor = (error * weight).sum() / (weight.sum() * error.shape[-1])
-        if not self._static:
+        if self._short is None:
             return loss, None
-        distance = (self._through_static_layers(embeds) - predicted.detach()).abs()
+        distance = (policy.decode(self._short(inputs_embeds=embeds).last_hidden_state) - predicted.detach()).abs()
         return loss, (distance.mean() + distance[:, : policy.spec.execute_steps].mean()) / 2
-
-    def _through_static_layers(self, embeds: Tensor) -> Tensor:
-        backbone = self._policy.backbone
-        backbone.layers = self._static
-        try:  # past `__call__`, which may be compiled, for all layers
-            return self._policy.decode(backbone.forward(inputs_embeds=embeds).last_hidden_state)
-        finally:
-            backbone.layers = self._layers
 
     def _crop(self, camera: str, frames: NDArray[np.int64], rng: np.random.Generator | None) -> Tensor:
         stored = self._arrays.images[camera]
@@ -293,16 +285,16 @@ class BehaviourCloning:
         return torch.from_numpy(crops)
 
     def _validate(self) -> tuple[float | None, float | None]:
-        """The averaged weights' losses on held-out episodes; None when the data has none, or there is no such path."""
+        """The averaged weights' losses on held-out episodes; None without such episodes, or without that loss."""
         as_is = torch.compiler.set_stance("force_eager") if self._config.compile else nullcontext()
         with self._averaged(), torch.inference_mode(), as_is:  # else every length of a batch would be compiled
             batches = [self._validation[i : i + 256] for i in range(0, len(self._validation), 256)]
             if not batches:
                 return None, None
             sizes = [len(batch) for batch in batches]
-            losses, static_errors = zip(*(self._losses(batch, None) for batch in batches), strict=True)
-            static = float(np.average([float(e) for e in static_errors], weights=sizes)) if self._static else None
-            return float(np.average([float(loss) for loss in losses], weights=sizes)), static
+            losses, short = zip(*(self._losses(batch, None) for batch in batches), strict=True)
+            loss = float(np.average([float(value) for value in losses], weights=sizes))
+            return loss, float(np.average([float(value) for value in short], weights=sizes)) if self._short else None
 
     def _averaged(self) -> _Swapped:
         return _Swapped(self._parameters, self._average)
@@ -346,6 +338,14 @@ class BehaviourCloning:
         write_lines(path, [point for point in read_lines(path) if point["step"] <= step])
         if step == 0:
             shutil.rmtree(self._out / "tensorboard", ignore_errors=True)
+
+
+def _shortened(backbone: torch.nn.Module, layers: Sequence[int]) -> torch.nn.Module:
+    """The same modules with fewer layers: what one learns, both have."""
+    short = copy.copy(backbone)
+    all_layers: Any = backbone.layers
+    short._modules = {**backbone._modules, "layers": torch.nn.ModuleList(all_layers[layer] for layer in layers)}
+    return short
 
 
 class _Swapped:

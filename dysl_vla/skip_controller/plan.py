@@ -73,3 +73,10 @@ class SkipPlan:
         """Where a block may be left; not at the decoder's first layer, which always runs."""
         layers = self.exits or self.dynamic_layers
         return [layer for layer in layers if max(1, block.first) <= layer < block.landing]
+
+    @property
+    def shortest_path(self) -> tuple[int, ...]:
+        """Layers that run when each block is left at its first exit."""
+        firsts = [(layers[0], block.landing) for block in self.blocks if (layers := self.exits_of(block))]
+        skipped = {layer for first, landing in firsts for layer in range(first, landing)}
+        return tuple(layer for layer in range(self.num_layers) if layer not in skipped)

@@ -113,7 +113,8 @@ def test_the_fingerprint_follows_everything_that_decides_actions() -> None:
 
 def test_gradients_reach_every_weight(tiny_policy: MiniVLA) -> None:
     images = {"top": torch.randint(0, 255, (2, 32, 32, 3)), "wrist": torch.randint(0, 255, (2, 16, 16, 3))}
-    tiny_policy(images, torch.ones(2, 2), torch.ones(2, 9, dtype=torch.long)).abs().sum().backward()
+    embeds = tiny_policy.embed(images, torch.ones(2, 2), torch.ones(2, 9, dtype=torch.long))
+    tiny_policy.decode(tiny_policy.backbone(inputs_embeds=embeds).last_hidden_state).abs().sum().backward()
     assert [n for n, p in tiny_policy.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 

@@ -54,17 +54,17 @@ def test_static_layers_alone_learn_to_act_as_all_layers_do(mock_demos: Path, tmp
     plan = plan_of(tmp_path / "plan.json", [0, 3])
     learning = replace(FAST, steps=120, save_every=40, learning_rate=3e-3)
     out = train(config(mock_demos, tmp_path / "p", layers=4, plan=plan, optimizer=learning))
-    errors = [point["static_error"] for point in read_lines(out / CURVE_FILE)]
+    errors = [point["validation_short_loss"] for point in read_lines(out / CURVE_FILE)]
     assert errors[-1] < 0.5 * errors[0]
     policy = MiniVLA.from_pretrained(str(out))
-    assert policy.provenance["config"]["static_layers"] == [0, 3]
+    assert policy.provenance["config"]["plan"] == [0, 3]
     assert len(policy.backbone.layers) == 4
 
 
-def test_the_static_layers_path_does_not_pull_the_whole_towards_itself(
+def test_layers_off_the_shortest_path_learn_from_demonstrations_alone(
     mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its target is cut from the graph: layers that are not on the path get the demonstrations' gradient alone."""
+    """The path's target is cut from the graph."""
     gradients = []
 
     def noted(self: BehaviourCloning) -> float:
@@ -91,7 +91,7 @@ def test_compiled_training_learns_the_same_and_compiles_once(mock_demos: Path, t
     assert counters["stats"]["unique_graphs"] == before
     compiled = train(config(mock_demos, tmp_path / "compiled", **both, optimizer=replace(FAST, compile=True)))
     assert counters["stats"]["unique_graphs"] == before + 1
-    for key in ("loss", "validation_loss", "static_error"):
+    for key in ("loss", "validation_loss", "validation_short_loss"):
         losses = [[point[key] for point in read_lines(folder / CURVE_FILE)] for folder in (plain, compiled)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -148,6 +148,19 @@ def test_a_resumed_training_takes_the_saved_steps_and_no_others(
         train(config(mock_demos, tmp_path / "p"))
     train(config(mock_demos, tmp_path / "p"))
     assert seen == [*range(9), 9, *range(8, 12)]
+
+
+def test_a_resumed_training_of_both_paths_ends_in_the_same_weights(
+    mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"layers": 4, "plan": plan_of(tmp_path / "plan.json", [0, 3])}
+    whole = train(config(mock_demos, tmp_path / "whole", **both))
+    with monkeypatch.context() as patched:
+        patched.setattr(BehaviourCloning, "_validate", lambda self: 1 / 0 if self.step == 8 else (0.0, 0.0))
+        with pytest.raises(ZeroDivisionError):
+            train(config(mock_demos, tmp_path / "p", **both))
+    out = train(config(mock_demos, tmp_path / "p", **both))
+    assert MiniVLA.from_pretrained(str(out)).fingerprint == MiniVLA.from_pretrained(str(whole)).fingerprint
 
 
 def test_a_state_of_another_run_is_refused(mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

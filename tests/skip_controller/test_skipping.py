@@ -84,6 +84,21 @@ def mask(rows: int, tokens: int, side: str) -> torch.Tensor:
     return ones
 
 
+@pytest.mark.parametrize(
+    ("static_layers", "exits"),
+    [((0, 3, 5), ()), ((0, 3), ()), ((5,), ()), ((1, 3), ()), ((0, 5), (3,)), ((0, 3, 5), (4,)), ((0, 2, 5), (1, 4))],
+)
+def test_a_plans_shortest_path_is_what_runs_when_all_controllers_skip(
+    static_layers: tuple[int, ...], exits: tuple[int, ...]
+) -> None:
+    plan = SkipPlan(DEPTH, static_layers, exits)
+    model = make("llama")
+    skipper = attach(model, plan, make_heads(plan))
+    with torch.no_grad(), skipper.step(np.zeros((1, len(plan.blocks)), np.int64), threshold=-1.0) as step:
+        model(input_ids=batch(1))
+    assert tuple(np.flatnonzero(step.layers_run[0])) == plan.shortest_path
+
+
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
