@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# robosuite-mini from nothing: about seven hours on two cores, adding up what its steps took. It may be stopped, and goes on.
-# Usage: launch/robosuite_mini.sh [OUT] [path of the dysl command]
-# The experts' demonstrations, and two rounds of DAgger, make the full model (r2). Its first heads (rf2, rf3) then act, so that
-# training knows the moments that a policy that skips layers gets itself into. With those, the full model is trained further, and
-# its static layers learn to act alone (r3); its heads (rf5) act again, and the last round (r4, rf6) is what is shipped.
+# robosuite-mini from nothing: about six and a half hours on two cores, adding up what its steps took. It may be stopped, and
+# goes on. Usage: launch/robosuite_mini.sh [OUT] [path of the dysl command]
+# The experts' demonstrations, and two rounds of DAgger, make the full model (r2). Heads for it (r2-fast, r2-fast-2) then act,
+# so that training knows the moments that a policy that skips layers gets itself into. On those alone the full model is trained
+# further, and its static layers learn to act as all do (r3); its heads (r3-fast) act again, and r4-fast, of the last round, is
+# what is shipped.
 set -eu
 out=${1:-runs/robosuite-mini}
 dysl=${2:-dysl}
@@ -29,25 +30,25 @@ once r1 train --init "$out/r0" --data "$out/demos" --out "$out/r1" --steps 4500 
 collect dagger2 r1 2 lift,door,pick-place-can 30 demos
 collect dagger2-long r1 2 stack,nut-assembly-square 60 demos
 once r2 train --init "$out/r1" --data "$out/demos" --out "$out/r2" --steps 10000 --batch 32 --learning-rate 5e-4 --compile
-once rf2 distill --policy "$out/r2" --data "$out/demos" --frames 60000 --skip-steps 60000 --out "$out/rf2"
-collect reached rf2 3 lift,stack,nut-assembly-square 90 reached
-collect reached-rest rf2 3 door,pick-place-can 50 reached
-collect reached-more rf2 4 lift,stack,nut-assembly-square 110 reached
-collect reached-more-rest rf2 4 door,pick-place-can 60 reached
-once plan calibrate --policy "$out/r2" --data "$out/reached" --static-ratio 0.17 --longest-block 12 --out "$out/plan"
-once rf3 distill --policy "$out/r2" --data "$out/reached" --plan "$out/plan" --frames 80000 --shifted 1 --adapter-size 256 \
-    --together 0.9 --skip-steps 45000 --out "$out/rf3"
-collect corrected rf3 5 stack,nut-assembly-square 110 reached
-collect corrected-rest rf3 5 lift,door,pick-place-can 30 reached
-once plan3 calibrate --policy "$out/r2" --data "$out/reached" --longest-block 19 --out "$out/plan3"
-once r3 train --init "$out/r2" --data "$out/reached" --plan "$out/plan3" --out "$out/r3" --steps 10000 --batch 32 \
+once r2-fast distill --policy "$out/r2" --data "$out/demos" --frames 60000 --skip-steps 60000 --out "$out/r2-fast"
+collect reached r2-fast 3 lift,stack,nut-assembly-square 90 reached
+collect reached-rest r2-fast 3 door,pick-place-can 50 reached
+collect reached-more r2-fast 4 lift,stack,nut-assembly-square 110 reached
+collect reached-more-rest r2-fast 4 door,pick-place-can 60 reached
+once plan-4 calibrate --policy "$out/r2" --data "$out/reached" --static-ratio 0.17 --longest-block 12 --out "$out/plan-4"
+once r2-fast-2 distill --policy "$out/r2" --data "$out/reached" --plan "$out/plan-4" --frames 80000 --shifted 1 \
+    --adapter-size 256 --together 0.9 --skip-steps 45000 --out "$out/r2-fast-2"
+collect corrected r2-fast-2 5 stack,nut-assembly-square 110 reached
+collect corrected-rest r2-fast-2 5 lift,door,pick-place-can 30 reached
+once plan-3 calibrate --policy "$out/r2" --data "$out/reached" --longest-block 19 --out "$out/plan-3"
+once r3 train --init "$out/r2" --data "$out/reached" --plan "$out/plan-3" --out "$out/r3" --steps 10000 --batch 32 \
     --learning-rate 4e-4 --compile
-once rf5 distill --policy "$out/r3" --data "$out/reached" --plan "$out/plan3" --frames 120000 --adapter-size 256 \
-    --together 0.9 --adapter-steps 0 --skip-steps 25000 --learning-rate 3e-3 --out "$out/rf5"
-collect again rf5 6 stack,nut-assembly-square 100 reached
-collect again-rest rf5 6 lift,door,pick-place-can 20 reached
-once r4 train --init "$out/r3" --data "$out/reached" --plan "$out/plan3" --out "$out/r4" --steps 4500 --batch 32 \
+once r3-fast distill --policy "$out/r3" --data "$out/reached" --plan "$out/plan-3" --frames 120000 --adapter-size 256 \
+    --together 0.9 --adapter-steps 0 --skip-steps 25000 --learning-rate 3e-3 --out "$out/r3-fast"
+collect again r3-fast 6 stack,nut-assembly-square 100 reached
+collect again-rest r3-fast 6 lift,door,pick-place-can 20 reached
+once r4 train --init "$out/r3" --data "$out/reached" --plan "$out/plan-3" --out "$out/r4" --steps 4500 --batch 32 \
     --learning-rate 3e-4 --compile
-once rf6 distill --policy "$out/r4" --data "$out/reached" --plan "$out/plan3" --frames 130000 --adapter-size 256 \
-    --together 0.9 --adapter-steps 0 --skip-steps 16000 --learning-rate 3e-3 --out "$out/rf6"
-"$dysl" eval --policy "$out/rf6" --episodes 10 --skip-config full,dysl --out "$out/eval"
+once r4-fast distill --policy "$out/r4" --data "$out/reached" --plan "$out/plan-3" --frames 130000 --adapter-size 256 \
+    --together 0.9 --adapter-steps 0 --skip-steps 16000 --learning-rate 3e-3 --out "$out/r4-fast"
+"$dysl" eval --policy "$out/r4-fast" --episodes 10 --skip-config full,dysl --out "$out/eval"
