@@ -376,19 +376,27 @@ class _Arm:
 
 
 class _Eyes:
-    """Shows what the cameras see, and what is wrong with them."""
+    """Shows what the cameras see, and what is wrong with them.
+
+    A camera shows the very same image all the time only if it is frozen: as in a real one there is noise, here of one
+    pixel. Without, an arm that has left the view of a camera that stands still would look like a frozen camera.
+    """
 
     def __init__(self, simulation: Simulation, start: float) -> None:
         self._simulation, self.start = simulation, start
+        self._noise = np.random.default_rng(simulation.seed)
         self._pending: deque[tuple[Observation, float]] = deque()
         self._frozen: dict[str, Any] = {}
 
     def look(self, observation: dict[str, Any], now: float) -> Iterator[tuple[Observation, float]]:
         """Readings that are due now."""
         simulation, since = self._simulation, now - self.start
+        images = {name: value.copy() for name, value in observation.items() if name.startswith(IMAGE_PREFIX)}
+        for image in images.values():
+            image[0, 0, 0] ^= self._noise.integers(8, dtype=np.uint8)
         if since >= simulation.freeze_after:
-            self._frozen = self._frozen or {k: v for k, v in observation.items() if k.startswith(IMAGE_PREFIX)}
-            observation |= self._frozen
+            images = self._frozen = self._frozen or images
+        observation |= images
         if since >= simulation.nan_after:
             observation[STATE_KEY] = np.full_like(observation[STATE_KEY], np.nan)
         if since < simulation.drop_after:

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from dysl_vla.deploy.control import ControlConfig, ControlLoop, LoopConfig, _Plan, control, render_account
 from dysl_vla.deploy.limits import Limits
 from dysl_vla.deploy.logs import read_log, replay, view
-from dysl_vla.deploy.mujoco_robot import MujocoRobot, Simulation, _make_env
+from dysl_vla.deploy.mujoco_robot import MujocoRobot, Simulation, _Eyes, _make_env
 from dysl_vla.deploy.robot import Reading
 from dysl_vla.errors import ConfigError, DyslError, ObservationError, RobotFault, SafetyStop
 from dysl_vla.files import read_json, write_json
@@ -382,6 +382,17 @@ def test_each_fault_ends_safely_in_its_time(fault: dict[str, float], kind: Any, 
     assert robot.report()["unsafe commands refused"] == 0
     assert robot._process is not None
     assert not robot._process.is_alive()
+
+
+@pytest.mark.parametrize("freeze_after", [0.0, 1e9])
+def test_only_a_frozen_camera_shows_the_very_same_image_all_the_time(freeze_after: float) -> None:
+    """Also where nothing moves in its view: an arm may have left it."""
+    eyes = _Eyes(Simulation("mock-reach", freeze_after=freeze_after), 0.0)
+    still = np.zeros((4, 4, 3), np.uint8)
+    looks = [eyes.look({"observation.images.top": still}, time.perf_counter()) for _ in range(20)]
+    shown = {reading["observation.images.top"].tobytes() for look in looks for reading, _ in look}
+    assert (len(shown) == 1) == (freeze_after == 0)
+    assert not still.any()
 
 
 def test_a_robot_whose_controller_is_gone_holds() -> None:
