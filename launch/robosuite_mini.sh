@@ -4,8 +4,8 @@
 # The experts' demonstrations, and two rounds of DAgger, make the full model (r2). Heads for it (r2-fast, r2-fast-2) then act,
 # so that training knows the moments that a policy that skips layers gets itself into. On those alone the full model is trained
 # further, and its static layers learn to act as all do (r3); its heads (r3-fast) act again, and r4-fast, of the last round, is
-# what is shipped. Its provenance.json has other names: rs for demos, fast for reached, robosuite-mini for r2 (as it was shipped
-# before), rf3 for r2-fast-2, plan20 for plan-3, s1 for r3-fast and s2 for r4-fast.
+# what is shipped. Its provenance.json has other names: rs for demos, fast for reached, robosuite-mini for r2 and r2-fast (as it
+# was shipped before), rf3 for r2-fast-2, plan20 for plan-3, s1 for r3-fast and s2 for r4-fast.
 set -eu
 out=${1:-runs/robosuite-mini-training}
 dysl=${2:-dysl}

@@ -293,8 +293,8 @@ class BehaviourCloning:
                 return None, None
             sizes = [len(batch) for batch in batches]
             losses, short = zip(*(self._losses(batch, None) for batch in batches), strict=True)
-            loss = float(np.average([float(value) for value in losses], weights=sizes))
-            return loss, float(np.average([float(value) for value in short], weights=sizes)) if self._short else None
+            loss = float(np.average(losses, weights=sizes))
+            return loss, None if self._short is None else float(np.average(short, weights=sizes))
 
     def _averaged(self) -> _Swapped:
         return _Swapped(self._parameters, self._average)

@@ -45,13 +45,14 @@ def test_training_learns_a_demonstration_by_heart(tmp_path: Path) -> None:
     assert points[-1]["validation_loss"] is None  # a single episode leaves none to hold out
 
 
-def plan_of(path: Path, static_layers: list[int], num_layers: int = 4) -> Path:
-    write_json(path, {"plan": {"num_layers": num_layers, "static_layers": static_layers, "exits": []}})
-    return path
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """Of four layers, the first and the last static."""
+    write_json(tmp_path / "plan.json", {"plan": {"num_layers": 4, "static_layers": [0, 3], "exits": []}})
+    return tmp_path / "plan.json"
 
 
-def test_static_layers_alone_learn_to_act_as_all_layers_do(mock_demos: Path, tmp_path: Path) -> None:
-    plan = plan_of(tmp_path / "plan.json", [0, 3])
+def test_static_layers_alone_learn_to_act_as_all_layers_do(mock_demos: Path, plan: Path, tmp_path: Path) -> None:
     learning = replace(FAST, steps=120, save_every=40, learning_rate=3e-3)
     out = train(config(mock_demos, tmp_path / "p", layers=4, plan=plan, optimizer=learning))
     errors = [point["validation_short_loss"] for point in read_lines(out / CURVE_FILE)]
@@ -62,7 +63,7 @@ def test_static_layers_alone_learn_to_act_as_all_layers_do(mock_demos: Path, tmp
 
 
 def test_layers_off_the_shortest_path_learn_from_demonstrations_alone(
-    mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mock_demos: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path's target is cut from the graph."""
     gradients = []
@@ -78,15 +79,15 @@ def test_layers_off_the_shortest_path_learn_from_demonstrations_alone(
     monkeypatch.setattr(BehaviourCloning, "_update", noted)
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: None)  # which couples all gradients
     once = replace(FAST, steps=1)
-    for name, plan in (("plain", None), ("both", plan_of(tmp_path / "plan.json", [0, 3]))):
-        train(config(mock_demos, tmp_path / name, layers=4, plan=plan, optimizer=once))
+    for name, given in (("plain", None), ("both", plan)):
+        train(config(mock_demos, tmp_path / name, layers=4, plan=given, optimizer=once))
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
 @pytest.mark.slow
-def test_compiled_training_learns_the_same_and_compiles_once(mock_demos: Path, tmp_path: Path) -> None:
+def test_compiled_training_learns_the_same_and_compiles_once(mock_demos: Path, plan: Path, tmp_path: Path) -> None:
     before = counters["stats"]["unique_graphs"]
-    both = {"layers": 4, "plan": plan_of(tmp_path / "plan.json", [0, 3])}
+    both = {"layers": 4, "plan": plan}
     plain = train(config(mock_demos, tmp_path / "plain", **both))
     assert counters["stats"]["unique_graphs"] == before
     compiled = train(config(mock_demos, tmp_path / "compiled", **both, optimizer=replace(FAST, compile=True)))
@@ -151,9 +152,9 @@ def test_a_resumed_training_takes_the_saved_steps_and_no_others(
 
 
 def test_a_resumed_training_of_both_paths_ends_in_the_same_weights(
-    mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mock_demos: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = {"layers": 4, "plan": plan_of(tmp_path / "plan.json", [0, 3])}
+    both = {"layers": 4, "plan": plan}
     whole = train(config(mock_demos, tmp_path / "whole", **both))
     with monkeypatch.context() as patched:
         patched.setattr(BehaviourCloning, "_validate", lambda self: 1 / 0 if self.step == 8 else (0.0, 0.0))
@@ -202,8 +203,7 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
     assert not (tmp_path / "p").exists()
 
 
-def test_a_plan_for_another_depth_is_refused(mock_demos: Path, tmp_path: Path) -> None:
-    plan = plan_of(tmp_path / "plan.json", [0, 3])
+def test_a_plan_for_another_depth_is_refused(mock_demos: Path, plan: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="for 4 layers, the policy has 2"):
         train(config(mock_demos, tmp_path / "p", plan=plan))
     assert not (tmp_path / "p").exists()
