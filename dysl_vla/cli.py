@@ -186,7 +186,8 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def _control(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.control import ControlConfig, control, render_account
+    from dysl_vla.deploy.account import render_account
+    from dysl_vla.deploy.control import ControlConfig, control
 
     print(render_account(control(_parse(ControlConfig, arguments, "dysl control"))))
     return 0

@@ -117,6 +117,21 @@ def home(record: Any, suite: str, tasks: str) -> tuple[str, str]:
     return suite, tasks or ",".join(sorted({origin["task"] for origin in last if origin["suite"] == suite}))
 
 
+def demonstrated_change(record: Any) -> list[float] | None:
+    """Largest change from one demonstrated action to the next in a policy's last training, a value a dimension.
+
+    Args:
+        record: Its provenance.
+
+    Returns:
+        In the actions' units; None: it does not say, as policies of before do not.
+    """
+    if not record:
+        return None
+    own: list[float] | None = record.get("data", {}).get("action_change")
+    return own or demonstrated_change(record.get("init"))
+
+
 def _last_origins(record: Any) -> list[dict[str, Any]]:
     """Those of a policy's last training that says any; of its heads' when no training of the policy itself does."""
     if not record:

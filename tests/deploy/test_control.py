@@ -17,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dysl_vla.deploy.control import ControlConfig, ControlLoop, LoopConfig, _Plan, control, render_account
+from dysl_vla.deploy.account import render_account
+from dysl_vla.deploy.chunks import Plan
+from dysl_vla.deploy.control import ControlConfig, ControlLoop, LoopConfig, control
 from dysl_vla.deploy.limits import Limits
 from dysl_vla.deploy.logs import read_log, replay, view
 from dysl_vla.deploy.mujoco_robot import MujocoRobot, Simulation, _Eyes, _make_env
@@ -316,7 +318,7 @@ CHUNKS = hnp.arrays(np.float32, (8, 3), elements=st.floats(-1, 1, width=32))
 @given(CHUNKS, CHUNKS, st.integers(0, 7), st.integers(0, 8), st.integers(0, 5))
 def test_a_new_chunk_takes_over_without_a_jump(old: Any, new: Any, index: int, left: int, blend: int) -> None:
     rest, last = old[8 - left :], old[0]
-    plan = _Plan(1, new, 0.0).joined(index, rest, last, blend)
+    plan = Plan(1, new, 0.0).joined(index, rest, last, blend)
     steps = min(blend, 8 - index)
     for step in range(steps):
         share = (step + 1) / (blend + 1)

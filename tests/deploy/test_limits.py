@@ -33,6 +33,7 @@ LIMITS = Limits(
     high=(0.5,) * 4,
     max_change=(0.2,) * 4,
     gripper_rate=1.0,
+    gripper_hysteresis=0.0,
     workspace_low=(0.0, 0.0, 0.0),
     workspace_high=(1.0, 1.0, 1.0),
     max_speed=0.5,
