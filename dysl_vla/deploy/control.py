@@ -26,7 +26,7 @@ from dysl_vla.deploy.chunks import Plan, Predicted
 from dysl_vla.deploy.limits import Guard, Limits
 from dysl_vla.deploy.logs import CycleLog
 from dysl_vla.deploy.robot import Reading, Robot, make_robot, open_policy
-from dysl_vla.deploy.stopping import JOIN_S, WatchedRobot, handled_signals, say, stop_robot
+from dysl_vla.deploy.stopping import WatchedRobot, handled_signals, say, stop_robot
 from dysl_vla.errors import ConfigError, DyslError, RobotFault, SafetyStop
 from dysl_vla.files import is_unused
 from dysl_vla.policies.base import Policy
@@ -172,7 +172,7 @@ class ControlLoop:
             stopped = robot.run(lambda: self._control(seconds, log))
             self.account.robot = stopped.report
             if self._inference.is_alive():
-                self._inference.join(JOIN_S)
+                robot.join(self._inference)
             fault = robot.fault or (RobotFault(stopped.problem) if stopped.problem else None)
             reasons = [f"{type(fault).__name__}: {fault}" if fault else robot.reason]
             reasons += [stopped.problem] if stopped.problem and robot.fault else []

@@ -151,13 +151,15 @@ class Guard:
         span = np.asarray(self._world.action_high, np.float64) - self._world.action_low
         if not np.isfinite(span).all():
             raise ConfigError("action_low, action_high: the robot's range must be finite.")
+        safe = SAFE_CHANGE * span / rate_hz
+        if demonstrated is not None:
+            if len(demonstrated) != len(span):
+                raise ConfigError(
+                    f"max_change: the policy was trained on {len(demonstrated)} actions, the robot has {len(span)}."
+                )
+            safe = np.maximum(demonstrated, 0.1 * safe)  # a joint that nobody moved may come to where it was, slowly
         change = span.copy()
-        slow = SAFE_CHANGE * span / rate_hz if demonstrated is None else np.asarray(demonstrated, np.float64)
-        if slow.shape != span.shape:
-            raise ConfigError(
-                f"max_change: the policy's demonstrations have {len(slow)} actions, the robot {len(span)}."
-            )
-        change[self.positions] = np.maximum(slow, 1e-6)[self.positions]
+        change[self.positions] = safe[self.positions]
         return tuple(map(float, change))
 
     @property

@@ -224,8 +224,14 @@ class WatchedRobot:
             finally:
                 self.is_over = True
                 stopped = stop_robot(self._robot)
-        thread.join(JOIN_S)
+        self.join(thread)
         return stopped
+
+    def join(self, thread: threading.Thread) -> None:
+        """Wait for a thread to end, once the robot is stopped; not for long where a call of the robot hangs in it."""
+        thread.join(GRACE_S)
+        if not self._calls:
+            thread.join(JOIN_S)
 
     @property
     def hanging(self) -> list[str]:
