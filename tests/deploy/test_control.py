@@ -175,9 +175,8 @@ def test_the_first_command_starts_from_where_the_robot_is() -> None:
     assert robot.sent == []
 
 
-ARM = replace(
-    WORLD, action_names=("pan.pos", "lift.pos", "gripper"), action_low=(-100.0,) * 3, action_high=(100.0,) * 3
-)
+NAMES = ("pan.pos", "lift.pos", "gripper")
+ARM = replace(WORLD, action_names=NAMES, action_low=(-100.0,) * 3, action_high=(100.0,) * 3)
 
 
 class Arm(FakeRobot):
