@@ -261,6 +261,9 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval compare": (_eval_compare, "compare evaluations, paired by episode"),
 }
 
+CONTINUES = ("demos collect", "train", "distill", "eval")
+"""Verbs that go on where they were interrupted."""
+
 
 def usage() -> str:
     """What `dysl` prints without a verb."""
@@ -289,7 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"dysl {verb}: {error}", file=sys.stderr)
                 return 2
             except KeyboardInterrupt:
-                print(f"dysl {verb}: interrupted; the same command continues where it stopped.", file=sys.stderr)
+                continues = "; the same command continues where it stopped" if verb in CONTINUES else ""
+                print(f"dysl {verb}: interrupted{continues}.", file=sys.stderr)
                 return 130
     if not words or words[0] in ("-h", "--help"):
         print(usage())

@@ -39,6 +39,7 @@ from dysl_vla.files import (
     write_lines,
 )
 from dysl_vla.policies import BackbonePolicy, load_backbone_policy
+from dysl_vla.types import gripper_columns
 
 with needs_extra("policy"):
     import torch
@@ -102,8 +103,8 @@ def distill(config: DistillRunConfig) -> Path:
         config = replace(config, training=replace(config.training, adapter_steps=0))
     demonstrations = Demonstrations(config.data)
     policy = load_backbone_policy(config.policy)
-    if config.signal == "gripper" and policy.spec.action_names[-1] != "gripper":
-        raise ConfigError(f"signal: the last action is {policy.spec.action_names[-1]!r}, which is no gripper.")
+    if config.signal == "gripper" and not gripper_columns(policy.spec.action_names):
+        raise ConfigError(f"signal: none of the actions is a gripper's: {', '.join(policy.spec.action_names)}.")
     policy.spec.check_world(demonstrations.spec)
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
     del settings["training"]
@@ -270,7 +271,7 @@ class _Run:
         config = self._config
         spec = self._policy.spec
         foresight = min(FORESIGHT, spec.chunk_length - spec.execute_steps)
-        usual = "gripper" if spec.action_names[-1] == "gripper" else "continuity"
+        usual = "gripper" if gripper_columns(spec.action_names) else "continuity"
         signal = config.signal or (self._begun.signal if self._begun else usual)
         self._heads.to(next(self._policy.backbone.parameters()).dtype)
         replay = Replay(self._policy, self._demonstrations)

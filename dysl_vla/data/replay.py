@@ -19,7 +19,7 @@ from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies import BackbonePolicy
-from dysl_vla.types import FloatArray, SkipTrace
+from dysl_vla.types import FloatArray, SkipTrace, gripper_columns
 
 with needs_extra("policy"):
     import torch
@@ -105,6 +105,7 @@ class Replay:
             Thresholds(1, 1),
             foresight=foresight,
             signal=signal,
+            grippers=gripper_columns(spec.action_names),
         )
         outputs: list[float] = []
         falls: list[float] = []

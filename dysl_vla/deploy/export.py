@@ -32,6 +32,7 @@ from dysl_vla.deploy.runtime import (
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import TEMPORARY, claimed, is_unused, read_json, replacing, sha256, write_json, write_text
+from dysl_vla.images import looked_at
 from dysl_vla.policies import ExportablePolicy, load_backbone_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
 
@@ -99,7 +100,7 @@ def export(config: ExportConfig) -> Path:
 
 def _exportable(name: str) -> ExportablePolicy:
     policy = load_backbone_policy(name)
-    for part in ("crops", "text_tokens", "embed", "token_ids"):
+    for part in ("resizes", "crops", "text_tokens", "embed", "token_ids"):
         if not hasattr(policy, part):
             raise ConfigError(f"policy: {name!r} offers no {part!r}; export needs a policies.ExportablePolicy.")
     return cast("ExportablePolicy", policy)
@@ -134,10 +135,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
     heads.requires_grad_(False)
     example = _example(policy)
     with tqdm(total=4, desc="exporting", unit="part") as progress:
-        images = {
-            camera: torch.from_numpy(example[IMAGE_PREFIX + camera][None, top : top + height, left : left + width])
-            for camera, (top, left, height, width) in policy.crops.items()
-        }
+        images = {camera: torch.from_numpy(view[None]) for camera, view in _views(policy, example).items()}
         state = torch.from_numpy(example[STATE_KEY][None])
         token_ids = torch.tensor([policy.token_ids(str(example[TASK_KEY]))])
         encoder = _Encoder(policy)
@@ -174,6 +172,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
                 "format": FORMAT,
                 "precision": config.precision,
                 "spec": asdict(policy.spec),
+                "resizes": policy.resizes,
                 "crops": policy.crops,
                 "text_tokens": policy.text_tokens,
                 "instructions": {text: policy.token_ids(text) for text in instructions},
@@ -231,6 +230,14 @@ def _example(policy: ExportablePolicy) -> dict[str, NDArray[Any]]:
     }
 
 
+def _views(policy: ExportablePolicy, example: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.uint8]]:
+    """What the encoder gets of the example's images."""
+    return {
+        camera: looked_at(example[IMAGE_PREFIX + camera], policy.resizes.get(camera), place)
+        for camera, place in policy.crops.items()
+    }
+
+
 @torch.no_grad()
 def _answers(policy: ExportablePolicy, plan: SkipPlan, heads: SkipHeads, embeds: Tensor) -> dict[str, NDArray[Any]]:
     """The policy's actions, normalised, (chunk, action), of the whole backbone and of as little as possible."""
@@ -262,10 +269,7 @@ def _own_answers(
     """As `_answers`, of the graphs."""
     encoder, backbone = (onnxruntime.InferenceSession(str(out / name)) for name in (ENCODER, BACKBONE))
     feeds = {
-        **{
-            IMAGE_PREFIX + camera: example[IMAGE_PREFIX + camera][None, top : top + height, left : left + width]
-            for camera, (top, left, height, width) in policy.crops.items()
-        },
+        **{IMAGE_PREFIX + camera: view[None] for camera, view in _views(policy, example).items()},
         STATE_KEY: example[STATE_KEY][None],
         "token_ids": np.array([policy.token_ids(str(example[TASK_KEY]))]),
     }
