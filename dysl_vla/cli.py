@@ -147,11 +147,20 @@ def _plot(arguments: Sequence[str]) -> int:
 
 
 def _eval(arguments: Sequence[str]) -> int:
-    from dysl_vla.eval.compare import compare, render_comparison
-    from dysl_vla.eval.report import render_report
-    from dysl_vla.eval.runner import EvalConfig, evaluate
+    from dysl_vla.eval.config import EvalConfig
 
     config = _parse(EvalConfig, arguments, "dysl eval")
+    if config.data is not None:
+        from dysl_vla.eval.offline import evaluate_offline
+        from dysl_vla.eval.offline_report import render_offline
+
+        print(render_offline(evaluate_offline(config)))
+        print(f"Records and pictures: {config.out}")
+        return 0
+    from dysl_vla.eval.compare import compare, render_comparison
+    from dysl_vla.eval.report import render_report
+    from dysl_vla.eval.runner import evaluate
+
     result = evaluate(config)
     for one in result.get("ways", {"": result}).values():
         print(render_report(one))

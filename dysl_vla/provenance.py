@@ -29,6 +29,8 @@ PACKAGES = (
     "av",
     "pyarrow",
 )
+FIRST_EVALUATION_SEED = 100_000
+"""Seeds below are for demonstrations, those from there on for evaluation."""
 
 
 def versions() -> dict[str, str]:
@@ -109,7 +111,10 @@ def home(record: Any, suite: str, tasks: str) -> tuple[str, str]:
         return suite, tasks
     last = _last_origins(record)
     if not last:
-        raise ConfigError("suite: this policy does not say which suite it was trained in; name one.")
+        raise ConfigError(
+            "suite: this policy does not say which suite it was trained in; name one, or evaluate it on held-out "
+            "demonstrations with --data DIR."
+        )
     episodes: Counter[str] = Counter()
     for origin in last:
         episodes[origin["suite"]] += origin["episodes"]

@@ -21,13 +21,15 @@ from dysl_vla import provenance
 from dysl_vla.checkpoint import find_checkpoint
 from dysl_vla.data.calibrating import calibrated_plan, read_plan
 from dysl_vla.data.cloning import describe
-from dysl_vla.data.encoding import Encoded, choose_frames, encode
+from dysl_vla.data.encoding import Encoded, choose_frames, demonstrations_for, encode
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.replay import Replay
+from dysl_vla.data.split import split_for
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
     append_line,
+    check_memory,
     check_same_run,
     claimed,
     is_unused,
@@ -101,11 +103,10 @@ def distill(config: DistillRunConfig) -> Path:
     _check(config)
     if config.further:
         config = replace(config, training=replace(config.training, adapter_steps=0))
-    demonstrations = Demonstrations(config.data)
     policy = load_backbone_policy(config.policy)
+    demonstrations = demonstrations_for(config.data, policy.spec)
     if config.signal == "gripper" and not gripper_columns(policy.spec.action_names):
         raise ConfigError(f"signal: none of the actions is a gripper's: {', '.join(policy.spec.action_names)}.")
-    policy.spec.check_world(demonstrations.spec)
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
     del settings["training"]
     identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
@@ -219,7 +220,8 @@ class _Run:
 
     def _train(self, seconds: float) -> float:
         config, distillation = self._config, self._distillation
-        chosen = choose_frames(self._demonstrations, config.frames, held_out=False)
+        split = split_for(len(self._demonstrations.rows), self._policy.provenance)
+        chosen = choose_frames(self._demonstrations, config.frames, split, held_out=False)
         frames = encode(self._policy, self._demonstrations, chosen, "frames", shifted=config.shifted)
         targets: Target | None = None
         board = SummaryWriter(str(config.out / "tensorboard"), purge_step=distillation.step + 1)
@@ -259,6 +261,8 @@ class _Run:
                 target = self._distillation.target(inputs)
                 parts = [target.actions, *target.landings]
                 if everything is None:
+                    needed = sum(part[0].nbytes for part in parts) * count
+                    check_memory(needed, f"{count} answers of the full model", "give fewer --frames")
                     actions, *landings = [part.new_empty((count, *part.shape[1:])) for part in parts]
                     everything = Target(actions, landings)
                 for kept, part in zip([everything.actions, *everything.landings], parts, strict=True):
