@@ -64,29 +64,32 @@ def _demos_import(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from dysl_vla.data.cloning import TrainConfig, train
+    from dysl_vla.data.cloning import TrainConfig, evaluation, train
 
-    out = train(_parse(TrainConfig, arguments, "dysl train"))
-    print(f"Trained: {out}. Evaluate it: dysl eval --policy {out} --out {out}-eval")
+    config = _parse(TrainConfig, arguments, "dysl train")
+    out = train(config)
+    print(f"Trained: {out}. Evaluate it: {evaluation(out, config.data)}")
     return 0
 
 
 def _calibrate(arguments: Sequence[str]) -> int:
     from dysl_vla.data.calibrating import CalibrateConfig, calibrate, read_plan
 
-    path = calibrate(_parse(CalibrateConfig, arguments, "dysl calibrate"))
+    config = _parse(CalibrateConfig, arguments, "dysl calibrate")
+    path = calibrate(config)
     plan = read_plan(path)
     print(f"{path}: static layers {', '.join(map(str, plan.static_layers))} of {plan.num_layers}.")
+    print(f"Train adapters and controllers: dysl distill --policy {config.policy} --data {config.data} --plan {path}")
     return 0
 
 
 def _distill(arguments: Sequence[str]) -> int:
+    from dysl_vla.data.cloning import evaluation
     from dysl_vla.data.distilling import DistillRunConfig, distill
 
-    out = distill(_parse(DistillRunConfig, arguments, "dysl distill"))
-    print(
-        f"Distilled: {out}. Full and skipping, side by side: dysl eval --policy {out} --skip-config full,dysl --out DIR"
-    )
+    config = _parse(DistillRunConfig, arguments, "dysl distill")
+    out = distill(config)
+    print(f"Distilled: {out}. Full and skipping, side by side: {evaluation(out, config.data)} --skip-config full,dysl")
     return 0
 
 
@@ -187,10 +190,10 @@ def _eval_compare(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.export import ExportConfig, export, simulation
+    from dysl_vla.deploy.export import ExportConfig, export, robot_to_try
 
     out = export(_parse(ExportConfig, arguments, "dysl export"))
-    print(f"Exported: {out}. Try it: dysl control --bundle {out} --robot {simulation(out)} --seconds 10")
+    print(f"Exported: {out}. Try it: dysl control --bundle {out} --robot {robot_to_try(out)} --seconds 10")
     return 0
 
 
@@ -255,13 +258,13 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a policy on demonstrations"),
     "calibrate": (_calibrate, "measure which layers a policy cannot do without, and plan what may be skipped"),
     "distill": (_distill, "train adapters and controllers, so that a policy skips layers"),
-    "tune": (_tune, "choose how much a policy skips, by time or by success"),
+    "tune": (_tune, "choose how much a policy skips, by time, by success or by the actions' error"),
     "bench backbone": (_bench_backbone, "measure what skipping costs beside what it saves, on a decoder of any size"),
     "bench env": (_bench_env, "measure how fast a suite simulates, and where the time goes"),
     "bench bundle": (_bench_bundle, "measure an exported policy beside the one that it was made from"),
     "bench serve": (_bench_serve, "measure a policy server with many clients, some of which misbehave"),
     "plot": (_plot, "draw where an evaluation's layers went"),
-    "eval": (_eval, "evaluate a policy: success, latency, videos"),
+    "eval": (_eval, "evaluate a policy: success, latency, videos; or on demonstrations"),
     "export": (_export, "turn a policy that skips layers into a folder that needs no torch"),
     "control": (_control, "run a policy on a robot, real or simulated, at a fixed rate"),
     "control replay": (_control_replay, "send the actions of a control log to a robot again"),

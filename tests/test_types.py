@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dysl_vla.errors import ActionError, ConfigError, ObservationError
-from dysl_vla.types import Normalisation, PolicySpec, WorldSpec, check_actions
+from dysl_vla.types import Normalisation, PolicySpec, WorldSpec, check_actions, gripper_columns
 
 WORLD = WorldSpec(
     cameras={"top": (32, 32)},

@@ -214,6 +214,13 @@ def describe(demonstrations: Demonstrations) -> dict[str, Any]:
     }
 
 
+def evaluation(policy: Path, data: Path) -> str:
+    """The command that evaluates what was trained on some data: in its suite, or, where it is of none, offline."""
+    is_simulated = any(row.origin is not None for row in Demonstrations(data).rows)
+    offline = "" if is_simulated else f" --data {data}"
+    return f"dysl eval --policy {policy}{offline} --out {policy}-eval"
+
+
 def action_change(actions: FloatArray, episode_index: NDArray[np.int64]) -> list[float]:
     """How fast actions were demonstrated: 99.9 % of the changes from one to the next are at most so large.
 

@@ -205,12 +205,12 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
         progress.update()
 
 
-def simulation(bundle: Path) -> str:
-    """What `dysl control --robot` simulates of the world that a bundle's policy was trained in, as one types it."""
+def robot_to_try(bundle: Path) -> str:
+    """What `dysl control --robot` takes for a bundle: the world that its policy was trained in, simulated, or an arm."""
     try:
         suite, tasks = provenance.home(read_json(bundle / DOCUMENT)["provenance"], "", "")
-    except ConfigError:  # trained on data that say of no suite
-        return "mujoco:SIMULATOR-TASK"
+    except ConfigError:  # trained on data that say of no suite: a real arm's
+        return "lerobot:FILE.json --instruction TEXT"
     suite, _, arm = suite.partition("@")
     return f"mujoco:{suite.partition('-')[0]}-{tasks.partition(',')[0]}" + (f"@{arm}" if arm else "")
 

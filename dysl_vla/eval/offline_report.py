@@ -42,10 +42,8 @@ def render_offline(result: Mapping[str, Any]) -> str:
     for key, name in (("llm_ms", "LLM ms: mean, p50, p99"), ("total_ms", "policy ms: mean, p50, p99")):
         numbers = [", ".join(f"{way[key][part]:.2f}" for part in ("mean", "p50", "p99")) for way in ways.values()]
         lines.append(_row(name, numbers))
-    lines += [
-        "",
-        "| dimension | deviation of the demonstrated | " + " | ".join(f"{name}: error" for name in ways) + " |",
-    ]
+    heads = " | ".join(f"{name}: error" for name in ways)
+    lines += ["", f"| dimension | deviation of the demonstrated | {heads} |"]
     lines.append("|---|---:|" + "---:|" * len(ways))
     for name, std in result["action_std"].items():
         errors = [f"{way['per_dimension'][name]:.4g}" for way in ways.values()]

@@ -113,7 +113,7 @@ def other_example(data: bytes) -> bytes:
     [
         (edit("backbone.onnx", lambda data: data[:-1] + b"x", True), "backbone.onnx: is damaged or edited"),
         (edit("backbone.onnx", lambda data: data[: len(data) // 2]), "ONNX Runtime .* refuses"),
-        (edit("config.json", lambda data: data.replace(b'"format": 1', b'"format": 2')), "is of format 2"),
+        (edit("config.json", lambda data: data.replace(b'"format": 2', b'"format": 9')), "is of format 9"),
         (edit("config.json", lambda data: data.replace(b'"spec"', b'"sepc"')), "KeyError: 'spec'"),
         (edit("example.npz", other_example), "differ from the recorded"),
         (edit("example.npz", lambda data: data[:100]), "cannot be read"),
