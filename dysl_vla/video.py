@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +21,8 @@ with needs_extra("sim"):
 CODEC = "h264"
 PIXEL_FORMAT = "yuv444p"
 """No chroma subsampling: a goal that is three pixels wide keeps its colour."""
+FAR_S = 2.0
+"""What lies further ahead is sought; nearer, decoding on is as quick."""
 
 
 def write_video(path: Path, frames: Sequence[ImageArray], fps: float, *, crf: int = 14) -> None:
@@ -50,11 +54,105 @@ def read_video(path: Path) -> Iterator[ImageArray]:
     Raises:
         DatasetError: The file is missing, cut off or no video.
     """
+    with _reading(path), av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for frame in container.decode(stream):
+            yield _pixels(frame)
+
+
+class Film:
+    """A video, looked into by time. Reading on in the order of time decodes each picture once.
+
+    Times are those that the file gives its pictures, in seconds (pts times time base), as LeRobot takes them: what
+    starts late stays late.
+
+    Args:
+        path: The file. It stays open until `close`.
+
+    Raises:
+        DatasetError: Here and in reading: the file is missing, cut off or no video.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before: tuple[float, av.VideoFrame] | None = None
+        self._after: tuple[float, av.VideoFrame] | None = None
+        self._since = math.inf
+        self._open()
+
+    @property
+    def rate_hz(self) -> float:
+        """Pictures a second, on average, as the file says it; 0 when it does not."""
+        return float(self._stream.average_rate or 0)
+
+    def nearest(self, time_s: float) -> tuple[float, ImageArray]:
+        """The picture whose time is nearest; of two as near, the earlier.
+
+        Returns:
+            Its time, uint8 (height, width, 3).
+        """
+        if self._is_elsewhere(time_s):
+            self._seek(time_s)
+        while self._after is not None and self._after[0] < time_s:
+            self._before, self._after = self._after, self._read()
+        known = [picture for picture in (self._before, self._after) if picture is not None]
+        if not known:
+            raise DatasetError(f"{self._path}: is a video without pictures; restore it or collect it again.")
+        time, frame = min(known, key=lambda picture: abs(picture[0] - time_s))
+        with _reading(self._path):
+            return time, _pixels(frame)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+    def _open(self) -> None:
+        with _reading(self._path):
+            self._container = av.open(str(self._path))
+            self._stream = self._container.streams.video[0]
+            self._stream.codec_context.thread_count = 1
+
+    def _start(self) -> None:
+        """Decode from where the file stands."""
+        self._frames = self._container.decode(self._stream)
+        self._before, self._after = None, self._read()
+
+    def _read(self) -> tuple[float, av.VideoFrame] | None:
+        with _reading(self._path):
+            for frame in self._frames:
+                if frame.pts is not None and frame.time_base is not None:
+                    return float(frame.pts * frame.time_base), frame
+        return None
+
+    def _is_elsewhere(self, time_s: float) -> bool:
+        """Is a time before the pictures at hand, or so far behind them that it is sought?"""
+        since = self._since if self._before is None else self._before[0]
+        return time_s < since or (self._after is not None and time_s > self._after[0] + FAR_S)
+
+    def _seek(self, time_s: float) -> None:
+        """Go to the last picture before a time from which on can be decoded."""
+        with _reading(self._path):
+            assert self._stream.time_base is not None
+            self._container.seek(max(0, math.floor(time_s / self._stream.time_base)), stream=self._stream)
+        self._start()
+        if self._after is not None and self._after[0] <= time_s:
+            self._since = self._after[0]
+        else:  # nothing is before it, or an index misleads: from the beginning
+            self.close()
+            self._open()
+            self._start()
+            self._since = -math.inf
+
+
+def _pixels(frame: av.VideoFrame) -> ImageArray:
+    return np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what FFmpeg says of a bad file into one error."""
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            for frame in container.decode(stream):
-                yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+        yield
     except (av.FFmpegError, IndexError, OSError) as error:
         raise DatasetError(f"{path}: cannot be read as a video ({error}); restore it or collect it again.") from error

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from dysl_vla.data.info import render_info
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin
+from dysl_vla.data.lerobot_statistics import QUANTILES
 from dysl_vla.errors import DatasetError
 from dysl_vla.types import WorldSpec
 from dysl_vla.video import read_video, write_video
@@ -83,25 +85,6 @@ def test_what_an_interruption_left_is_overwritten(tmp_path: Path) -> None:
     assert [row.length for row in Demonstrations(tmp_path / "d").rows] == [5, 8]
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        ({"motors": ["x", "y"]}, ("x", "y")),
-        ({"y": 1, "x": 0}, ("x", "y")),
-        (["x", "y"], ("x", "y")),
-        (None, ("0", "1")),
-    ],
-)
-def test_all_ways_to_name_dimensions_are_read(tmp_path: Path, names: object, expected: tuple[str, ...]) -> None:
-    write(tmp_path / "d", 0)
-    features = json.loads((tmp_path / "d/meta/info.json").read_text())["features"]
-    features["action"]["names"] = names
-    edit_info(tmp_path / "d", features=features)
-    demonstrations = Demonstrations(tmp_path / "d")
-    assert demonstrations.spec.action_names == expected
-    assert demonstrations.columns()["actions"].shape == (5, 2)
-
-
 def test_vectors_of_one_dimension_are_plain_numbers(tmp_path: Path) -> None:
     spec = replace(SPEC, action_names=("dx",), action_low=(-1.0,), action_high=(1.0,))
     episode = make_episode(0)
@@ -109,15 +92,6 @@ def test_vectors_of_one_dimension_are_plain_numbers(tmp_path: Path) -> None:
     writer.append(replace(episode, actions=episode.actions[:, :1]))
     assert pq.read_schema(tmp_path / "d/data/chunk-000/file-000.parquet").field("action").type == pa.float32()
     np.testing.assert_array_equal(Demonstrations(tmp_path / "d").columns()["actions"], episode.actions[:, :1])
-
-
-def test_cameras_that_are_no_videos_are_refused_by_name(tmp_path: Path) -> None:
-    write(tmp_path / "d", 0)
-    features = json.loads((tmp_path / "d/meta/info.json").read_text())["features"]
-    features["observation.images.top"]["dtype"] = "image"
-    edit_info(tmp_path / "d", features=features)
-    with pytest.raises(DatasetError, match=r"observation\.images\.top"):
-        Demonstrations(tmp_path / "d")
 
 
 def test_statistics_are_those_of_all_frames(tmp_path: Path) -> None:
@@ -135,34 +109,121 @@ def test_statistics_are_those_of_all_frames(tmp_path: Path) -> None:
     assert np.shape(stats["observation.images.top"]["mean"]) == (3, 1, 1)
 
 
-def test_a_dataset_with_many_episodes_a_file_is_read(tmp_path: Path) -> None:
-    """The layout that LeRobot itself writes: everything of a chunk in one file."""
+def quantiles(values: np.ndarray) -> np.ndarray:
+    return np.quantile(values.astype(np.float64), [0.01, 0.1, 0.5, 0.9, 0.99], axis=0)
+
+
+def test_quantiles_are_those_of_the_numbers(tmp_path: Path) -> None:
     episodes = write(tmp_path / "d", 0, 1, 2)
-    root = tmp_path / "d"
-    data = pa.concat_tables([pq.read_table(root / f"data/chunk-000/file-00{i}.parquet") for i in range(3)])
-    table = pa.concat_tables([pq.read_table(root / f"meta/episodes/chunk-000/file-00{i}.parquet") for i in range(3)])
-    film = [image for e in episodes for image in e.images["top"]]
+    stats = json.loads((tmp_path / "d/meta/stats.json").read_text())
+    for key, name in (("action", "actions"), ("observation.state", "states")):
+        values = np.concatenate([getattr(e, name) for e in episodes])
+        np.testing.assert_allclose([stats[key][q] for q in QUANTILES], quantiles(values))
+    rows = pq.read_table(tmp_path / "d/meta/episodes/chunk-000/file-001.parquet")
+    np.testing.assert_allclose(
+        [rows[f"stats/action/{q}"][0].as_py() for q in QUANTILES], quantiles(episodes[1].actions)
+    )
+    pixels = episodes[1].images["top"].reshape(-1, 3) / 255
+    found = [rows[f"stats/observation.images.top/{q}"][0].as_py() for q in QUANTILES]
+    np.testing.assert_allclose(np.reshape(found, (5, 3)), quantiles(pixels))
+    of_images = [stats["observation.images.top"][q] for q in QUANTILES]
+    assert np.shape(of_images) == (5, 3, 1, 1)
+    by_episode = [quantiles(e.images["top"].reshape(-1, 3) / 255) for e in episodes]
+    np.testing.assert_allclose(np.reshape(of_images, (5, 3)), np.average(by_episode, axis=0, weights=[5, 6, 7]))
+
+
+def forget_quantiles(root: Path) -> None:
+    """Make a dataset such as this package wrote before it knew quantiles, and statistics of time stamps and indices."""
+    for path in (root / "meta/episodes/chunk-000").iterdir():
+        table = pq.read_table(path)
+        late = [n for n in table.column_names if re.search(r"^stats/(.*/q\d\d|[a-z_]*(index|stamp)/)", n)]
+        assert len(late) == 3 * 5 + 5 * 10
+        pq.write_table(table.drop_columns(late), path)
+    stats = json.loads((root / "meta/stats.json").read_text())
+    kept = {key: {n: v for n, v in of.items() if n not in QUANTILES} for key, of in stats.items() if "." in key}
+    (root / "meta/stats.json").write_text(json.dumps(kept | {"action": stats["action"]}))
+
+
+def test_a_dataset_of_before_is_appended_to_as_it_is(tmp_path: Path) -> None:
+    """LeRobot reads a table in many files only if the first has all columns."""
+    write(tmp_path / "d", 0)
+    forget_quantiles(tmp_path / "d")
+    write(tmp_path / "d", 1)
+    schemas = [pq.read_schema(tmp_path / f"d/meta/episodes/chunk-000/file-00{i}.parquet") for i in range(2)]
+    assert schemas[0].names == schemas[1].names
+    assert [row.length for row in Demonstrations(tmp_path / "d").rows] == [5, 6]
+    stats = json.loads((tmp_path / "d/meta/stats.json").read_text())
+    assert "q50" in stats["action"]
+    assert "q50" not in stats["observation.images.top"]
+
+
+def share_files(root: Path) -> None:
+    """Lay a dataset out as LeRobot does: everything of a chunk in one file."""
+    count = len(Demonstrations(root).rows)
+    data = pa.concat_tables([pq.read_table(root / f"data/chunk-000/file-00{i}.parquet") for i in range(count)])
+    table = pa.concat_tables(
+        [pq.read_table(root / f"meta/episodes/chunk-000/file-00{i}.parquet") for i in range(count)]
+    )
+    images = [image for _, _, image in Demonstrations(root).frames("top")]
     for folder in ("data", "meta/episodes", "videos"):
         shutil.rmtree(root / folder)
     (root / "data/chunk-000").mkdir(parents=True)
     (root / "meta/episodes/chunk-000").mkdir(parents=True)
     pq.write_table(data, root / "data/chunk-000/file-000.parquet")
-    write_video(root / "videos/observation.images.top/chunk-000/file-000.mp4", film, 20)
+    write_video(root / "videos/observation.images.top/chunk-000/file-000.mp4", images, 20)
     starts = pa.array([row["dataset_from_index"] / 20 for row in table.to_pylist()])
-    zeros = pa.array([0, 0, 0], pa.int64())
-    for name, values in (("from_timestamp", starts), ("file_index", zeros)):
+    for name, values in (("from_timestamp", starts), ("file_index", pa.array([0] * count, pa.int64()))):
         column = f"videos/observation.images.top/{name}"
         table = table.set_column(table.column_names.index(column), column, values)
-    table = table.drop_columns([name for name in table.column_names if name.startswith("origin/")])
     pq.write_table(table, root / "meta/episodes/chunk-000/file-000.parquet")
-    demonstrations = Demonstrations(root)
-    assert [row.origin for row in demonstrations.rows] == [None] * 3
-    read = {(e, f): image for e, f, image in demonstrations.frames("top")}
-    assert len(read) == 18
+
+
+def add_feature(root: Path) -> None:
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    edit_info(root, features=features | {"reward": {"dtype": "float32", "shape": [1], "names": None}})
+
+
+def take_origin_of_last(root: Path) -> None:
+    """As LeRobot leaves a dataset that it has continued: it knows nothing of our columns."""
+    path = root / "meta/episodes/chunk-000/file-002.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns([n for n in table.column_names if n.startswith("origin/")]), path)
+
+
+def take_origins(root: Path) -> None:
+    share_files(root)
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns([n for n in table.column_names if n.startswith("origin/")]), path)
+
+
+def move_videos(root: Path) -> None:
+    (root / "videos").rename(root / "films")
+    edit_info(root, video_path="films/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4")
+
+
+def renumber(root: Path) -> None:
+    path = root / "meta/episodes/chunk-000/file-002.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "episode_index", pa.array([7])), path)
+    path = root / "data/chunk-000/file-002.parquet"
+    data = pq.read_table(path)
+    pq.write_table(data.set_column(4, "episode_index", pa.array([7] * len(data))), path)
+
+
+@pytest.mark.parametrize("change", [add_feature, take_origin_of_last, take_origins, move_videos, renumber])
+def test_what_another_program_has_written_to_is_read_and_not_appended_to(tmp_path: Path, change: object) -> None:
+    root = tmp_path / "d"
+    episodes = write(root, 0, 1, 2)
+    change(root)  # type: ignore[operator]
+    read = {(e, f): image for e, f, image in Demonstrations(root).frames("top")}
+    assert len(read) == len(Demonstrations(root).columns()["states"]) == 18
     for (episode, frame), image in read.items():
         assert np.abs(image.astype(int) - episodes[episode].images["top"][frame]).max() <= 6
+    before = sorted(root.rglob("*"))
     with pytest.raises(DatasetError, match="another program"):
         DemonstrationWriter(root, SPEC, "test")
+    assert sorted(root.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

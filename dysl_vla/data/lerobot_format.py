@@ -1,0 +1,383 @@
+"""What a LeRobotDataset v3 says of itself: `meta/info.json`, the tasks, the table of episodes.
+
+Everything here is small and read at once. What it describes, the frames, is `lerobot_frames`' to read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from dysl_vla.errors import DatasetError
+from dysl_vla.extras import needs_extra
+from dysl_vla.files import replacing
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray, WorldSpec
+
+with needs_extra("sim"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+ACTION_KEY = "action"
+CODEBASE_VERSION = "v3.0"
+INFO = "meta/info.json"
+TASKS = "meta/tasks.parquet"
+EPISODES = "meta/episodes"
+CONVERT = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
+NUMBER = re.compile(r"(float|u?int)\d+|bool")
+PLACEHOLDER = re.compile(r"\{(video_key|(chunk|file)_index(:0\dd)?)\}")
+"""What may stand in a path of `meta/info.json`."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an episode comes from, so that it can be made again and is never evaluated on."""
+
+    suite: str
+    task: str
+    seed: int
+    episode_index: int
+    actor: str
+    noise: float
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One demonstration.
+
+    Attributes:
+        images: Camera name to uint8, (time, height, width, 3).
+        states: (time, state).
+        actions: (time, action): what the expert does in each of these moments.
+        instruction: In plain English.
+        origin: Where it comes from.
+    """
+
+    images: dict[str, ImageArray]
+    states: FloatArray
+    actions: FloatArray
+    instruction: str
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class EpisodeRow:
+    """An episode's entry in the dataset's table.
+
+    Attributes:
+        number: Its `episode_index`; not its place among the rows where episodes were taken out.
+        length: Frames.
+        start: Its first frame's place among all frames.
+        video_files: Camera to chunk and file, of the cameras that are kept as videos.
+        video_starts_s: Camera to the time at which the episode begins in that file.
+        origin: None in datasets that others wrote.
+    """
+
+    number: int
+    length: int
+    start: int
+    video_files: dict[str, tuple[int, int]]
+    video_starts_s: dict[str, float]
+    origin: Origin | None
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What `meta/info.json` declares, as far as it can be used.
+
+    Attributes:
+        spec: Cameras, state, actions and rate.
+        storage: Camera to "video" or "image".
+        left_out: Cameras that cannot be used, and why.
+        has_state_names: The dataset itself names the dimensions of the state.
+        has_action_names: And those of the action.
+    """
+
+    spec: WorldSpec
+    storage: dict[str, str]
+    left_out: dict[str, str]
+    has_state_names: bool
+    has_action_names: bool
+
+
+def read_info(root: Path) -> dict[str, Any]:
+    """`meta/info.json`, checked as far as every reading needs it.
+
+    Raises:
+        DatasetError: It is missing, damaged or of another version, or its paths lead out of the folder.
+    """
+    path = root / INFO
+    if not path.is_file():
+        raise DatasetError(f"{root}: holds no demonstrations (there is no meta/info.json).")
+    try:
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version, fps, count, frames = (info[n] for n in ("codebase_version", "fps", "total_episodes", "total_frames"))
+        if version != CODEBASE_VERSION:
+            raise DatasetError(
+                f"{path}: codebase_version is {version!r}; this reads {CODEBASE_VERSION!r}. LeRobot converts a dataset "
+                f"of v2.1: {CONVERT}"
+            )
+        is_right = 0 < float(fps) < math.inf and int(count) >= 0 and int(frames) >= 0
+        features = {str(key): dict(feature) for key, feature in info["features"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{path}: is not a LeRobotDataset v3 description ({error!r}).") from error
+    if not is_right:
+        raise DatasetError(f"{path}: fps is {fps}, total_episodes {count}, total_frames {frames}; mend what is wrong.")
+    for name in ("data_path", "video_path"):
+        template = info.get(name)
+        if template is not None and not _stays_inside(template):
+            raise DatasetError(f"{path}: {name} is {template!r}, which does not stay in the dataset's folder; mend it.")
+    return info | {"features": features}
+
+
+def _stays_inside(template: object) -> bool:
+    """Is this the form of a path below the dataset's folder? Links in the folder may lead where they will."""
+    if not isinstance(template, str):
+        return False
+    rest = PLACEHOLDER.sub("x", template)
+    path = PurePosixPath(rest)
+    return not path.is_absolute() and ".." not in path.parts and not re.search(r"[{}\\]", rest)
+
+
+def read_declared(
+    info: Mapping[str, Any],
+    cameras: Sequence[str] | None,
+    state_names: Sequence[str] | None,
+    action_names: Sequence[str] | None,
+) -> Declared:
+    """What a description declares, with the cameras and names that a user chose; see `Demonstrations`.
+
+    Raises:
+        DatasetError: A choice does not fit, or what is needed is missing.
+    """
+    features = info["features"]
+    try:
+        states, has_state_names = _names(STATE_KEY, features, "state_names", state_names)
+        actions, has_action_names = _names(ACTION_KEY, features, "action_names", action_names)
+        sizes, left_out = _cameras(features)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise DatasetError(f"{INFO}: is not a LeRobotDataset v3 description ({error!r}).") from error
+    for name in cameras or ():
+        if name not in sizes:
+            why = f"cannot be used: {left_out[name]}" if name in left_out else "is not in the dataset"
+            usable = f"those that can be used: {', '.join(sizes)}" if sizes else "no camera can be used"
+            raise DatasetError(f"cameras: {name!r} {why}; {usable}.")
+    chosen = {name: size for name, size in sizes.items() if cameras is None or name in cameras}
+    storage = {name: features[IMAGE_PREFIX + name]["dtype"] for name in chosen}
+    if "video" in storage.values() and info.get("video_path") is None:
+        raise DatasetError(f"{INFO}: has no video_path, although cameras are kept as videos; mend it.")
+    spec = WorldSpec(
+        cameras=chosen,
+        state_names=states,
+        action_names=actions,
+        action_low=(-np.inf,) * len(actions),
+        action_high=(np.inf,) * len(actions),
+        rate_hz=float(info["fps"]),
+    )
+    return Declared(spec, storage, left_out, has_state_names, has_action_names)
+
+
+def _names(
+    key: str, features: Mapping[str, Any], option: str, given: Sequence[str] | None
+) -> tuple[tuple[str, ...], bool]:
+    """A vector's names, and whether they are the dataset's own.
+
+    The dataset has a list, lists under some words ("motors"), a map to positions, or none.
+    """
+    if key not in features:
+        raise DatasetError(f"{INFO}: there is no feature {key!r}.")
+    shape, found = features[key]["shape"], features[key].get("names")
+    if len(shape) != 1 or not NUMBER.fullmatch(features[key]["dtype"]):
+        raise DatasetError(f"{INFO}: {key} is {features[key]['dtype']} of shape {shape}; expected one row of numbers.")
+    if isinstance(found, Mapping):
+        lists = [name for value in found.values() if isinstance(value, list) for name in value]
+        found = lists or sorted(found, key=lambda name: found[name])
+    if found and len(found) != shape[0]:
+        raise DatasetError(f"{INFO}: {key} has {shape[0]} dimensions and {len(found)} names ({found}); mend its names.")
+    own = tuple(map(str, found or ()))
+    if given is None:
+        return own or tuple(map(str, range(shape[0]))), bool(own)
+    if own and own != tuple(given):
+        raise DatasetError(f"{option}: the dataset names them itself: {', '.join(own)}; leave the option out.")
+    if len(given) != shape[0] or len(set(given)) != len(given):
+        raise DatasetError(f"{option}: {', '.join(given)}: expected {shape[0]} different names, one a dimension.")
+    return tuple(given), bool(own)
+
+
+def _cameras(features: Mapping[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Sizes of the cameras that can be used; the others, and why not."""
+    sizes, left_out = {}, {}
+    for key, feature in features.items():
+        if key.startswith(IMAGE_PREFIX):
+            found = _camera_size(key, feature)
+            if isinstance(found, str):
+                left_out[key.removeprefix(IMAGE_PREFIX)] = found
+            else:
+                sizes[key.removeprefix(IMAGE_PREFIX)] = found
+        elif feature.get("dtype") in ("video", "image"):
+            left_out[key] = f"its key is not {IMAGE_PREFIX}<camera>"
+    return sizes, left_out
+
+
+def _camera_size(key: str, feature: Mapping[str, Any]) -> tuple[int, int] | str:
+    """Height and width, or why it cannot be used."""
+    shape = tuple(feature["shape"])
+    about = [feature.get("info") or {}, feature.get("video_info") or {}]
+    if "/" in key:
+        return "its name has a '/'"
+    if feature["dtype"] not in ("video", "image"):
+        return f"it is kept as {feature['dtype']}, neither as a video nor as images"
+    if any(flags.get(name) for flags in about for name in ("is_depth_map", "video.is_depth_map")):
+        return "it is a depth map"
+    if len(shape) != 3:
+        return f"its shape is {list(shape)}, not (height, width, 3)"
+    names = feature.get("names")
+    initials = "".join(str(name)[:1].lower() for name in names) if isinstance(names, list) else ""
+    if sorted(initials) != ["c", "h", "w"]:
+        initials = "chw" if shape[0] == 3 and shape[2] != 3 else "hwc"
+    size = dict(zip(initials, map(int, shape), strict=True))
+    if size["c"] != 3:
+        return f"it has {size['c']} channel{'s' if size['c'] != 1 else ''}, not 3"
+    return size["h"], size["w"]
+
+
+def read_tasks(root: Path) -> dict[int, str]:
+    """`task_index` to instruction, rising.
+
+    LeRobot writes the text with pandas as an index, whose column is "task" or, where it had no name, another.
+
+    Raises:
+        DatasetError: The table is missing or damaged.
+    """
+    path = root / TASKS
+    table = read_table(path)
+    texts = [name for name in ("task", "__index_level_0__") if name in table.column_names]
+    try:
+        numbers, tasks = table["task_index"].to_pylist(), table[texts[0]].to_pylist()
+        found = {int(number): str(task) for number, task in zip(numbers, tasks, strict=True) if task is not None}
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise DatasetError(f"{path}: has not the columns task_index and task ({error!r}); restore it.") from error
+    if len(found) != len(numbers):
+        raise DatasetError(f"{path}: a task_index stands twice, or has no task; restore it.")
+    return dict(sorted(found.items()))
+
+
+def read_episodes(root: Path, info: Mapping[str, Any], storage: Mapping[str, str]) -> list[EpisodeRow]:
+    """The first rows of the table; those behind them are of an episode that was interrupted before it counted.
+
+    Raises:
+        DatasetError: The table is damaged, or does not fit `meta/info.json`.
+    """
+    folder, count = root / EPISODES, int(info["total_episodes"])
+    videos = [name for name, kind in storage.items() if kind == "video"]
+    names = ["episode_index", "length"]
+    optional = [f"origin/{name}" for name in Origin.__dataclass_fields__]
+    optional += [f"videos/{IMAGE_PREFIX}{name}/{c}" for name in videos for c in ("chunk_index", "file_index")]
+    optional += [f"videos/{IMAGE_PREFIX}{name}/from_timestamp" for name in videos]
+    tables = [read_table(path, names, optional) for path in sorted(folder.glob("*/*.parquet"))]
+    values = [row for table in tables for row in table.to_pylist()]
+    if any(row["episode_index"] is None or row["length"] is None for row in values):
+        raise DatasetError(f"{folder}: an episode has no episode_index or no length; restore the table.")
+    values = sorted(values, key=lambda row: int(row["episode_index"]))[:count]
+    if len(values) != count:
+        raise DatasetError(
+            f"{folder}: {len(values)} episodes, meta/info.json counts {count}. A recording that was cut off before it "
+            "was finalized leaves that; restore it, or set total_episodes and total_frames to what there is."
+        )
+    rows: list[EpisodeRow] = []
+    for row in values:
+        start = rows[-1].start + rows[-1].length if rows else 0
+        rows.append(_row(folder, row, start, videos))
+        if rows[-1].length < 1 or (len(rows) > 1 and rows[-1].number == rows[-2].number):
+            raise DatasetError(f"{folder}: episode {rows[-1].number} has no frames, or stands twice; restore it.")
+    total = sum(row.length for row in rows)
+    if total != int(info["total_frames"]):
+        raise DatasetError(
+            f"{root / INFO}: total_frames is {info['total_frames']}, its {count} episodes have {total}; set it to "
+            "that, or restore the episodes that are missing."
+        )
+    return rows
+
+
+def _row(folder: Path, values: Mapping[str, Any], start: int, videos: Sequence[str]) -> EpisodeRow:
+    number = int(values["episode_index"])
+    files, starts = {}, {}
+    for camera in videos:
+        names = ("chunk_index", "file_index", "from_timestamp")
+        chunk, file, from_s = (values.get(f"videos/{IMAGE_PREFIX}{camera}/{name}") for name in names)
+        if chunk is None or file is None or from_s is None or not math.isfinite(from_s):
+            raise DatasetError(
+                f"{folder}: episode {number} has no video of camera {camera!r}. A recording that was cut off before "
+                "its videos were encoded leaves that; record it again, or choose other cameras."
+            )
+        files[camera], starts[camera] = (int(chunk), int(file)), float(from_s)
+    origin = {name: values.get(f"origin/{name}") for name in Origin.__dataclass_fields__}
+    return EpisodeRow(
+        number=number,
+        length=int(values["length"]),
+        start=start,
+        video_files=files,
+        video_starts_s=starts,
+        origin=None if None in origin.values() else Origin(**origin),  # type: ignore[arg-type]
+    )
+
+
+def read_table(path: Path, names: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:
+    """Columns of one Parquet file, or all.
+
+    Args:
+        path: The file.
+        names: Those that must be there; None: all that are.
+        optional: Those that are read when they are there.
+
+    Raises:
+        DatasetError: The file is missing or damaged, or a column is missing.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            if names is None:
+                return file.read()
+            present = file.schema_arrow.names
+            if missing := [name for name in names if name not in present]:
+                raise DatasetError(f"{path}: has no column {missing[0]!r}; restore it, or convert the dataset again.")
+            wanted = [*names, *(name for name in optional if name in present)]
+            return file.read(columns=wanted).select(wanted)
+    except (OSError, pa.ArrowException) as error:
+        raise DatasetError(
+            f"{path}: cannot be read ({error}); restore it. A recording that was not finalized leaves such files."
+        ) from error
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file whole."""
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def write_tasks(root: Path, tasks: Sequence[str]) -> None:
+    """LeRobot reads this table with pandas and wants the text as its index, which pandas keeps in the schema."""
+    column = {"field_name": "task_index", "name": "task_index", "pandas_type": "int64", "numpy_type": "int64"}
+    text = {"field_name": "task", "name": "task", "pandas_type": "unicode", "numpy_type": "object"}
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [
+            {
+                "name": None,
+                "field_name": None,
+                "pandas_type": "unicode",
+                "numpy_type": "object",
+                "metadata": {"encoding": "UTF-8"},
+            }
+        ],
+        "columns": [column | {"metadata": None}, text | {"metadata": None}],
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.2.3",
+    }
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks)})
+    write_table(root / TASKS, table.replace_schema_metadata({"pandas": json.dumps(pandas)}))
