@@ -3,9 +3,9 @@
     python feetech_bus.py REGISTERS EVENTS
 
 prints the name of its serial port and serves it until its parent ends. Registers are in a mapped file, so that another
-process can look at torque, goals and positions at any moment, move a joint by hand, and switch on a fault (`Registers`).
-Each torque change and each goal is a line in EVENTS, with its time (`time.perf_counter`). Knows the standard library
-alone. Not for protocols and timing of other motors.
+process can look at torque, goals and positions at any moment, move a joint by hand, and switch on a fault
+(`Registers`). Each torque change and each goal is a line in EVENTS, with its time (`time.perf_counter`). Knows the
+standard library alone. Not for protocols and timing of other motors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 import tty
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,7 +35,7 @@ TORQUE, GOAL, LOCK, PRESENT = (40, 1), (42, 2), (55, 1), (56, 2)
 PING, READ, WRITE, SYNC_READ, SYNC_WRITE, BROADCAST = 1, 2, 3, 0x82, 0x83, 0xFE
 OVERLOAD = 0x20
 FAULTS = ("none", "mute", "late", "corrupt", "refuse")
-"""Answers; neither answers nor does anything; answers after `delay_s`; does it and answers nonsense; refuses to write."""
+"""Answers; neither answers nor does anything; answers after `delay_s`; does it, answers nonsense; refuses to write."""
 HEADER, STRIDE, SETTINGS = 64, 128, struct.Struct("<BBdd")
 TICK_S = 0.005
 
@@ -284,6 +284,8 @@ def _checksum(body: bytes | bytearray) -> int:
 def serve(registers: Path, events: Path) -> None:
     """Serve a new serial port until the parent process ends; its name is printed first."""
     parent = os.getppid()
+    with suppress(OSError):
+        os.nice(-15)  # motors have their own processors: LeRobot waits 50 ms for an answer
     ours, theirs = pty.openpty()  # their end stays open here, too, so that they can close theirs and come again
     tty.setraw(theirs)
     print(os.ttyname(theirs), flush=True)
