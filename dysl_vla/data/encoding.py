@@ -153,7 +153,7 @@ def encode(
 
 
 def _shift(observation: Observation, policy: BackbonePolicy, rng: np.random.Generator) -> Observation:
-    """Each camera's image moved by up to SHIFT pixels of those that the policy sees; at the sides its edge is repeated."""
+    """Each camera's image moved by up to SHIFT of the pixels that the policy sees; its edges are repeated."""
     moved = dict(observation)
     sizes: Mapping[str, tuple[int, int]] = getattr(policy, "resizes", {})
     for key, image in observation.items():

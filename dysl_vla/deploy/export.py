@@ -206,7 +206,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
 
 
 def robot_to_try(bundle: Path) -> str:
-    """What `dysl control --robot` takes for a bundle: the world that its policy was trained in, simulated, or an arm."""
+    """What `dysl control --robot` takes for a bundle: where its policy was trained, simulated, or a real arm."""
     try:
         suite, tasks = provenance.home(read_json(bundle / DOCUMENT)["provenance"], "", "")
     except ConfigError:  # trained on data that say of no suite: a real arm's
