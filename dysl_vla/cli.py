@@ -64,29 +64,32 @@ def _demos_import(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from dysl_vla.data.cloning import TrainConfig, train
+    from dysl_vla.data.cloning import TrainConfig, evaluation, train
 
-    out = train(_parse(TrainConfig, arguments, "dysl train"))
-    print(f"Trained: {out}. Evaluate it: dysl eval --policy {out} --out {out}-eval")
+    config = _parse(TrainConfig, arguments, "dysl train")
+    out = train(config)
+    print(f"Trained: {out}. Evaluate it: {evaluation(out, config.data)}")
     return 0
 
 
 def _calibrate(arguments: Sequence[str]) -> int:
     from dysl_vla.data.calibrating import CalibrateConfig, calibrate, read_plan
 
-    path = calibrate(_parse(CalibrateConfig, arguments, "dysl calibrate"))
+    config = _parse(CalibrateConfig, arguments, "dysl calibrate")
+    path = calibrate(config)
     plan = read_plan(path)
     print(f"{path}: static layers {', '.join(map(str, plan.static_layers))} of {plan.num_layers}.")
+    print(f"Train adapters and controllers: dysl distill --policy {config.policy} --data {config.data} --plan {path}")
     return 0
 
 
 def _distill(arguments: Sequence[str]) -> int:
+    from dysl_vla.data.cloning import evaluation
     from dysl_vla.data.distilling import DistillRunConfig, distill
 
-    out = distill(_parse(DistillRunConfig, arguments, "dysl distill"))
-    print(
-        f"Distilled: {out}. Full and skipping, side by side: dysl eval --policy {out} --skip-config full,dysl --out DIR"
-    )
+    config = _parse(DistillRunConfig, arguments, "dysl distill")
+    out = distill(config)
+    print(f"Distilled: {out}. Full and skipping, side by side: {evaluation(out, config.data)} --skip-config full,dysl")
     return 0
 
 
@@ -147,11 +150,20 @@ def _plot(arguments: Sequence[str]) -> int:
 
 
 def _eval(arguments: Sequence[str]) -> int:
-    from dysl_vla.eval.compare import compare, render_comparison
-    from dysl_vla.eval.report import render_report
-    from dysl_vla.eval.runner import EvalConfig, evaluate
+    from dysl_vla.eval.config import EvalConfig
 
     config = _parse(EvalConfig, arguments, "dysl eval")
+    if config.data is not None:
+        from dysl_vla.eval.offline import evaluate_offline
+        from dysl_vla.eval.offline_report import render_offline
+
+        print(render_offline(evaluate_offline(config)))
+        print(f"Records and pictures: {config.out}")
+        return 0
+    from dysl_vla.eval.compare import compare, render_comparison
+    from dysl_vla.eval.report import render_report
+    from dysl_vla.eval.runner import evaluate
+
     result = evaluate(config)
     for one in result.get("ways", {"": result}).values():
         print(render_report(one))
@@ -178,15 +190,16 @@ def _eval_compare(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.export import ExportConfig, export, simulation
+    from dysl_vla.deploy.export import ExportConfig, export, robot_to_try
 
     out = export(_parse(ExportConfig, arguments, "dysl export"))
-    print(f"Exported: {out}. Try it: dysl control --bundle {out} --robot {simulation(out)} --seconds 10")
+    print(f"Exported: {out}. Try it: dysl control --bundle {out} --robot {robot_to_try(out)} --seconds 10")
     return 0
 
 
 def _control(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.control import ControlConfig, control, render_account
+    from dysl_vla.deploy.account import render_account
+    from dysl_vla.deploy.control import ControlConfig, control
 
     print(render_account(control(_parse(ControlConfig, arguments, "dysl control"))))
     return 0
@@ -245,13 +258,13 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a policy on demonstrations"),
     "calibrate": (_calibrate, "measure which layers a policy cannot do without, and plan what may be skipped"),
     "distill": (_distill, "train adapters and controllers, so that a policy skips layers"),
-    "tune": (_tune, "choose how much a policy skips, by time or by success"),
+    "tune": (_tune, "choose how much a policy skips, by time, by success or by the actions' error"),
     "bench backbone": (_bench_backbone, "measure what skipping costs beside what it saves, on a decoder of any size"),
     "bench env": (_bench_env, "measure how fast a suite simulates, and where the time goes"),
     "bench bundle": (_bench_bundle, "measure an exported policy beside the one that it was made from"),
     "bench serve": (_bench_serve, "measure a policy server with many clients, some of which misbehave"),
     "plot": (_plot, "draw where an evaluation's layers went"),
-    "eval": (_eval, "evaluate a policy: success, latency, videos"),
+    "eval": (_eval, "evaluate a policy: success, latency, videos; or on demonstrations"),
     "export": (_export, "turn a policy that skips layers into a folder that needs no torch"),
     "control": (_control, "run a policy on a robot, real or simulated, at a fixed rate"),
     "control replay": (_control_replay, "send the actions of a control log to a robot again"),
@@ -259,6 +272,9 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "serve": (_serve, "serve a policy to openpi clients over websockets"),
     "eval compare": (_eval_compare, "compare evaluations, paired by episode"),
 }
+
+CONTINUES = ("demos collect", "train", "distill", "eval")
+"""Verbs that go on where they were interrupted."""
 
 
 def usage() -> str:
@@ -288,7 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"dysl {verb}: {error}", file=sys.stderr)
                 return 2
             except KeyboardInterrupt:
-                print(f"dysl {verb}: interrupted; the same command continues where it stopped.", file=sys.stderr)
+                continues = "; the same command continues where it stopped" if verb in CONTINUES else ""
+                print(f"dysl {verb}: interrupted{continues}.", file=sys.stderr)
                 return 130
     if not words or words[0] in ("-h", "--help"):
         print(usage())

@@ -149,6 +149,48 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def check_disk(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin what would fill the disk.
+
+    Args:
+        folder: Where it is to be written; it, or one above it, exists.
+        needed: Bytes.
+        what: Is to be written, for the message.
+
+    Raises:
+        ConfigError: There is less space.
+    """
+    present = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(present).free
+    if needed > free:
+        raise ConfigError(f"out: {what} need {needed / 1e9:.1f} GB in {folder}, there are {free / 1e9:.1f}; free some.")
+
+
+def check_memory(needed: int, what: str, fix: str) -> None:
+    """Refuse to begin what would not fit into memory. Where the system does not tell how much is free, it may begin.
+
+    Args:
+        needed: Bytes.
+        what: Needs it, for the message.
+        fix: What to do about it, for the message.
+
+    Raises:
+        ConfigError: There is less memory.
+    """
+    free = available_memory()
+    if free is not None and needed > free:
+        raise ConfigError(f"memory: {what} need {needed / 1e9:.1f} GB, there are {free / 1e9:.1f}; {fix}.")
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be had without swapping; None: unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

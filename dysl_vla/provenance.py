@@ -29,6 +29,8 @@ PACKAGES = (
     "av",
     "pyarrow",
 )
+FIRST_EVALUATION_SEED = 100_000
+"""Seeds below are for demonstrations, those from there on for evaluation."""
 
 
 def versions() -> dict[str, str]:
@@ -109,12 +111,30 @@ def home(record: Any, suite: str, tasks: str) -> tuple[str, str]:
         return suite, tasks
     last = _last_origins(record)
     if not last:
-        raise ConfigError("suite: this policy does not say which suite it was trained in; name one.")
+        raise ConfigError(
+            "suite: this policy does not say which suite it was trained in; name one, or evaluate it on held-out "
+            "demonstrations with --data DIR."
+        )
     episodes: Counter[str] = Counter()
     for origin in last:
         episodes[origin["suite"]] += origin["episodes"]
     [(suite, _)] = episodes.most_common(1)
     return suite, tasks or ",".join(sorted({origin["task"] for origin in last if origin["suite"] == suite}))
+
+
+def demonstrated_change(record: Any) -> list[float] | None:
+    """Largest change from one demonstrated action to the next in a policy's last training, a value a dimension.
+
+    Args:
+        record: Its provenance.
+
+    Returns:
+        In the actions' units; None: it does not say, as policies of before do not.
+    """
+    if not record:
+        return None
+    own: list[float] | None = record.get("data", {}).get("action_change")
+    return own or demonstrated_change(record.get("init"))
 
 
 def _last_origins(record: Any) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ included, can import it.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,20 @@ instruction in plain English.
 IMAGE_PREFIX = "observation.images."
 STATE_KEY = "observation.state"
 TASK_KEY = "task"
+
+
+RELATIVE = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
+"""Names of actions that move by so much, so that zero holds; all others, grippers aside, are taken as positions."""
+
+
+def is_gripper(name: str) -> bool:
+    """Whether a dimension is a gripper's: "gripper", LeRobot's "gripper.pos" and "left_gripper.pos"."""
+    return "gripper" in re.split(r"[._\W]+", name.lower())
+
+
+def gripper_columns(names: Sequence[str]) -> tuple[int, ...]:
+    """Which of some dimensions are grippers'."""
+    return tuple(index for index, name in enumerate(names) if is_gripper(name))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dysl_vla.extras import needs_extra
 from dysl_vla.files import replacing
 from dysl_vla.types import ImageArray
 
-with needs_extra("sim"):
+with needs_extra("train"):
     import av
 
 CODEC = "h264"

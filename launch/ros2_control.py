@@ -131,7 +131,7 @@ class Ros2Robot:
     def _keep(self, name: str, value: Any, stamp: Any) -> None:
         age = 1e-9 * self._clock.now().nanoseconds - (stamp.sec + 1e-9 * stamp.nanosec)
         with self._lock:
-            self._parts[name] = value, time.perf_counter() - max(0.0, age)
+            self._parts[name] = value, time.perf_counter() - age  # a stamp of another clock stops the robot
             self._lock.notify_all()
 
 

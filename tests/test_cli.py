@@ -54,6 +54,17 @@ def test_an_interrupted_command_says_how_to_go_on(
     assert "continues" in capsys.readouterr().err
 
 
+def test_an_interrupted_command_that_does_not_go_on_does_not_say_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dysl_vla.deploy.control.open_policy", interrupt)
+    assert main(["control", "--robot", "mujoco:mock-reach", "--policy", "mock"]) == 130
+    assert capsys.readouterr().err == "dysl control: interrupted.\n"
+
+
 def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dysl_vla.doctor.is_installed", lambda name: name not in ("mujoco", "torch"))
     report = diagnose()

@@ -77,7 +77,7 @@ def test_top_level_links_are_relative_and_lead_into_the_package(name: str) -> No
     ("module", "extra", "command"),
     [
         ("gymnasium", "sim", "demos collect --suite mock --episodes 1"),
-        ("av", "sim", "demos collect --suite mock --episodes 1"),
+        ("av", "train", "demos collect --suite mock --episodes 1"),
         ("robosuite", "sim", "demos collect --suite robosuite-5 --episodes 1"),
         ("h5py", "hdf5", "demos import --file x"),
         ("torch", "policy", "train --data x"),

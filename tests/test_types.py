@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dysl_vla.errors import ActionError, ConfigError, ObservationError
-from dysl_vla.types import Normalisation, PolicySpec, WorldSpec, check_actions
+from dysl_vla.types import Normalisation, PolicySpec, WorldSpec, check_actions, gripper_columns
 
 WORLD = WorldSpec(
     cameras={"top": (32, 32)},
@@ -125,3 +125,17 @@ def test_a_spec_that_cannot_work_is_refused(changes: dict[str, object], field: s
 def test_a_normalisation_that_cannot_work_is_refused(std: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match=r"^normalisation:"):
         Normalisation((0.0, 0.0), std)
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("dx", "dy", "gripper"), (2,)),
+        (("shoulder_pan.pos", "gripper.pos"), (1,)),
+        (("left_wrist.pos", "left_gripper.pos", "right_wrist.pos", "right_gripper.pos"), (1, 3)),
+        (("gripper_open", "Gripper"), (0, 1)),
+        (("grippers", "agripper", "0", ""), ()),
+    ],
+)
+def test_grippers_are_known_by_name(names: tuple[str, ...], columns: tuple[int, ...]) -> None:
+    assert gripper_columns(names) == columns

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.data.encoding import choose_frames, encode
+from dysl_vla.data.encoding import choose_frames, demonstrations_for, encode
 from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.split import split_for
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import is_unused, read_json, replacing, write_json
@@ -62,9 +63,8 @@ def calibrate(config: CalibrateConfig) -> Path:
         raise ConfigError(f"frames: {config.frames} must be at least 1.")
     if not is_unused(config.out) and not (config.out / PLAN).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no plan; give a new folder.")
-    demonstrations = Demonstrations(config.data)
     policy = load_backbone_policy(config.policy)
-    policy.spec.check_world(demonstrations.spec)
+    demonstrations = demonstrations_for(config.data, policy.spec)
     measured = measure(policy, demonstrations, config.frames)
     static = choose_static_layers(measured, config.static_ratio, config.longest_block)
     plan = with_exits(SkipPlan(len(measured), static), config.exits)
@@ -96,7 +96,9 @@ def with_exits(plan: SkipPlan, exits: str) -> SkipPlan:
 
 def measure(policy: BackbonePolicy, demonstrations: Demonstrations, frames: int) -> NDArray[np.float64]:
     """Similarity of each layer's input and output, (layers,)."""
-    encoded = encode(policy, demonstrations, choose_frames(demonstrations, frames, held_out=True), "held-out frames")
+    split = split_for(len(demonstrations.rows), policy.provenance)
+    chosen = choose_frames(demonstrations, frames, split, held_out=True)
+    encoded = encode(policy, demonstrations, chosen, "held-out frames")
     bar = tqdm(total=len(encoded.indices), desc="measuring layers", unit="frame")
     with torch.inference_mode(), bar:
         sums, count = np.zeros(1), 0
@@ -130,7 +132,7 @@ def read_plan(path: Path) -> SkipPlan:
 
 def draw_similarity(measured: NDArray[np.float64], plan: SkipPlan, path: Path) -> None:
     """A bar a layer: how far its output is from its input."""
-    with needs_extra("sim"):
+    with needs_extra("train"):
         from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()

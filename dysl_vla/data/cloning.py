@@ -1,12 +1,15 @@
 """`dysl train`: from demonstrations on disk to a trained checkpoint.
 
 Opens the dataset, decides from it everything of the policy that data decides (cameras, normalisation, tokenizer),
-reads the images into memory and hands over to the trainer in `policies`.
+decodes the images once, into files that are mapped into memory, and hands over to the trainer in `policies`.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,16 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
 
 from dysl_vla import provenance
 from dysl_vla.checkpoint import MANIFEST
 from dysl_vla.data.calibrating import read_plan
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.options import NUMBER, PLACE, camera_options
+from dysl_vla.data.options import NUMBER, PLACE, SIZE, camera_options
+from dysl_vla.data.split import split_for
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import check_same_run, claimed, is_unused, read_lines, write_json
-from dysl_vla.types import ImageArray, PolicySpec
+from dysl_vla.files import (
+    available_memory,
+    check_disk,
+    check_same_run,
+    claimed,
+    is_unused,
+    read_lines,
+    replacing,
+    write_json,
+)
+from dysl_vla.images import resized
+from dysl_vla.types import FloatArray, ImageArray, PolicySpec
 
 with needs_extra("policy"):
     import torch
@@ -32,6 +48,7 @@ with needs_extra("policy"):
     from dysl_vla.policies.training import (
         CURVE_FILE,
         SHIFT,
+        STATE_CLIP,
         STATE_FILE,
         BehaviourCloning,
         OptimizerConfig,
@@ -40,7 +57,9 @@ with needs_extra("policy"):
         train_tokenizer,
     )
 
-RUN_FILE = "training_run.json"
+RUN_FILE, FRAMES = "training_run.json", "frames"
+LARGE, SHORTER = 200, 96
+"""Pixels of the shorter side: above so many, images are resized to about so many."""
 LONGEST_INSTRUCTION = 24
 """Tokens. What is longer is cut."""
 
@@ -50,7 +69,7 @@ class TrainConfig:
     """Train a MiniVLA on demonstrations by behaviour cloning. Resumes exactly where it was interrupted."""
 
     data: Path
-    """Folder of a LeRobotDataset v3."""
+    """Folder of a LeRobotDataset v3, of LeRobot's own recorder or of `dysl demos collect`."""
     out: Path
     """Folder for the checkpoint, the training state, the curves and the TensorBoard log."""
     init: str | None = None
@@ -58,8 +77,14 @@ class TrainConfig:
     plan: Path | None = None
     """A plan written by `dysl calibrate`: its static layers, run without the others, also learn to act as all layers
     do, so that skipping loses less."""
+    cameras: str | None = None
+    """Comma-separated cameras to look through; all usable ones when not given."""
+    resize: str | None = None
+    """Size that each camera's images are resized to first, "front=96x128,wrist=96x128" (height x width). When not
+    given, images of more than 200 pixels a side get about 96 the shorter side; smaller ones stay as they are."""
     crops: str = ""
-    """Part of each camera's image to look at, "corner2=96x96+28+44" (height x width + top + left); else its middle."""
+    """Part of each camera's (resized) image to look at, "corner2=96x96+28+44" (height x width + top + left); else its
+    middle."""
     grids: str = ""
     """Grid tokens a side for each camera, "corner2=4,gripperPOV=2"; as many as fit, at most 4, when empty."""
     layers: int = 24
@@ -70,6 +95,13 @@ class TrainConfig:
     """Actions predicted by one inference."""
     execute: int = 2
     """Actions executed before the next inference."""
+    held_out: float | None = None
+    """Share of the episodes that are kept away from training, to be evaluated on (0.1: one in ten). When not given, one
+    in twenty, or two of fewer than twenty."""
+    state_names: str | None = None
+    """Comma-separated names for the state's dimensions, for a dataset that has none."""
+    action_names: str | None = None
+    """Comma-separated names for the action's dimensions, for a dataset that has none."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -86,38 +118,70 @@ def train(config: TrainConfig) -> Path:
     """
     if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no training; give a new folder.")
-    demonstrations = Demonstrations(config.data)
-    if not demonstrations.rows:
-        raise DatasetError(f"{config.data}: holds no episodes.")
+    demonstrations = _open(config)
     columns = demonstrations.columns()
     torch.manual_seed(config.optimizer.seed)
     policy = _warm_start(config, demonstrations) if config.init else _new_policy(config, demonstrations, columns)
+    split = split_for(len(demonstrations.rows), policy.provenance, config.held_out)
     shortest_path = _shortest_path(config.plan, policy.config.num_layers)
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.optimizer)}, default=str))
     del settings["optimizer"]
     settings["plan"] = shortest_path or None
     identity = {**settings, "frames": demonstrations.total_frames, "initial_weights": policy.fingerprint}
     if _is_finished(config.out, identity):
+        shutil.rmtree(config.out / FRAMES, ignore_errors=True)
         return config.out
+    data = describe(demonstrations)
+    data |= {
+        "held_out_every": split.every,
+        "action_change": action_change(columns["actions"], columns["episode_index"]),
+    }
     policy.provenance = {
         "method": "behaviour cloning",
         **provenance.record(),
         "config": settings,
-        "data": describe(demonstrations),
+        "data": data,
         "init": policy.provenance or None,
     }
-    arrays = TrainingArrays(
-        images={name: _store(demonstrations, name, policy.config.crops[name]) for name in policy.spec.cameras},
-        states=columns["states"],
-        actions=columns["actions"],
-        episode_index=columns["episode_index"],
-        task_index=columns["task_index"],
-        instructions=demonstrations.instructions,
-    )
     with claimed(config.out):
         write_json(config.out / RUN_FILE, identity)
+        held_out = np.array([split.is_held_out(episode) for episode in range(len(demonstrations.rows))])
+        arrays = TrainingArrays(
+            images=_decode(demonstrations, policy.config, config.out),
+            states=columns["states"],
+            actions=columns["actions"],
+            episode_index=columns["episode_index"],
+            task_index=columns["task_index"],
+            instructions=demonstrations.instructions,
+            held_out=held_out[columns["episode_index"]],
+        )
         BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
+        shutil.rmtree(config.out / FRAMES)
     return config.out
+
+
+def _open(config: TrainConfig) -> Demonstrations:
+    """The dataset, as far as it is asked for; what is left out of it is said.
+
+    Raises:
+        DatasetError: It is damaged, empty, or has not what is asked for.
+    """
+    demonstrations = Demonstrations(
+        config.data,
+        cameras=_listed(config.cameras),
+        state_names=_listed(config.state_names),
+        action_names=_listed(config.action_names),
+    )
+    if not demonstrations.rows:
+        raise DatasetError(f"{config.data}: holds no episodes.")
+    if config.cameras is None:
+        for camera, reason in demonstrations.left_out.items():
+            print(f"camera {camera} is left out: {reason}", file=sys.stderr)
+    return demonstrations
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _is_finished(out: Path, identity: Mapping[str, Any]) -> bool:
@@ -150,6 +214,28 @@ def describe(demonstrations: Demonstrations) -> dict[str, Any]:
     }
 
 
+def evaluation(policy: Path, data: Path) -> str:
+    """The command that evaluates what was trained on some data: in its suite, or, where it is of none, offline."""
+    is_simulated = any(row.origin is not None for row in Demonstrations(data).rows)
+    offline = "" if is_simulated else f" --data {data}"
+    return f"dysl eval --policy {policy}{offline} --out {policy}-eval"
+
+
+def action_change(actions: FloatArray, episode_index: NDArray[np.int64]) -> list[float]:
+    """How fast actions were demonstrated: 99.9 % of the changes from one to the next are at most so large.
+
+    Args:
+        actions: (frames, action).
+        episode_index: (frames,).
+
+    Returns:
+        A value a dimension, in the actions' units.
+    """
+    within = episode_index[1:] == episode_index[:-1]
+    change = np.abs(np.diff(actions, axis=0))[within]
+    return [float(value) for value in np.quantile(change, 0.999, axis=0)] if len(change) else [0.0] * actions.shape[1]
+
+
 def _shortest_path(path: Path | None, depth: int) -> list[int]:
     if path is None:
         return []
@@ -165,7 +251,8 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
         raise DatasetError(f"{demonstrations.root}: has no camera (a video feature observation.images.<camera>).")
     tokenizer = train_tokenizer(demonstrations.instructions)
     longest = max(len(tokenizer.encode(text).ids) for text in demonstrations.instructions)
-    crops = _crops(config.crops, spec.cameras)
+    resizes = _resizes(config.resize, spec.cameras)
+    crops = _crops(config.crops, {**spec.cameras, **resizes})
     return MiniVLA(
         MiniVLAConfig(
             spec=PolicySpec(
@@ -175,8 +262,8 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
                 rate_hz=spec.rate_hz,
                 chunk_length=config.chunk,
                 execute_steps=config.execute,
-                state_normalisation=normalisation(columns["states"]),
-                action_normalisation=normalisation(columns["actions"]),
+                state_normalisation=normalisation(columns["states"], spec.state_names),
+                action_normalisation=normalisation(columns["actions"], spec.action_names),
             ),
             crops=crops,
             grids=_grids(config.grids, crops),
@@ -184,6 +271,8 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
             text_tokens=min(longest, LONGEST_INSTRUCTION),
             hidden_size=config.hidden,
             num_layers=config.layers,
+            resizes=resizes,
+            state_clip=STATE_CLIP,
         ),
         tokenizer,
     )
@@ -191,12 +280,26 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
 
 def _warm_start(config: TrainConfig, demonstrations: Demonstrations) -> MiniVLA:
     assert config.init is not None
-    for name in ("crops", "grids", "layers", "hidden", "chunk", "execute"):
+    for name in ("cameras", "resize", "crops", "grids", "layers", "hidden", "chunk", "execute"):
         if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
             raise ConfigError(f"{name}: {config.init} decides it; leave it out, or train without --init.")
     policy = MiniVLA.from_pretrained(config.init)
     policy.spec.check_world(demonstrations.spec)
     return policy
+
+
+def _resizes(text: str | None, cameras: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Sizes as asked for; else those of large images, whose sides become multiples of two cells."""
+    if text is not None:
+        asked = camera_options("resize", text, SIZE, "96x128", cameras)
+        return {name: (height, width) for name, (height, width) in asked.items() if (height, width) != cameras[name]}
+    resizes = {}
+    for name, (height, width) in cameras.items():
+        if min(height, width) > LARGE:
+            scale = SHORTER / min(height, width)
+            rows, columns = (max(1, round(side * scale / (2 * CELL))) * 2 * CELL for side in (height, width))
+            resizes[name] = rows, columns
+    return resizes
 
 
 def _crops(text: str, cameras: Mapping[str, tuple[int, int]]) -> dict[str, Crop]:
@@ -219,16 +322,52 @@ def _grids(text: str, crops: Mapping[str, Crop]) -> dict[str, int]:
     return grids | {name: value for name, (value,) in camera_options("grids", text, NUMBER, "4", crops).items()}
 
 
-def _store(demonstrations: Demonstrations, camera: str, crop: Crop) -> ImageArray:
-    """Keep of each frame the crop and the margin that the augmentation needs; beyond the image its edge is repeated."""
+def _decode(demonstrations: Demonstrations, config: MiniVLAConfig, out: Path) -> dict[str, ImageArray]:
+    """Every camera's frames as training reads them, decoded once into files; those of an interrupted run are kept.
+
+    Kept of each frame is the crop and the margin that the augmentation needs; beyond the image its edge is repeated.
+
+    Raises:
+        ConfigError: The disk has not enough space.
+        DatasetError: A frame is missing or damaged.
+    """
+    count = demonstrations.total_frames
+    shapes = {
+        camera: (count, crop.height + 2 * SHIFT, crop.width + 2 * SHIFT, 3) for camera, crop in config.crops.items()
+    }
+    missing = {camera: shape for camera, shape in shapes.items() if not (out / FRAMES / f"{camera}.npy").exists()}
+    check_disk(out, sum(map(math.prod, missing.values())), f"{count} frames of {len(missing)} cameras")
+    memory = available_memory()
+    if memory is not None and (needed := sum(map(math.prod, shapes.values()))) > memory:
+        print(
+            f"The frames, {needed / 1e9:.1f} GB, do not fit into the {memory / 1e9:.1f} GB of memory that are free: "
+            "training reads them from the disk, which is slower; --resize makes them smaller.",
+            file=sys.stderr,
+        )
+    for camera, shape in missing.items():
+        with replacing(out / FRAMES / f"{camera}.npy") as temporary:
+            stored: ImageArray = open_memmap(temporary, "w+", np.uint8, shape)  # type: ignore[no-untyped-call]
+            _write_frames(demonstrations, camera, config, stored)
+    return {camera: np.load(out / FRAMES / f"{camera}.npy", mmap_mode="r") for camera in config.spec.cameras}
+
+
+def _write_frames(demonstrations: Demonstrations, camera: str, config: MiniVLAConfig, stored: ImageArray) -> None:
+    """Decode one camera's frames into an array.
+
+    Raises:
+        DatasetError: Not every frame has an image.
+    """
     from tqdm import tqdm
 
-    height, width = demonstrations.spec.cameras[camera]
+    crop, size = config.crops[camera], config.resizes.get(camera)
+    height, width = size or demonstrations.spec.cameras[camera]
     rows = np.clip(np.arange(crop.top - SHIFT, crop.top + crop.height + SHIFT), 0, height - 1)
     columns = np.clip(np.arange(crop.left - SHIFT, crop.left + crop.width + SHIFT), 0, width - 1)
-    count = demonstrations.total_frames
-    stored = np.empty((count, len(rows), len(columns), 3), np.uint8)
+    is_there = np.zeros(len(stored), np.bool_)
     frames = demonstrations.frames(camera)
-    for episode, frame, image in tqdm(frames, total=count, desc=f"reading {camera}", unit="frame"):
-        stored[demonstrations.rows[episode].start + frame] = image[rows[:, None], columns]
-    return stored
+    for episode, frame, image in tqdm(frames, total=len(stored), desc=f"reading {camera}", unit="frame"):
+        index = demonstrations.rows[episode].start + frame
+        stored[index] = resized(image, size)[rows[:, None], columns]
+        is_there[index] = True
+    if not is_there.all():
+        raise DatasetError(f"{demonstrations.root}: frame {int(is_there.argmin())} of {camera} has no image.")

@@ -21,13 +21,15 @@ from dysl_vla import provenance
 from dysl_vla.checkpoint import find_checkpoint
 from dysl_vla.data.calibrating import calibrated_plan, read_plan
 from dysl_vla.data.cloning import describe
-from dysl_vla.data.encoding import Encoded, choose_frames, encode
+from dysl_vla.data.encoding import Encoded, choose_frames, demonstrations_for, encode
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.replay import Replay
+from dysl_vla.data.split import split_for
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
     append_line,
+    check_memory,
     check_same_run,
     claimed,
     is_unused,
@@ -39,6 +41,7 @@ from dysl_vla.files import (
     write_lines,
 )
 from dysl_vla.policies import BackbonePolicy, load_backbone_policy
+from dysl_vla.types import gripper_columns
 
 with needs_extra("policy"):
     import torch
@@ -100,11 +103,10 @@ def distill(config: DistillRunConfig) -> Path:
     _check(config)
     if config.further:
         config = replace(config, training=replace(config.training, adapter_steps=0))
-    demonstrations = Demonstrations(config.data)
     policy = load_backbone_policy(config.policy)
-    if config.signal == "gripper" and policy.spec.action_names[-1] != "gripper":
-        raise ConfigError(f"signal: the last action is {policy.spec.action_names[-1]!r}, which is no gripper.")
-    policy.spec.check_world(demonstrations.spec)
+    demonstrations = demonstrations_for(config.data, policy.spec)
+    if config.signal == "gripper" and not gripper_columns(policy.spec.action_names):
+        raise ConfigError(f"signal: none of the actions is a gripper's: {', '.join(policy.spec.action_names)}.")
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
     del settings["training"]
     identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
@@ -218,7 +220,8 @@ class _Run:
 
     def _train(self, seconds: float) -> float:
         config, distillation = self._config, self._distillation
-        chosen = choose_frames(self._demonstrations, config.frames, held_out=False)
+        split = split_for(len(self._demonstrations.rows), self._policy.provenance)
+        chosen = choose_frames(self._demonstrations, config.frames, split, held_out=False)
         frames = encode(self._policy, self._demonstrations, chosen, "frames", shifted=config.shifted)
         targets: Target | None = None
         board = SummaryWriter(str(config.out / "tensorboard"), purge_step=distillation.step + 1)
@@ -258,6 +261,8 @@ class _Run:
                 target = self._distillation.target(inputs)
                 parts = [target.actions, *target.landings]
                 if everything is None:
+                    needed = sum(part[0].nbytes for part in parts) * count
+                    check_memory(needed, f"{count} answers of the full model", "give fewer --frames")
                     actions, *landings = [part.new_empty((count, *part.shape[1:])) for part in parts]
                     everything = Target(actions, landings)
                 for kept, part in zip([everything.actions, *everything.landings], parts, strict=True):
@@ -270,7 +275,7 @@ class _Run:
         config = self._config
         spec = self._policy.spec
         foresight = min(FORESIGHT, spec.chunk_length - spec.execute_steps)
-        usual = "gripper" if spec.action_names[-1] == "gripper" else "continuity"
+        usual = "gripper" if gripper_columns(spec.action_names) else "continuity"
         signal = config.signal or (self._begun.signal if self._begun else usual)
         self._heads.to(next(self._policy.backbone.parameters()).dtype)
         replay = Replay(self._policy, self._demonstrations)

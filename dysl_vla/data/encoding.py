@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.split import Split
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
+from dysl_vla.files import check_memory
 from dysl_vla.policies import BackbonePolicy
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
 
 with needs_extra("policy"):
     import torch
     from torch import Tensor
 
-    from dysl_vla.policies.training import HELD_OUT_EVERY, SHIFT
+    from dysl_vla.policies.training import SHIFT
 
 BATCH = 32
+
+
+def demonstrations_for(root: Path, spec: PolicySpec) -> Demonstrations:
+    """Demonstrations as a policy needs them: its cameras alone, and its names where the dataset has none.
+
+    Raises:
+        DatasetError: The dataset is damaged, or has not the policy's cameras.
+        ConfigError: It is of another world than the policy's.
+    """
+    found = Demonstrations(root)
+    names: dict[str, Sequence[str]] = {}
+    if not found.has_state_names and len(found.spec.state_names) == len(spec.state_names):
+        names["state_names"] = spec.state_names
+    if not found.has_action_names and len(found.spec.action_names) == len(spec.action_names):
+        names["action_names"] = spec.action_names
+    demonstrations = Demonstrations(root, cameras=list(spec.cameras), **names)
+    spec.check_world(demonstrations.spec)
+    return demonstrations
 
 
 def observations(demonstrations: Demonstrations, chosen: NDArray[np.int64]) -> Iterator[tuple[int, Observation]]:
@@ -107,7 +128,11 @@ def encode(
 
         def flush() -> None:
             nonlocal done
-            for name, value in policy.encode(pending).items():
+            encoded = policy.encode(pending)
+            if not inputs:
+                needed = sum(value[0].nbytes for value in encoded.values()) * len(indices)
+                check_memory(needed, f"{len(indices)} encoded frames", "give fewer --frames")
+            for name, value in encoded.items():
                 if name not in inputs:
                     inputs[name] = value.new_empty((len(indices), *value.shape[1:]))
                 inputs[name][done : done + len(pending)] = value
@@ -119,7 +144,7 @@ def encode(
             if index != indices[done + len(pending)]:
                 raise DatasetError(f"{demonstrations.root}: frame {index} comes out of order in its videos.")
             pending.append(observation)
-            pending.extend(_shift(observation, np.random.default_rng([index, copy])) for copy in range(shifted))
+            pending.extend(_shift(observation, policy, np.random.default_rng([index, copy])) for copy in range(shifted))
             if len(pending) >= BATCH:
                 flush()
         if pending:
@@ -127,19 +152,22 @@ def encode(
     return Encoded(indices, inputs)
 
 
-def _shift(observation: Observation, rng: np.random.Generator) -> Observation:
-    """Each camera's image moved by up to SHIFT pixels; at the sides its edge is repeated."""
+def _shift(observation: Observation, policy: BackbonePolicy, rng: np.random.Generator) -> Observation:
+    """Each camera's image moved by up to SHIFT of the pixels that the policy sees; its edges are repeated."""
     moved = dict(observation)
+    sizes: Mapping[str, tuple[int, int]] = getattr(policy, "resizes", {})
     for key, image in observation.items():
         if key.startswith(IMAGE_PREFIX):
-            down, right = rng.integers(-SHIFT, SHIFT + 1, 2)
+            seen = sizes.get(key.removeprefix(IMAGE_PREFIX), image.shape[:2])
+            shift = round(SHIFT * image.shape[0] / seen[0])
+            down, right = rng.integers(-shift, shift + 1, 2)
             rows = np.clip(np.arange(image.shape[0]) + down, 0, image.shape[0] - 1)
             columns = np.clip(np.arange(image.shape[1]) + right, 0, image.shape[1] - 1)
             moved[key] = image[rows[:, None], columns]
     return moved
 
 
-def choose_frames(demonstrations: Demonstrations, count: int, *, held_out: bool) -> NDArray[np.int64]:
+def choose_frames(demonstrations: Demonstrations, count: int, split: Split, *, held_out: bool) -> NDArray[np.int64]:
     """So many frames, or all, evenly spread over the episodes that are, or are not, held out.
 
     Raises:
@@ -148,21 +176,13 @@ def choose_frames(demonstrations: Demonstrations, count: int, *, held_out: bool)
     """
     if count < 1:
         raise ConfigError(f"frames: {count} must be at least 1.")
-    kept = [row for index, row in enumerate(demonstrations.rows) if is_held_out(index) == held_out]
+    kept = [row for index, row in enumerate(demonstrations.rows) if split.is_held_out(index) == held_out]
     frames = np.concatenate([np.arange(row.start, row.start + row.length) for row in kept] or [np.empty(0, np.int64)])
     if not len(frames):
-        raise DatasetError(
-            f"{demonstrations.root}: {len(demonstrations.rows)} episodes, and one in {HELD_OUT_EVERY} is held out; "
-            f"collect {HELD_OUT_EVERY} in all, or more."
-        )
+        raise DatasetError(f"{demonstrations.root}: {split.explain(len(demonstrations.rows))}.")
     return np.asarray(frames[evenly(len(frames), count)], np.int64)
 
 
 def evenly(length: int, count: int) -> NDArray[np.int64]:
     """At most `count` indices of a sequence, evenly spread, rising."""
     return np.arange(min(length, count)) * length // max(1, min(length, count))
-
-
-def is_held_out(episode: int) -> bool:
-    """Is an episode kept away from training?"""
-    return episode % HELD_OUT_EVERY == HELD_OUT_EVERY - 1

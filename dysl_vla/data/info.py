@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.split import split_for
 from dysl_vla.types import IMAGE_PREFIX, FloatArray
 
 HARDLY = 0.005
@@ -36,8 +37,6 @@ def render_info(demonstrations: Demonstrations) -> str:
 
 
 def _head(demonstrations: Demonstrations) -> Iterator[str]:
-    from dysl_vla.data.encoding import is_held_out  # loads torch
-
     spec, rows = demonstrations.spec, demonstrations.rows
     robot = demonstrations.info.get("robot_type")
     yield (
@@ -59,7 +58,9 @@ def _head(demonstrations: Demonstrations) -> Iterator[str]:
             f"unnamed  the dataset does not name the dimensions of its {' and '.join(unnamed)}, and a robot is matched "
             f"by names: give them with {options}, or write them into meta/info.json, field names"
         )
-    yield f"held out {sum(map(is_held_out, range(len(rows))))} of {len(rows)} episodes, from training"
+    split = split_for(len(rows))
+    held_out = sum(map(split.is_held_out, range(len(rows))))
+    yield f"held out {held_out} of {len(rows)} episodes, from training, unless --held-out says otherwise"
 
 
 def _episodes(demonstrations: Demonstrations) -> Iterator[str]:

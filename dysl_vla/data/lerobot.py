@@ -43,7 +43,7 @@ from dysl_vla.files import is_unused, write_json
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray, WorldSpec
 from dysl_vla.video import CODEC, PIXEL_FORMAT, write_video
 
-with needs_extra("sim"):
+with needs_extra("train"):
     import pyarrow as pa
     import pyarrow.parquet as pq
 

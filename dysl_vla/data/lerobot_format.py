@@ -20,7 +20,7 @@ from dysl_vla.extras import needs_extra
 from dysl_vla.files import replacing
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray, WorldSpec
 
-with needs_extra("sim"):
+with needs_extra("train"):
     import pyarrow as pa
     import pyarrow.parquet as pq
 

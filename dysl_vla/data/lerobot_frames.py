@@ -23,7 +23,7 @@ from dysl_vla.extras import needs_extra
 from dysl_vla.types import ImageArray
 from dysl_vla.video import Film
 
-with needs_extra("sim"):
+with needs_extra("train"):
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

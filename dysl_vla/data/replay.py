@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from dysl_vla.data.encoding import Encoded, choose_frames, encode, evenly, is_held_out, observations
+from dysl_vla.data.encoding import Encoded, choose_frames, encode, evenly, observations
 from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.split import Split, split_for
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies import BackbonePolicy
-from dysl_vla.types import FloatArray, SkipTrace
+from dysl_vla.types import FloatArray, SkipTrace, gripper_columns
 
 with needs_extra("policy"):
     import torch
@@ -78,15 +79,14 @@ class Replay:
 
     def __init__(self, policy: BackbonePolicy, demonstrations: Demonstrations) -> None:
         self._policy = policy
-        held_out = [row for index, row in enumerate(demonstrations.rows) if is_held_out(index)]
+        split = split_for(len(demonstrations.rows), policy.provenance)
+        held_out = [row for index, row in enumerate(demonstrations.rows) if split.is_held_out(index)]
         rows = [held_out[index] for index in evenly(len(held_out), EPISODES)]
         if not rows:
-            raise DatasetError(
-                f"{demonstrations.root}: has no held-out episode; every twentieth is, so collect 20 or more."
-            )
+            raise DatasetError(f"{demonstrations.root}: {split.explain(len(demonstrations.rows))}.")
         step = policy.spec.execute_steps
         self._episodes = [np.arange(row.start, row.start + row.length, step) for row in rows]
-        self.encode_s = _encoding_time(policy, demonstrations)
+        self.encode_s = _encoding_time(policy, demonstrations, split)
         self.encoded: Encoded = encode(policy, demonstrations, np.concatenate(self._episodes), "held-out episodes")
         self._targets = np.concatenate(
             [
@@ -105,6 +105,7 @@ class Replay:
             Thresholds(1, 1),
             foresight=foresight,
             signal=signal,
+            grippers=gripper_columns(spec.action_names),
         )
         outputs: list[float] = []
         falls: list[float] = []
@@ -166,10 +167,10 @@ class Replay:
         return len(self._episodes)
 
 
-def _encoding_time(policy: BackbonePolicy, demonstrations: Demonstrations) -> float:
+def _encoding_time(policy: BackbonePolicy, demonstrations: Demonstrations, split: Split) -> float:
     """Mean seconds of encoding one observation."""
     times = []
-    first = choose_frames(demonstrations, TIMED, held_out=True)[:TIMED]
+    first = choose_frames(demonstrations, TIMED, split, held_out=True)[:TIMED]
     with torch.inference_mode():
         for _, observation in observations(demonstrations, first):
             started = time.perf_counter()

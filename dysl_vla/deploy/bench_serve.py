@@ -126,7 +126,7 @@ def _measure(name: str, uri: str, clients: int, count: int) -> Served:
         answers = list(pool.map(ask, range(clients)))
     seconds = time.perf_counter() - started
     if not any(some for some, _ in answers):
-        raise RobotFault("server: answered nobody.")
+        raise RobotFault("The server answered nobody: every request was refused.")
     times = np.array([value for some, _ in answers for value in some], np.float32)
     return Served(name, clients, times, sum(refused for _, refused in answers), len(times) / seconds)
 
@@ -139,10 +139,10 @@ def _server(bundle: Path) -> Iterator[str]:
         assert server.stdout is not None
         line = server.stdout.readline()
         if not line.startswith("Serving on "):
-            raise RobotFault("server: did not start; its message stands above.")
+            raise RobotFault("The server did not start; its message stands above.")
         yield line.split()[-1]
         if server.poll() is not None:
-            raise RobotFault(f"server: ended with code {server.returncode}.")
+            raise RobotFault(f"The server ended with code {server.returncode}; its message stands above.")
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(START_S)
@@ -157,8 +157,8 @@ def _deaf(uri: str) -> Iterator[None]:
     small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     address = urlsplit(uri)
     small.connect((address.hostname, address.port))
-    connection = connect(uri, sock=small, compression=None, max_queue=1, close_timeout=0.1)
-    with ThreadPoolExecutor(1) as pool:
+    deaf = connect(uri, sock=small, compression=None, max_queue=1, close_timeout=0.1)
+    with deaf as connection, ThreadPoolExecutor(1) as pool:
         asking = pool.submit(_ask_on, connection, frame)
         try:
             yield

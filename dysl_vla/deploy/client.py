@@ -1,56 +1,80 @@
-"""A client of `dysl serve`, or of any openpi server: NumPy, websockets and msgpack alone."""
+"""A client of `dysl serve`, or of any openpi server: NumPy, websockets and msgpack alone.
+
+Whatever may wait for the network (names, handshakes, sending, receiving, goodbyes) is done by a thread of the
+connection's own. Who calls waits for that thread, and no longer than `timeout_s`, whatever the network does.
+"""
 
 from __future__ import annotations
 
+import logging
+import queue
+import socket
+import ssl
+import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from dysl_vla.deploy.wire import pack, unpack
-from dysl_vla.errors import ConfigError, ObservationError, RobotFault
+from dysl_vla.errors import ConfigError, DyslError, ObservationError, RobotFault
 from dysl_vla.extras import needs_extra
 
 with needs_extra("serve"):
-    from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
-    from websockets.sync.client import connect
+    from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
+    from websockets.sync.client import ClientConnection, connect
+
+LONGEST_S = 86400.0
+GOODBYE_S = 0.2
+"""For a server to answer a goodbye; then the connection is cut."""
+_quiet = logging.getLogger("dysl.client")
+_quiet.setLevel(logging.CRITICAL)  # websockets prints tracebacks when it is cut; who waits is told by an exception
 
 
 class Client:
     """One robot's connection to a policy server, and one running episode.
 
+    Threads may share it: their requests wait for each other. What they ask is one episode, though.
+
     Args:
         uri: "ws://127.0.0.1:8000".
         api_key: If the server asks for one.
-        timeout_s: Of every answer.
+        timeout_s: Of every call as a whole: of connecting with all that belongs to it, of `infer` from the first byte
+            sent to the last one received, of `close`. Above 0, at most a day.
 
     Attributes:
         metadata: What the server expects and answers.
 
     Raises:
-        ConfigError: The address or the key is wrong.
-        RobotFault: Nobody answers.
+        ConfigError: The address, the key or the limit is wrong.
+        RobotFault: Nobody answers in time.
     """
 
     def __init__(self, uri: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> None:
-        headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
-        self._timeout_s = timeout_s
-        try:
-            self._socket = connect(
-                uri, compression=None, max_size=None, additional_headers=headers, open_timeout=timeout_s
-            )
-        except InvalidURI as error:
-            raise ConfigError(f"uri: {error}.") from error
-        except InvalidHandshake as error:
-            mend = "is the API key right?" if "401" in str(error) else "is a policy server running there?"
-            raise ConfigError(f"uri: {uri} refuses the connection ({error}); {mend}") from error
-        except (OSError, WebSocketException) as error:
-            raise RobotFault(f"uri: {uri} does not answer ({error}); is dysl serve running there?") from error
-        try:
-            self.metadata = self._receive()
-        except RobotFault:
-            self.close()
-            raise
+        if not 0 < timeout_s <= LONGEST_S:
+            raise ConfigError(f"timeout_s must be above 0 and at most {LONGEST_S:g} seconds, got {timeout_s}.")
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise ConfigError("api_key must be printable ASCII without a line break; strip what was read from a file.")
+        deadline = time.monotonic() + timeout_s
+        self._uri, self._has_key, self._timeout_s = uri, bool(api_key), timeout_s
         self._begins = True
+        self._over = ""  # why there is no connection any more
+        self._turn = threading.Lock()
+        self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[bytes | str | Exception] = queue.SimpleQueue()
+        self._connection: ClientConnection | None = None
+        headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        self._thread = threading.Thread(target=self._attend, args=(headers,), name="dysl client", daemon=True)
+        self._thread.start()
+        try:
+            self.metadata = self._answer(None, deadline)
+        except DyslError as error:
+            self._over = self._over or str(error)
+            self._cut()
+            raise
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """Ask for actions.
@@ -62,14 +86,27 @@ class Client:
             `actions`, (chunk, action), and timings.
 
         Raises:
-            RobotFault: The server answers with an error, or not at all.
+            ObservationError: Something in the observation cannot be sent; nothing was.
+            RobotFault: The server answers with an error, or not in time. After an error that it answered, the next
+                request may succeed; otherwise the connection is over, and every later call says so at once.
         """
-        message = {"reset": True, **observation} if self._begins else dict(observation)
+        deadline = time.monotonic() + self._timeout_s
+        self._check_open()
+        frame = self._packed({"reset": True, **observation} if self._begins else observation)
+        if not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise RobotFault(
+                f"Another thread's request took all of timeout_s, {self._timeout_s:g} s, so this one was not sent; "
+                "give each thread a Client of its own."
+            )
         try:
-            self._socket.send(pack(message))
-        except WebSocketException as error:
-            raise RobotFault(f"server: the connection is gone ({error}).") from error
-        answer = self._receive()
+            self._check_open()
+            answer = self._answer(frame, deadline)
+        finally:
+            self._turn.release()
+        actions = answer.get("actions")
+        if not isinstance(actions, np.ndarray) or not np.isfinite(actions).all():
+            kind = "no array of actions" if not isinstance(actions, np.ndarray) else "actions that are not finite"
+            raise RobotFault(f"The server at {self._uri} answered {kind}; see to the policy that it serves.")
         self._begins = False
         return answer
 
@@ -78,8 +115,12 @@ class Client:
         self._begins = True
 
     def close(self) -> None:
-        """End the connection."""
-        self._socket.close()
+        """End the connection, also under a request that another thread waits for. Quick, and never raises."""
+        if not self._over:
+            self._over = "it was closed"
+            self._frames.put(None)
+            self._thread.join(min(GOODBYE_S, self._timeout_s))
+        self._cut()
 
     def __enter__(self) -> Client:
         return self
@@ -89,18 +130,112 @@ class Client:
     ) -> None:
         self.close()
 
-    def _receive(self) -> dict[str, Any]:
+    def _attend(self, headers: dict[str, str] | None) -> None:
+        """The connection's thread: sends what is asked, and hands over what is answered."""
         try:
-            frame = self._socket.recv(timeout=self._timeout_s)
-            answer = frame if isinstance(frame, str) else unpack(frame)
-        except TimeoutError as error:
-            self.close()  # an answer that comes later would be taken for that to another question
-            raise RobotFault(f"server: no answer within {self._timeout_s:g} s; connect again.") from error
-        except WebSocketException as error:
-            raise RobotFault(f"server: closed the connection ({error}); connect again.") from error
-        except ObservationError as error:
-            self.close()
-            raise RobotFault(f"server: its answer is no openpi frame ({error})") from error
+            with connect(
+                self._uri,
+                compression=None,
+                max_size=None,
+                additional_headers=headers,
+                open_timeout=self._timeout_s,
+                ping_interval=None,  # who waits is limited by timeout_s; a server that thinks for long answers no ping
+                close_timeout=GOODBYE_S,
+                logger=_quiet,
+            ) as self._connection:
+                if self._over:  # it took so long that nobody waits for it
+                    return
+                self._answers.put(self._connection.recv())
+                while (frame := self._frames.get()) is not None:
+                    self._connection.send(frame)
+                    self._answers.put(self._connection.recv())
+        except Exception as error:  # whatever it is, who waits must hear of it
+            self._answers.put(error)
+
+    def _answer(self, frame: bytes | None, deadline: float) -> dict[str, Any]:
+        """The answer to a frame, or, to none, what the server says first."""
+        try:
+            if frame is not None:
+                self._frames.put(frame)
+            answer = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise self._lost(f"The server gave no answer within {self._timeout_s:g} s") from None
+        except BaseException:  # Ctrl-C: what comes later would be taken for the answer to another question
+            self._lost("A request was interrupted")
+            raise
+        if isinstance(answer, Exception):
+            self._check_open()
+            if self._connection is None:
+                raise _refusal(self._uri, answer, self._has_key) from answer
+            raise self._lost(f"The server closed the connection ({str(answer) or type(answer).__name__})") from answer
         if isinstance(answer, str):
-            raise RobotFault(f"server: {answer}")
-        return answer
+            raise RobotFault(f"The server at {self._uri} answered with an error: {answer}")
+        try:
+            return unpack(answer)
+        except ObservationError as error:
+            raise self._lost(f"The server sent what is no openpi frame ({error})") from error
+
+    def _check_open(self) -> None:
+        if self._over:
+            raise RobotFault(f"The connection to {self._uri} is over: {self._over}. Connect again with a new Client.")
+
+    def _lost(self, why: str) -> RobotFault:
+        """Nothing more can be asked."""
+        self._over = self._over or why[0].lower() + why[1:]
+        self._cut()
+        return RobotFault(f"{why}; connect again to {self._uri} with a new Client.")
+
+    def _cut(self) -> None:
+        """End the connection now, whatever its thread is about."""
+        self._frames.put(None)
+        if self._connection is not None:
+            with suppress(OSError, TypeError):  # it is closed; TLS through a proxy that speaks TLS is no real socket
+                socket.socket.shutdown(self._connection.socket, socket.SHUT_RDWR)
+
+    def _packed(self, observation: Mapping[str, Any]) -> bytes:
+        try:
+            frame = pack(observation)
+        except (TypeError, ValueError, OverflowError):
+            for name, value in observation.items():
+                try:
+                    pack({name: value})
+                except (TypeError, ValueError, OverflowError) as error:
+                    raise ObservationError(
+                        f"{name} cannot be sent ({error}); send NumPy arrays of numbers, text, numbers, true or false."
+                    ) from error
+            raise
+        limit = self.metadata.get("max_frame_bytes")
+        if isinstance(limit, int) and len(frame) > limit:
+            largest = max(observation, key=lambda name: getattr(observation[name], "nbytes", 0))
+            raise ObservationError(
+                f"The observation makes a frame of {len(frame)} bytes, and the server takes at most {limit}; send its "
+                f"largest part, {largest} {np.shape(observation[largest])}, in the shape that the metadata say."
+            )
+        return frame
+
+
+def _refusal(uri: str, error: Exception, has_key: bool) -> DyslError:
+    """Why there is no connection."""
+    if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
+        shown = "refuses this API key" if has_key else "wants an API key, and api_key gives none"
+        return ConfigError(f"The server at {uri} {shown} ({error}); give the one that it was started with.")
+    if isinstance(error, ssl.SSLError):
+        return ConfigError(
+            f"uri {uri} asks for TLS, which failed ({error}); dysl serve itself speaks ws://, and the certificate of "
+            "what speaks wss:// in front of it must be one that this machine trusts."
+        )
+    if isinstance(error, (InvalidURI, ValueError)):
+        return ConfigError(f"uri must be like ws://HOST:8000 or ws://[::1]:8000, got {uri!r} ({error}).")
+    if isinstance(error, ImportError) or "proxy" in str(error):
+        return ConfigError(
+            f"uri {uri} was tried through the proxy that the environment names, which failed ({error}); add its host "
+            "to no_proxy to do without."
+        )
+    said = str(error) or type(error).__name__
+    is_down = not isinstance(error, InvalidHandshake) or isinstance(error.__cause__, EOFError)
+    if isinstance(error, InvalidStatus):
+        said += f", {error.response.body.decode(errors='replace').strip()!r:.200}"
+        is_down = error.response.status_code >= 500
+    if is_down:
+        return RobotFault(f"The server at {uri} does not answer ({said}); is dysl serve running there?")
+    return ConfigError(f"uri {uri} is answered, but not by a policy server ({said}); look at host and port.")

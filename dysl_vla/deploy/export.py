@@ -32,6 +32,7 @@ from dysl_vla.deploy.runtime import (
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import TEMPORARY, claimed, is_unused, read_json, replacing, sha256, write_json, write_text
+from dysl_vla.images import looked_at
 from dysl_vla.policies import ExportablePolicy, load_backbone_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
 
@@ -99,7 +100,7 @@ def export(config: ExportConfig) -> Path:
 
 def _exportable(name: str) -> ExportablePolicy:
     policy = load_backbone_policy(name)
-    for part in ("crops", "text_tokens", "embed", "token_ids"):
+    for part in ("resizes", "crops", "text_tokens", "embed", "token_ids"):
         if not hasattr(policy, part):
             raise ConfigError(f"policy: {name!r} offers no {part!r}; export needs a policies.ExportablePolicy.")
     return cast("ExportablePolicy", policy)
@@ -134,10 +135,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
     heads.requires_grad_(False)
     example = _example(policy)
     with tqdm(total=4, desc="exporting", unit="part") as progress:
-        images = {
-            camera: torch.from_numpy(example[IMAGE_PREFIX + camera][None, top : top + height, left : left + width])
-            for camera, (top, left, height, width) in policy.crops.items()
-        }
+        images = {camera: torch.from_numpy(view[None]) for camera, view in _views(policy, example).items()}
         state = torch.from_numpy(example[STATE_KEY][None])
         token_ids = torch.tensor([policy.token_ids(str(example[TASK_KEY]))])
         encoder = _Encoder(policy)
@@ -174,6 +172,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
                 "format": FORMAT,
                 "precision": config.precision,
                 "spec": asdict(policy.spec),
+                "resizes": policy.resizes,
                 "crops": policy.crops,
                 "text_tokens": policy.text_tokens,
                 "instructions": {text: policy.token_ids(text) for text in instructions},
@@ -206,12 +205,12 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
         progress.update()
 
 
-def simulation(bundle: Path) -> str:
-    """What `dysl control --robot` simulates of the world that a bundle's policy was trained in, as one types it."""
+def robot_to_try(bundle: Path) -> str:
+    """What `dysl control --robot` takes for a bundle: where its policy was trained, simulated, or a real arm."""
     try:
         suite, tasks = provenance.home(read_json(bundle / DOCUMENT)["provenance"], "", "")
-    except ConfigError:  # trained on data that say of no suite
-        return "mujoco:SIMULATOR-TASK"
+    except ConfigError:  # trained on data that say of no suite: a real arm's
+        return "lerobot:FILE.json --instruction TEXT"
     suite, _, arm = suite.partition("@")
     return f"mujoco:{suite.partition('-')[0]}-{tasks.partition(',')[0]}" + (f"@{arm}" if arm else "")
 
@@ -228,6 +227,14 @@ def _example(policy: ExportablePolicy) -> dict[str, NDArray[Any]]:
         },
         STATE_KEY: spec.state_normalisation.undo(rng.normal(size=len(spec.state_names)).astype(np.float32)),
         TASK_KEY: np.array(instructions[0]),
+    }
+
+
+def _views(policy: ExportablePolicy, example: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.uint8]]:
+    """What the encoder gets of the example's images."""
+    return {
+        camera: looked_at(example[IMAGE_PREFIX + camera], policy.resizes.get(camera), place)
+        for camera, place in policy.crops.items()
     }
 
 
@@ -262,10 +269,7 @@ def _own_answers(
     """As `_answers`, of the graphs."""
     encoder, backbone = (onnxruntime.InferenceSession(str(out / name)) for name in (ENCODER, BACKBONE))
     feeds = {
-        **{
-            IMAGE_PREFIX + camera: example[IMAGE_PREFIX + camera][None, top : top + height, left : left + width]
-            for camera, (top, left, height, width) in policy.crops.items()
-        },
+        **{IMAGE_PREFIX + camera: view[None] for camera, view in _views(policy, example).items()},
         STATE_KEY: example[STATE_KEY][None],
         "token_ids": np.array([policy.token_ids(str(example[TASK_KEY]))]),
     }

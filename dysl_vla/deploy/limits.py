@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from dysl_vla.errors import ConfigError, SafetyStop
-from dysl_vla.types import FloatArray, WorldSpec
+from dysl_vla.types import RELATIVE, FloatArray, WorldSpec, gripper_columns
 
 AXES = ("x", "y", "z")
-GRIPPER = "gripper"
+SAFE_CHANGE = 0.5
+"""Share of a position's range that it may change by in a second, where nothing else is known."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,13 @@ class Limits:
     high: tuple[float, ...] = ()
     """Largest action; empty: the robot's own."""
     max_change: tuple[float, ...] = ()
-    """Largest change from one action to the next, a value a dimension; empty: any."""
+    """Largest change from one action to the next, a value a dimension. Empty: for positions (joints, x, y, z) the
+    largest that the demonstrations show (99.9 % of their changes are smaller), or, where the policy does not say that,
+    half of the robot's range a second; for grippers and for relative actions (dx, ..., dyaw) any."""
     gripper_rate: float | None = None
-    """Largest change of the action named "gripper", a second; None: any."""
+    """Largest change of a gripper's action ("gripper", "gripper.pos", "left_gripper.pos"), a second; None: any."""
+    gripper_hysteresis: float = 0.1
+    """Share of a gripper's range by which its action must turn back before it does: a smaller wavering is not sent."""
     workspace_low: tuple[float, ...] = ()
     """Corner of the box that the end effector stays in, x, y, z in metres; empty: no box."""
     workspace_high: tuple[float, ...] = ()
@@ -48,6 +54,8 @@ class Limits:
             value = getattr(self, name)
             if value is not None and not 0 < value < np.inf:
                 raise ConfigError(f"{name}: {value} must be above zero and finite.")
+        if not 0 <= self.gripper_hysteresis < 1:
+            raise ConfigError(f"gripper_hysteresis: {self.gripper_hysteresis} must be from 0 to below 1.")
         if any(change <= 0 for change in self.max_change):
             raise ConfigError(f"max_change: {self.max_change} must be above zero.")
         if (len(self.workspace_low), len(self.workspace_high)) not in ((0, 0), (3, 3)):
@@ -79,12 +87,20 @@ class Guard:
         limits: What is allowed.
         world: The robot's.
         rate_hz: Actions a second.
+        demonstrated_change: Largest change from one demonstrated action to the next, a value a dimension; None: not
+            known.
+
+    Attributes:
+        limits: As they are applied, with the largest change that holds where none was given.
+        positions: Indices of the actions that are positions, grippers aside.
 
     Raises:
         ConfigError: The limits do not fit the robot.
     """
 
-    def __init__(self, limits: Limits, world: WorldSpec, rate_hz: float) -> None:
+    def __init__(
+        self, limits: Limits, world: WorldSpec, rate_hz: float, demonstrated_change: Sequence[float] | None = None
+    ) -> None:
         dim = len(world.action_names)
         for name in ("low", "high", "max_change"):
             if len(getattr(limits, name)) not in (0, dim):
@@ -92,8 +108,11 @@ class Guard:
                     f"{name}: {len(getattr(limits, name))} values, the robot has {dim} actions: "
                     f"{', '.join(world.action_names)}."
                 )
-        if limits.gripper_rate is not None and GRIPPER not in world.action_names:
-            raise ConfigError(f"gripper_rate: none of the actions is named {GRIPPER!r}.")
+        self._grippers = list(gripper_columns(world.action_names))
+        if limits.gripper_rate is not None and not self._grippers:
+            raise ConfigError(
+                f"gripper_rate: none of the actions is a gripper's; they are {', '.join(world.action_names)}."
+            )
         names = world.action_names
         moved = set(AXES) <= set(names) or {f"d{axis}" for axis in AXES} <= set(names)
         if (limits.workspace_low or limits.max_speed is not None) and not (
@@ -103,24 +122,45 @@ class Guard:
                 "workspace, max_speed: state and actions must have x, y and z (actions: or dx, dy, dz); this robot has "
                 f"{', '.join(world.state_names)} and {', '.join(names)}."
             )
-        self._limits = limits
         self._world = world
         self._dim = dim
+        self.positions = [
+            index for index, name in enumerate(names) if name not in RELATIVE and index not in self._grippers
+        ]
         self._low = np.maximum(world.action_low, limits.low or world.action_low).astype(np.float32)
         self._high = np.minimum(world.action_high, limits.high or world.action_high).astype(np.float32)
         if (self._low > self._high).any():
             raise ConfigError("low, high: leave no action that the robot accepts.")
-        change = np.array(limits.max_change or [np.inf] * dim, np.float32)
+        self.limits = self._limits = replace(
+            limits, max_change=limits.max_change or self._safe_change(rate_hz, demonstrated_change)
+        )
+        self._change = np.array(self._limits.max_change, np.float32)
         if limits.gripper_rate is not None:
-            index = world.action_names.index(GRIPPER)
-            change[index] = min(change[index], limits.gripper_rate / rate_hz)
-        self._change = change
+            self._change[self._grippers] = np.minimum(self._change[self._grippers], limits.gripper_rate / rate_hz)
+        self._band = limits.gripper_hysteresis * (self._high - self._low)
+        self._turned = np.zeros(dim, np.float32)  # the way that each gripper's action last went, -1 or 1
         has_position = set(AXES) <= set(world.state_names)
         self._positions = [world.state_names.index(axis) for axis in AXES if has_position]
         self._absolute = [(number, names.index(axis)) for number, axis in enumerate(AXES) if axis in names]
         self._relative = [(number, names.index(f"d{axis}")) for number, axis in enumerate(AXES) if f"d{axis}" in names]
         self._period = 1 / rate_hz
         self._reading: _Motion | None = None
+
+    def _safe_change(self, rate_hz: float, demonstrated: Sequence[float] | None) -> tuple[float, ...]:
+        """The largest change that holds where the user gave none; of what is not a position, its whole range."""
+        span = np.asarray(self._world.action_high, np.float64) - self._world.action_low
+        if not np.isfinite(span).all():
+            raise ConfigError("action_low, action_high: the robot's range must be finite.")
+        safe = SAFE_CHANGE * span / rate_hz
+        if demonstrated is not None:
+            if len(demonstrated) != len(span):
+                raise ConfigError(
+                    f"max_change: the policy was trained on {len(demonstrated)} actions, the robot has {len(span)}."
+                )
+            safe = np.maximum(demonstrated, 0.1 * safe)  # a joint that nobody moved may come to where it was, slowly
+        change = span.copy()
+        change[self.positions] = safe[self.positions]
+        return tuple(map(float, change))
 
     @property
     def state(self) -> FloatArray | None:
@@ -165,11 +205,38 @@ class Guard:
         if self._limits.max_speed is not None and self._reading is not None:
             allowed = self._apply(allowed, self._slow(allowed, self._reading, now), "speed", breaches)
         if last is not None:
+            allowed = self._without_wavering(allowed, last)
             near = np.clip(allowed, last - self._change, last + self._change)
             allowed = self._apply(allowed, near, "change", breaches)
         if self._limits.workspace_low:  # comes last: at the wall, stopping at once is the smaller evil
             allowed = self._apply(allowed, self._inside(allowed, now), "workspace", breaches)
         return allowed, breaches
+
+    def towards(self, action: FloatArray, last: FloatArray) -> FloatArray:
+        """As far from the last action towards another as positions may change in one step.
+
+        Args:
+            action: Where to, (action,).
+            last: The one that was sent before, (action,).
+
+        Returns:
+            (action,); `action` itself where that is near enough.
+        """
+        near = action.copy()
+        where = self.positions
+        near[where] = np.clip(action[where], last[where] - self._change[where], last[where] + self._change[where])
+        return near
+
+    def _without_wavering(self, action: FloatArray, last: FloatArray) -> FloatArray:
+        """Grippers' actions, which turn back only for more than the hysteresis: one that chatters wears, and drops."""
+        steady = action.copy()
+        for index in self._grippers:
+            step = float(action[index] - last[index])
+            if step * self._turned[index] >= 0 or abs(step) > self._band[index]:
+                self._turned[index] = np.sign(step) or self._turned[index]
+            else:
+                steady[index] = last[index]
+        return steady
 
     def _slow(self, action: FloatArray, reading: _Motion, now: float) -> FloatArray:
         """What moves the end effector, scaled down while it is too fast; positions no further than it may come."""

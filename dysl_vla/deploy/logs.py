@@ -1,23 +1,78 @@
-"""Logs of the control loop: read, played back to a robot, opened in Rerun."""
+"""Logs of the control loop: written, read, played back to a robot, opened in Rerun."""
 
 from __future__ import annotations
 
+import json
 import math
+import queue
+import sys
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dysl_vla.deploy.control import ACCOUNT, LOG, NAP_S, handled_signals
 from dysl_vla.deploy.limits import Guard, Limits
 from dysl_vla.deploy.robot import make_robot
-from dysl_vla.errors import ConfigError
+from dysl_vla.deploy.stopping import handled_signals, stop_robot
+from dysl_vla.errors import ConfigError, RobotFault
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import read_json, read_lines
+from dysl_vla.files import is_unused, read_json, read_lines, write_json
 from dysl_vla.types import STATE_KEY
 
 clock = time.perf_counter
+LOG, ACCOUNT = "cycles.jsonl", "account.json"
+NAP_S = 0.02
+CLOSE_S = 5.0
+"""A disk that has not taken the last lines by then is not waited for."""
+
+
+class CycleLog:
+    """A line a cycle to a file, written by a thread of its own: a disk may be slow.
+
+    Args:
+        folder: New, or empty.
+
+    Raises:
+        ConfigError: It is not empty.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not is_unused(folder):
+            raise ConfigError(f"log: {folder} is not empty; give a new folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._work, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line; returns at once."""
+        if self._error is None:
+            self._lines.put(line)
+
+    def close(self, account: Mapping[str, Any]) -> None:
+        """Wait for the last line; a log that could not be written is told, not raised: there may be a worse error."""
+        self._lines.put(None)
+        self._thread.join(CLOSE_S)
+        try:
+            write_json(self._folder / ACCOUNT, json.loads(json.dumps(account, default=str)))
+        except OSError as error:
+            self._error = self._error or error
+        if self._error is not None or self._thread.is_alive():
+            print(f"log: {self._folder} is not whole ({self._error or 'the disk is too slow'}).", file=sys.stderr)
+
+    def _work(self) -> None:
+        try:
+            with (self._folder / LOG).open("w", encoding="utf-8") as file:
+                while (line := self._lines.get()) is not None:
+                    file.write(json.dumps(line, default=lambda array: array.tolist()) + "\n")
+                    file.flush()
+        except OSError as error:
+            self._error = error
 
 
 def read_log(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -72,8 +127,7 @@ def replay(folder: Path, robot_name: str = "") -> dict[str, Any]:
             if list(robot.world.action_names) != account["action_names"]:
                 raise ConfigError(f"robot: takes {robot.world.action_names}, the log has {account['action_names']}.")
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in account["limits"].items()}
-            limits = Limits(**values)
-            guard = Guard(limits, robot.world, account["rate_hz"])
+            guard = Guard(Limits(**values), robot.world, account["rate_hz"])
             robot.connect(account["rate_hz"])
             robot.observe(-math.inf)
             start = clock()
@@ -95,8 +149,10 @@ def replay(folder: Path, robot_name: str = "") -> dict[str, Any]:
                 sent += 1
             wait_until(clock() + period)  # the last one is executed, too
     finally:
-        robot.stop()
-    return {"sent": sent, "passed": passed, "robot": dict(robot.report())}
+        stopped = stop_robot(robot)
+    if stopped.problem:
+        raise RobotFault(stopped.problem)
+    return {"sent": sent, "passed": passed, "robot": dict(stopped.report)}
 
 
 def view(folder: Path, out: Path | None = None) -> Path:

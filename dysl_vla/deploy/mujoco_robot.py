@@ -160,10 +160,14 @@ class MujocoRobot:
             if self._process.is_alive():
                 self._process.kill()
                 self._process.join()
-        with self._using:  # another thread may be reading
-            if self._shared is not None:
-                self._counts = self._shared.close()
-                self._shared = None
+        # Another thread may be reading, which ends by itself; memory under one that hangs is left to the system
+        if self._using.acquire(timeout=self._simulation.answer_s + STOP_S):
+            try:
+                if self._shared is not None:
+                    self._counts = self._shared.close()
+                    self._shared = None
+            finally:
+                self._using.release()
 
     def report(self) -> dict[str, int]:
         """What the robot's side counted, by the names in `COUNTS`; unsafe is what is not finite, or out of range."""

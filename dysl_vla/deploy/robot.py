@@ -14,7 +14,7 @@ from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies.base import Policy
 from dysl_vla.registry import Registry
-from dysl_vla.types import FloatArray, Observation, WorldSpec
+from dysl_vla.types import RELATIVE, FloatArray, Observation, WorldSpec, is_gripper
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Reading:
 
     Attributes:
         observation: Under LeRobot's keys.
-        taken_at: When it was so, in seconds of `time.perf_counter`: of the oldest of its parts.
+        taken_at: When its oldest part was so, in seconds of `time.perf_counter`. A time that is ahead of that clock, or
+            before the last reading's, stops the robot.
     """
 
     observation: Observation
@@ -33,8 +34,9 @@ class Reading:
 class Robot(Protocol):
     """A robot, or a simulated one, with its cameras.
 
-    `observe` is called by one thread, `act`, `hold` and `stop` by another. None may wait longer than a control period,
-    but for `connect`, and `observe`, which may wait for the next frame.
+    `observe` is called by one thread, `connect`, `act` and `hold` by another, and none of them may wait longer than a
+    control period, but for `connect`, and `observe`, which may wait for the next frame. `stop` is called by a third,
+    also while another call hangs. What they raise stops the robot.
     """
 
     @property
@@ -83,9 +85,11 @@ class Robot(Protocol):
         """What its side knows of the run, for the account; nothing is fine."""
 
     def stop(self) -> None:
-        """Stop moving, and stay so; called once, whatever happened, also without `connect`. Must not raise.
+        """Stop moving, release the motors, and stay so. Called whatever happened, also without `connect`.
 
-        `observe` may be waiting in another thread; it should give up then.
+        Another call may be under way in another thread, or hang there: it must not be waited for longer than a moment,
+        and when it comes back it must neither move the robot nor give its motors torque again. `observe` gives up.
+        Should not raise; what it raises is shown to the user, who is told to switch the robot off.
         """
 
 
@@ -99,7 +103,7 @@ def hold_action(world: WorldSpec, last: FloatArray | None) -> FloatArray | None:
     Returns:
         (action,); None: there is no last position to keep.
     """
-    others = [name for name in world.action_names if name not in (*RELATIVE, "gripper")]
+    others = [name for name in world.action_names if name not in RELATIVE and not is_gripper(name)]
     if last is None and others:
         return None
     action = np.zeros(len(world.action_names), np.float32) if last is None else last.copy()
@@ -107,8 +111,6 @@ def hold_action(world: WorldSpec, last: FloatArray | None) -> FloatArray | None:
     return world.clip(action)
 
 
-RELATIVE = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
-"""Names of actions that move by so much, so that zero holds."""
 RobotMaker = Callable[[str, Mapping[str, tuple[int, int]]], Robot]
 """From the part of a name behind the colon, and the cameras that the policy needs, with their sizes."""
 robots: Registry[RobotMaker] = Registry("robot", "dysl_vla.robots")

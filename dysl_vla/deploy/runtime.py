@@ -1,7 +1,7 @@
 """A policy on a robot's controller: NumPy and ONNX Runtime, nothing else.
 
 config.json        spec, what is looked at, skipping; versions and provenance
-encoder.onnx       cropped images, state and token ids to the backbone's input
+encoder.onnx       resized and cropped images, state and token ids to the backbone's input
 backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions
 tokenizer.json     of the `tokenizers` library, which is needed only for instructions that config.json does not list
 example.npz        an observation and the actions that the exported policy answered
@@ -26,6 +26,7 @@ from dysl_vla.checkpoint import MANIFEST, TOKENIZER, check_manifest, read_docume
 from dysl_vla.errors import CheckpointError, ConfigError, MissingExtraError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import sha256
+from dysl_vla.images import Place, looked_at
 from dysl_vla.skip_controller.guidance import FORGETS, DyslState, Guide, GuideState
 from dysl_vla.skip_controller.operating import SkipStatistics
 from dysl_vla.skip_controller.plan import SkipPlan
@@ -41,12 +42,15 @@ from dysl_vla.types import (
     Observation,
     PolicySpec,
     SkipTrace,
+    gripper_columns,
 )
 
 with needs_extra("robot"):
     import onnxruntime
 
-POLICY_TYPE, FORMAT = "dysl-bundle", 1
+POLICY_TYPE, FORMAT = "dysl-bundle", 2
+READABLE = (1, 2)
+"""Formats: 2 may resize images, which a runtime of before would not do."""
 ENCODER, BACKBONE, EXAMPLE = "encoder.onnx", "backbone.onnx", "example.npz"
 FILES = (DOCUMENT, ENCODER, BACKBONE, TOKENIZER, EXAMPLE)
 TOLERANCES = {"fp32": 1e-4, "int8": 2e-2}
@@ -81,12 +85,13 @@ class Bundle:
         try:
             if document.get("policy_type") != POLICY_TYPE:
                 raise CheckpointError(f"{folder}: is no bundle but a {document.get('policy_type')}; use dysl export.")
-            if document["format"] != FORMAT:
-                raise CheckpointError(f"{folder / DOCUMENT}: is of format {document['format']}, this reads {FORMAT}.")
+            if document["format"] not in READABLE:
+                raise CheckpointError(f"{folder / DOCUMENT}: is of format {document['format']}, this reads {READABLE}.")
             self.precision: str = document["precision"]
             self.spec = _spec(document["spec"])
             self.provenance: Mapping[str, Any] = document["provenance"]
-            self._crops = {name: tuple(map(int, crop)) for name, crop in document["crops"].items()}
+            self._places = {name: _place(crop) for name, crop in document["crops"].items()}
+            self._resizes = {name: (int(size[0]), int(size[1])) for name, size in document.get("resizes", {}).items()}
             self._text_tokens = int(document["text_tokens"])
             self._token_ids = {text: _ids(ids) for text, ids in document["instructions"].items()}
             skipping = document["skipping"]
@@ -139,6 +144,7 @@ class Bundle:
             point.thresholds,
             foresight=self._foresight,
             signal=self._signal,
+            grippers=gripper_columns(self.spec.action_names),
         )
 
     def reset(self) -> DyslState:
@@ -251,8 +257,8 @@ class Bundle:
             elif name == STATE_KEY:
                 feeds[name] = np.asarray(observation[STATE_KEY], np.float32)[None]
             else:
-                top, left, height, width = self._crops[name.removeprefix(IMAGE_PREFIX)]
-                feeds[name] = observation[name][None, top : top + height, left : left + width]
+                camera = name.removeprefix(IMAGE_PREFIX)
+                feeds[name] = looked_at(observation[name], self._resizes.get(camera), self._places[camera])[None]
         return dict(zip(self._encoded_names, self._encoder.run(None, feeds), strict=True))
 
     def _run(
@@ -318,6 +324,11 @@ def _spec(values: Mapping[str, Any]) -> PolicySpec:
     names = {name: tuple(values[name]) for name in ("state_names", "action_names")}
     cameras = {camera: (int(size[0]), int(size[1])) for camera, size in values["cameras"].items()}
     return PolicySpec(**{**values, **normalisations, **names, "cameras": cameras})
+
+
+def _place(values: Sequence[int]) -> Place:
+    top, left, height, width = map(int, values)
+    return top, left, height, width
 
 
 def _ids(values: Sequence[int]) -> NDArray[np.int64]:

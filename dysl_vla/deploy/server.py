@@ -35,7 +35,6 @@ from dysl_vla.types import (
     ActionChunk,
     EpisodeState,
     Observation,
-    check_actions,
 )
 
 with needs_extra("serve"):
@@ -43,6 +42,7 @@ with needs_extra("serve"):
     from websockets.asyncio.server import ServerConnection, serve
     from websockets.datastructures import Headers
     from websockets.exceptions import ConnectionClosed
+    from websockets.frames import CloseCode
     from websockets.http11 import Request, Response
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -53,6 +53,16 @@ DRAIN_S, CLOSE_S = 3.0, 0.5
 """For what runs when the server is told to end; for goodbyes."""
 LONGEST_PROMPT, LONGEST_ERROR = 2000, 1000
 """Characters."""
+LARGEST_FRAME = 64 * 2**20
+"""Bytes; or four times what the policy expects, where that is more. A frame up to here is read whole, so that the
+answer can name the image that is too large: two of 4K make 50 MB. A larger one ends its connection.
+
+What is too large is refused as soon as it is there, and kept by nobody. A client that asks one thing at a time, as all
+honest ones do, has one frame on the server; one that does not has at most four: one is refused, `WAITING` and one more
+wait, one arrives. Many connections can hold much, but only clients on this machine, and those with the key, have one.
+"""
+WAITING = 1
+"""Frames of a connection that wait for another to be answered, before no more is read: clients ask one at a time."""
 MOST_EXECUTED = 64
 """Actions since the last request: guidance looks back on less."""
 MOST_CONNECTIONS = 1024
@@ -82,9 +92,9 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
-            raise ConfigError(f"port: {self.port} is none.")
+            raise ConfigError(f"port must be 0-65535, got {self.port}.")
         if self.host not in LOOPBACK and self.api_key_file is None:
-            raise ConfigError(f"host: {self.host} can be reached from other machines; give an --api-key-file.")
+            raise ConfigError(f"host {self.host} can be reached from other machines; give an --api-key-file.")
 
 
 @dataclass
@@ -125,11 +135,14 @@ class PolicyServer:
         self._policy = policy
         self._key = api_key
         self._spec = policy.spec
+        self._instruction = str(next(iter(policy.provenance.get("data", {}).get("instructions", [])), "do it"))
         self._waiting: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
         self._running = 0
         self._is_ending = False
         self._connections: set[ServerConnection] = set()
         self._end = asyncio.Event()
+        images = sum(height * width * 3 for height, width in policy.spec.cameras.values())
+        self._largest = max(LARGEST_FRAME, 4 * images)
         self.port = 0
         self.max_batch = 1
         registry = self._registry = CollectorRegistry()
@@ -152,7 +165,6 @@ class PolicyServer:
         """
         loop = asyncio.get_running_loop()
         self.max_batch = await loop.run_in_executor(None, self._measure_batches)
-        images = sum(height * width * 3 for height, width in self._spec.cameras.values())
         # a daemon: an inference that hangs must not keep the process
         threading.Thread(target=self._infer_forever, args=(loop,), name="inference", daemon=True).start()
         async with serve(
@@ -160,7 +172,8 @@ class PolicyServer:
             sock=address,
             process_request=self._http,
             compression=None,
-            max_size=4 * images + 65536,
+            max_size=self._largest,
+            max_queue=WAITING,
             write_limit=65536,
             close_timeout=CLOSE_S,
         ) as server:
@@ -201,13 +214,13 @@ class PolicyServer:
             "actions": {"shape": [spec.chunk_length, len(spec.action_names)], "names": list(spec.action_names)},
             "execute_steps": spec.execute_steps,
             "rate_hz": spec.rate_hz,
+            "max_frame_bytes": self._largest,
             "versions": provenance.versions(),
         }
 
     def _measure_batches(self) -> int:
         """How many rows are worth waiting for each other."""
-        instructions = self._policy.provenance.get("data", {}).get("instructions", [])
-        observation = self._spec.blank_observation(next(iter(instructions), "do it"))
+        observation = self._spec.blank_observation(self._instruction)
 
         def seconds(rows: int) -> float:
             times = []
@@ -255,7 +268,7 @@ class PolicyServer:
                 self._running += 1
                 try:
                     if self._is_ending:
-                        raise ConfigError("server: is ending; connect to another.")
+                        raise ConfigError("The server is ending; connect to another.")
                     observation, begins, executed = self._read(frame)
                     if begins:
                         state = self._policy.reset()
@@ -269,15 +282,18 @@ class PolicyServer:
                     answer, outcome = str(error)[:LONGEST_ERROR], "refused"
                 except Exception as error:  # what a client sent must never end the server
                     log.exception("a request failed")
-                    answer, outcome = f"server: {type(error).__name__}: {error}"[:LONGEST_ERROR], "failed"
+                    answer, outcome = f"The server failed, {type(error).__name__}: {error}"[:LONGEST_ERROR], "failed"
                 finally:
                     self._running -= 1
                 self._requests.labels(outcome).inc()
                 await self._send(connection, answer)
                 previous_s = time.perf_counter() - started
                 self._seconds.observe(previous_s)
-        except (ConnectionClosed, TimeoutError):
+        except TimeoutError:
             pass
+        except ConnectionClosed as end:
+            if end.sent is not None and end.sent.code == CloseCode.MESSAGE_TOO_BIG:  # its client may not get to read it
+                log.warning("a connection was closed: %s", end.sent.reason)
         finally:
             self._connections.discard(connection)
             self._robots.dec()
@@ -293,32 +309,52 @@ class PolicyServer:
     def _read(self, frame: bytes | str) -> tuple[dict[str, Any], bool, list[Any] | None]:
         """A request: the observation, whether it begins an episode, and what was executed since the last one."""
         if isinstance(frame, str):
-            raise ObservationError("frame: is text; send a msgpack map.")
+            raise ObservationError("A frame must be a msgpack map in a binary message, got text.")
         message = unpack(frame)
         begins = message.get(RESET, False)
         if not isinstance(begins, (bool, np.bool_)):
-            raise ObservationError(f"{RESET}: expected true or false, got {type(begins).__name__}.")
-        prompt = message.get(PROMPT)
+            raise ObservationError(f"{RESET} must be true or false, got {type(begins).__name__}.")
+        prompt = self._prompt(message.get(PROMPT))
+        for name in (*(IMAGE_PREFIX + camera for camera in self._spec.cameras), STATE_KEY):
+            if message.get(name) is None:
+                raise ObservationError(f"{name} is missing; the frame holds {', '.join(map(repr, message))}.")
+        observation = {IMAGE_PREFIX + camera: message[IMAGE_PREFIX + camera] for camera in self._spec.cameras}
+        observation |= {STATE_KEY: _float32(message[STATE_KEY]), TASK_KEY: prompt}
+        self._spec.check_observation(observation)
+        return observation, bool(begins), self._executed(message.get(EXECUTED))
+
+    def _prompt(self, prompt: Any) -> str:
+        """The instruction of a request."""
         if prompt is None:
             raise ObservationError(
-                f"{PROMPT}: is missing; it holds the instruction (which datasets call {TASK_KEY!r})."
+                f"{PROMPT} is missing; it holds the instruction (which datasets call {TASK_KEY!r}), such as "
+                f"{self._instruction!r:.200}."
             )
         if not isinstance(prompt, str) or len(prompt) > LONGEST_PROMPT:
+            kind = f"{len(prompt)} characters" if isinstance(prompt, str) else type(prompt).__name__
             raise ObservationError(
-                f"{PROMPT}: expected the instruction as text of at most {LONGEST_PROMPT} characters."
+                f"{PROMPT} must be the instruction as text of at most {LONGEST_PROMPT} characters, got {kind}."
             )
-        observation = {IMAGE_PREFIX + camera: message.get(IMAGE_PREFIX + camera) for camera in self._spec.cameras}
-        observation |= {STATE_KEY: _float32(message.get(STATE_KEY)), TASK_KEY: prompt}
-        self._spec.check_observation(observation)
-        executed = message.get(EXECUTED)
+        if not prompt.strip():
+            raise ObservationError(
+                f"{PROMPT} is blank, so it does not say what to do; send the instruction, such as "
+                f"{self._instruction!r:.200}."
+            )
+        return prompt
+
+    def _executed(self, executed: Any) -> list[Any] | None:
+        """What a client says that it executed; None: nothing is said."""
         if executed is None:
-            return observation, bool(begins), None
+            return None
         dim = len(self._spec.action_names)
-        if not isinstance(executed, np.ndarray) or executed.ndim != 2 or len(executed) > MOST_EXECUTED:
-            raise ObservationError(f"{EXECUTED}: expected an array (at most {MOST_EXECUTED}, {dim}).")
+        is_array = isinstance(executed, np.ndarray)
+        if not is_array or executed.ndim != 2 or len(executed) > MOST_EXECUTED or executed.shape[1] != dim:
+            kind = f"{executed.dtype} {executed.shape}" if is_array else type(executed).__name__
+            raise ObservationError(f"{EXECUTED} must be an array (at most {MOST_EXECUTED}, {dim}), got {kind}.")
         executed = _float32(executed)
-        check_actions(executed, dim)
-        return observation, bool(begins), list(executed)
+        if not np.isfinite(executed).all():
+            raise ObservationError(f"{EXECUTED} has a value that is not finite; send actions as they were executed.")
+        return list(executed)
 
     async def _ask(self, observation: Observation, state: EpisodeState) -> ActionChunk:
         waiting = _Waiting(observation, state, asyncio.get_running_loop().create_future())
@@ -350,7 +386,7 @@ class PolicyServer:
         self._inference_seconds.observe(time.perf_counter() - started)
         for waiting, chunk in zip(batch, chunks, strict=True):
             if not np.isfinite(chunk.actions).all():
-                waiting.tell(loop, ActionError("actions: the policy's are not finite; they are not sent."))
+                waiting.tell(loop, ActionError("The policy's actions are not finite, and are not sent."))
                 continue
             if chunk.skips is not None:
                 self._layers.inc(chunk.skips.layers)
@@ -402,7 +438,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
-        raise ConfigError(f"host: {host} is unknown ({error}); give an address of this machine.") from error
+        raise ConfigError(f"host {host} is unknown ({error}); give an address of this machine.") from error
     # "localhost" may be two: the older one is what clients try first or last, but always.
     family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     bound = socket.socket(family, kind, protocol)
@@ -421,7 +457,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
         errno.EADDRNOTAVAIL: "give a --host that is an address of this machine",
         errno.EACCES: "give a --port from 1024 on, those below are the system's",
     }.get(error.errno or 0, "give another --host or --port")
-    return ConfigError(f"host, port: cannot listen on {host}:{port} ({error.strerror}); {mend}.")
+    return ConfigError(f"The server cannot listen on {host}:{port} ({error.strerror}); {mend}.")
 
 
 def _float32(value: Any) -> Any:
@@ -436,7 +472,7 @@ def _read_key(path: Path | None) -> str | None:
     try:
         key = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"api_key_file: {path} cannot be read ({error}).") from error
+        raise ConfigError(f"api_key_file {path} cannot be read ({error}); give a file with the key in it.") from error
     if not key or not key.isascii() or not key.isprintable():
-        raise ConfigError(f"api_key_file: {path} must hold one line of printable ASCII.")
+        raise ConfigError(f"api_key_file {path} must hold one line of printable ASCII, the key.")
     return key

@@ -54,12 +54,12 @@ def unpack(frame: bytes) -> dict[str, Any]:
     except ObservationError:
         raise
     except Exception as error:  # msgpack's errors share no base: ValueError, its own, of UTF-8, of recursion
-        raise ObservationError(f"frame: is no msgpack map ({type(error).__name__}: {error}).") from error
+        raise ObservationError(f"A frame must be one msgpack map ({type(error).__name__}: {error}).") from error
     if not isinstance(value, dict):
-        raise ObservationError(f"frame: expected a map, got {type(value).__name__}.")
+        raise ObservationError(f"A frame must be one msgpack map, got {type(value).__name__}.")
     for key in value:
         if not isinstance(key, str):
-            raise ObservationError(f"frame: a key is {key!r:.50}; keys must be text.")
+            raise ObservationError(f"A frame's keys must be text, got {key!r:.50}.")
     return value
 
 
@@ -80,22 +80,23 @@ def _unpack(value: dict[Any, Any]) -> Any:
             or len(shape) > MAX_DIMENSIONS
             or not all(type(n) is int and n >= 0 for n in shape)
         ):
-            raise ObservationError(f"array: shape {shape!r:.80} is no list of at most {MAX_DIMENSIONS} sizes.")
+            raise ObservationError(f"An array's shape must list at most {MAX_DIMENSIONS} sizes, got {shape!r:.80}.")
         if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
-            raise ObservationError(f"array: its data is not that of {dtype} {tuple(shape)!r:.80}.")
+            kind = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
+            raise ObservationError(f"An array's data must be the bytes of {dtype} {tuple(shape)!r:.80}, got {kind}.")
         return np.frombuffer(data, dtype).reshape(shape)
     if SCALAR in value:
         item = value.get(b"data")
         if not isinstance(item, (bool, int, float)):
-            raise ObservationError(f"scalar: {type(item).__name__} is no number.")
+            raise ObservationError(f"A scalar's data must be a number, got {type(item).__name__}.")
         dtype = _dtype(value.get(b"dtype"))
         if dtype.kind in "iu" and not np.iinfo(dtype).min <= item <= np.iinfo(dtype).max:
-            raise ObservationError(f"scalar: {item!r:.50} does not fit {dtype}.")
+            raise ObservationError(f"A scalar must fit its dtype, {dtype}, got {item!r:.50}.")
         with np.errstate(over="ignore"):
             try:
                 return dtype.type(item)
             except OverflowError as error:
-                raise ObservationError(f"scalar: {item!r:.50} does not fit {dtype}.") from error
+                raise ObservationError(f"A scalar must fit its dtype, {dtype}, got {item!r:.50}.") from error
     return value
 
 
@@ -105,5 +106,5 @@ def _dtype(name: Any) -> np.dtype[Any]:
     except TypeError:
         dtype = None
     if dtype is None or dtype.kind not in KINDS or dtype.itemsize == 0:
-        raise ObservationError(f"array: {name!r:.50} is no kind of numbers.")
+        raise ObservationError(f"A dtype must be one of numbers, such as '<f4' or '|u1', got {name!r:.50}.")
     return dtype

@@ -1,8 +1,8 @@
 """Suites: what is evaluated. Tasks, horizon and how an environment is made, under one name.
 
 In every suite an episode succeeds when the success flag is raised at any step before the horizon, and its initial state
-is a function of (task, seed, episode index) alone. Seeds below `FIRST_EVALUATION_SEED` are for demonstrations, those
-from it on for evaluation, so that nothing is ever evaluated on a state that it was trained on.
+is a function of (task, seed, episode index) alone. Seeds below `provenance.FIRST_EVALUATION_SEED` are for
+demonstrations, those from it on for evaluation, so that nothing is ever evaluated on a state that it was trained on.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from dysl_vla.envs.robosuite import INSTRUCTIONS as ROBOSUITE_INSTRUCTIONS
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.registry import Registry
-
-FIRST_EVALUATION_SEED = 100_000
 
 Cameras = Mapping[str, tuple[int, int]]
 

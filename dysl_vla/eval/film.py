@@ -12,7 +12,7 @@ from dysl_vla.files import replacing
 from dysl_vla.types import ImageArray, SkipTrace
 from dysl_vla.video import read_video
 
-with needs_extra("sim"):
+with needs_extra("train"):
     from PIL import Image, ImageDraw
 
 COLUMNS = 6

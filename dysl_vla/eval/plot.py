@@ -13,7 +13,7 @@ from dysl_vla.eval.records import RESULT, STEPS, read_result
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import replacing
 
-with needs_extra("sim"):
+with needs_extra("train"):
     import pyarrow.parquet as pq
     from matplotlib.figure import Figure
 

@@ -34,7 +34,7 @@ from dysl_vla.files import (
     write_text,
 )
 
-with needs_extra("sim"):
+with needs_extra("train"):
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dysl_vla.eval.statistics import wilson
-from dysl_vla.types import PolicySpec
+from dysl_vla.types import PolicySpec, gripper_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,21 +78,20 @@ def layers_by_importance(steps: pa.Table, spec: PolicySpec) -> dict[str, float |
 
 
 def near_gripper_events(steps: pa.Table, spec: PolicySpec) -> NDArray[np.bool_]:
-    """Which steps are among the five around the gripper's closing or opening; (steps,)."""
+    """Which steps are among the five around a gripper's closing or opening; (steps,)."""
     near = np.zeros(len(steps), np.bool_)
-    if "gripper" not in spec.action_names:
-        return near
-    dimension = spec.action_names.index("gripper")
-    moved = spec.action_normalisation.std[dimension] / 2
-    commands = np.array([action[dimension] for action in steps["action"].to_pylist()])
+    actions = np.array(steps["action"].to_pylist())
     begins = np.asarray(steps["step"].to_numpy()) == 0
     starts = np.flatnonzero(begins).tolist()
-    for start, end in zip(starts, [*starts[1:], len(commands)], strict=True):
-        rest = commands[start]
-        for step in range(start, end):
-            if abs(commands[step] - rest) > moved:
-                near[max(start, step - 2) : min(end, step + 3)] = True
-                rest = commands[step]
+    for dimension in gripper_columns(spec.action_names):
+        moved = spec.action_normalisation.std[dimension] / 2
+        commands = actions[:, dimension]
+        for start, end in zip(starts, [*starts[1:], len(commands)], strict=True):
+            rest = commands[start]
+            for step in range(start, end):
+                if abs(commands[step] - rest) > moved:
+                    near[max(start, step - 2) : min(end, step + 3)] = True
+                    rest = commands[step]
     return near
 
 

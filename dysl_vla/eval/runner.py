@@ -7,7 +7,6 @@ from concurrent.futures import as_completed
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,12 @@ from tqdm import tqdm
 from dysl_vla import provenance
 from dysl_vla.envs import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite, with_robot
 from dysl_vla.errors import ConfigError
+from dysl_vla.eval.config import EvalConfig, Way, ways_of
+from dysl_vla.eval.offline import evaluate_offline
 from dysl_vla.eval.records import RUN, RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
 from dysl_vla.eval.rollout import EpisodeKey, run_episode, warm_up
-from dysl_vla.policies import Policy, check_fingerprint, load_policy
-from dysl_vla.skip_controller.operating import VARIANTS, Switches
+from dysl_vla.policies import Policy, check_fingerprint
 from dysl_vla.types import check_actions
 from dysl_vla.video import write_video
 from dysl_vla.workers import use_one_inference_thread, worker_pool
@@ -28,49 +28,21 @@ from dysl_vla.workers import use_one_inference_thread, worker_pool
 FILM_CRF = 18
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluate a policy in simulation. The same command continues a run that was interrupted."""
-
-    out: Path
-    """Folder for records, figures and videos."""
-    policy: str = "metaworld-mini"
-    """A shipped checkpoint's name, a checkpoint's folder, a Hugging Face hub id, or mock (for the mock suite)."""
-    suite: str = ""
-    """What is evaluated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, mock; when empty, the suite that
-    the policy was trained in."""
-    robot: str = ""
-    """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
-    tasks: str = ""
-    """Comma-separated tasks; when empty, all of the suite, or those of it that the policy was trained in when none is
-    named."""
-    episodes: int = 10
-    """Episodes of each task."""
-    seed: int = FIRST_EVALUATION_SEED
-    """Seed of the initial states; from 100000 on, those below are for demonstrations."""
-    workers: int = 1
-    """Processes that run episodes side by side, one inference thread each. Latencies are only comparable with 1."""
-    video: int = 0
-    """Film this many episodes of each task."""
-    skip: float | None = None
-    """How much a policy with adapters and controllers skips, from 0 (the full model, exactly) to 1; its checkpoint's
-    operating point when not given."""
-    skip_config: str = ""
-    """Comma-separated: run each episode once in each of these ways, in turn, each into its own folder under `out`, and
-    compare them with the first: full, dysl, no-guidance, no-verification, controllers (neither), random."""
-
-
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run what is missing of an evaluation, and write its figures.
 
     Returns:
-        `result.json`; with `skip_config`, {"ways": name to `result.json`}.
+        `result.json`; with `skip_config`, {"ways": name to `result.json`}. With `data`, see `offline.evaluate_offline`.
 
     Raises:
         ConfigError: A value cannot work, the policy does not fit the suite, or `out` holds another run. Nothing was
             written.
     """
-    ways = _ways(config)
+    if config.data is not None:
+        return evaluate_offline(config)
+    ways = ways_of(config)
+    if config.skip_config and (config.out / RUN).exists():
+        raise ConfigError(f"out: {config.out} holds another run; give a new folder.")
     if config.suite:  # loading takes longer than finding that there is none such
         playground(config, None)
     policies = [way.load(config.policy) for way in ways]
@@ -113,52 +85,16 @@ def playground(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ...]]
     Raises:
         ConfigError: They, the robot or the numbers of episodes or workers cannot be.
     """
-    for name in ("episodes", "workers"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
     home, tasks = provenance.home(record, config.suite, config.tasks)
     suite = get_suite(with_robot(home, config.robot))
     return suite, suite.choose(tasks)
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way of running a policy."""
-
-    name: str
-    skip: float | None
-    switches: Switches | None
-
-    def load(self, policy: str) -> Policy:
-        return load_policy(policy, skip=self.skip, switches=self.switches)
-
-    def folder(self, out: Path) -> Path:
-        return out / self.name
-
-
-@dataclass(frozen=True)
 class _Entrant:
-    way: _Way
+    way: Way
     policy: Policy
     folder: RunFolder
-
-
-def _ways(config: EvalConfig) -> list[_Way]:
-    """One, into `out` itself, unless `skip_config` names several."""
-    if not config.skip_config:
-        return [_Way("", config.skip, None)]
-    ways = []
-    for name in map(str.strip, config.skip_config.split(",")):
-        if name != "full" and name not in VARIANTS:
-            raise ConfigError(f"skip_config: unknown {name!r}; there are: full, {', '.join(VARIANTS)}.")
-        ways.append(_Way(name, 0.0, None) if name == "full" else _Way(name, config.skip, VARIANTS[name]))
-    if config.skip == 0 and any(way.name != "full" for way in ways):
-        raise ConfigError(f"skip: 0 is the full model; leave {config.skip_config!r} out, or take a skip above 0.")
-    if (config.out / RUN).exists():
-        raise ConfigError(f"out: {config.out} holds another run; give a new folder.")
-    if len({way.name for way in ways}) < len(ways):
-        raise ConfigError(f"skip_config: {config.skip_config!r} names one twice.")
-    return ways
 
 
 def _finish(
@@ -204,7 +140,7 @@ def check_seed(seed: int, policy: Policy) -> None:
         raise ConfigError(f"seed: how much the policy skips was chosen on seed {seed}; take another.")
 
 
-def _identity(config: EvalConfig, way: _Way, suite: Suite, tasks: tuple[str, ...], policy: Policy) -> dict[str, Any]:
+def _identity(config: EvalConfig, way: Way, suite: Suite, tasks: tuple[str, ...], policy: Policy) -> dict[str, Any]:
     return {
         "policy": config.policy,
         "weights": policy.fingerprint,
@@ -304,7 +240,7 @@ def _worker_bench(suite: str) -> _Bench:
 
 
 @lru_cache(maxsize=16)
-def _worker_policy(name: str, way: _Way, fingerprint: str) -> Policy:
+def _worker_policy(name: str, way: Way, fingerprint: str) -> Policy:
     policy = way.load(name)
     check_fingerprint(policy, name, fingerprint)
     use_one_inference_thread()
@@ -312,7 +248,7 @@ def _worker_policy(name: str, way: _Way, fingerprint: str) -> Policy:
 
 
 def _run_in_worker(
-    config: EvalConfig, way: _Way, fingerprint: str, folder: RunFolder, key: EpisodeKey
+    config: EvalConfig, way: Way, fingerprint: str, folder: RunFolder, key: EpisodeKey
 ) -> dict[str, Any]:
     policy = _worker_policy(config.policy, way, fingerprint)
     return _worker_bench(config.suite).run(policy, folder, key, film=key.index < config.video)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dysl_vla.extras import needs_extra
 
-with needs_extra("sim"):
+with needs_extra("train"):
     from scipy import stats
 
 CONFIDENCE = 0.95

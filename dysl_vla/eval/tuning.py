@@ -11,11 +11,11 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.encoding import demonstrations_for
 from dysl_vla.data.replay import Replay, Replayed
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.compare import compare
-from dysl_vla.eval.runner import EvalConfig, evaluate, playground
+from dysl_vla.eval.config import EvalConfig
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies import load_backbone_policy, load_policy
 from dysl_vla.workers import use_one_inference_thread
@@ -41,6 +41,9 @@ class TuneConfig:
     """The whole policy's mean milliseconds an inference, at most, on this machine: skips as little as that allows."""
     target_success_drop: float | None = None
     """Success rate lost, at most, as a share (0.01: a point), measured in simulation: skips as much as that allows."""
+    target_action_error: float | None = None
+    """For those who have no simulation: distance of the executed actions from the full model's, at most, in deviations
+    of the demonstrated actions, on held-out demonstrations: skips as much as that allows."""
     suite: str = ""
     """Where success is measured; the suite that the policy was trained in when empty."""
     robot: str = ""
@@ -85,20 +88,25 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
         ConfigError: Not exactly one target, or one that cannot be met: the message says what can.
         CheckpointError: The checkpoint is damaged or has no adapters.
     """
-    targets = [t for t in (config.target_ms, config.target_success_drop) if t is not None]
+    given = (config.target_ms, config.target_success_drop, config.target_action_error)
+    targets = [target for target in given if target is not None]
     if len(targets) != 1:
-        raise ConfigError("target: give either --target-ms or --target-success-drop.")
+        raise ConfigError("target: give one of --target-ms, --target-success-drop and --target-action-error.")
     if not np.isfinite(targets[0]) or targets[0] < 0:
         raise ConfigError(f"target: {targets[0]} must be finite and not negative.")
     if not has_skips(config.policy):
         raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
     if config.target_success_drop is not None:  # minutes before it is needed
+        from dysl_vla.eval.runner import playground
+
         suite, tasks = playground(_evaluation(config, Path(), 0), load_policy(str(config.policy)).provenance)
         config = replace(config, suite=suite.name, robot="", tasks=",".join(tasks))
     curve = measure_curve(config.policy, config.data)
     try:
         if config.target_ms is not None:
             chosen = choose_by_time(curve, config.target_ms)
+        elif config.target_action_error is not None:
+            chosen = choose_by_error(curve, config.target_action_error)
         else:
             chosen = _choose_by_success(config, curve)
     except ConfigError as error:  # minutes of measuring are worth showing
@@ -106,6 +114,7 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
     measured = {
         "target_ms": config.target_ms,
         "target_success_drop": config.target_success_drop,
+        "target_action_error": config.target_action_error,
         "seed": TUNING_SEED if config.target_success_drop is not None else None,
         "curve": [asdict(point) for point in curve],
         "machine": provenance.machine(),
@@ -119,7 +128,7 @@ def measure_curve(folder: Path, data: Path) -> list[Point]:
     """Replay held-out demonstrations at every setting of the knob, the settings taking turns on each episode."""
     use_one_inference_thread()
     policy = load_backbone_policy(str(folder))
-    replay = Replay(policy, Demonstrations(data))
+    replay = Replay(policy, demonstrations_for(data, policy.spec))
     parts: dict[float, list[Replayed]] = {skip: [] for skip in SETTINGS}
     with closing(load_dysl(policy, folder)) as dysl:
         replay.play_episode(dysl, 0)  # warms up
@@ -159,6 +168,22 @@ def choose_by_time(curve: list[Point], target_ms: float) -> Point:
     return min(possible, key=lambda point: point.skip)
 
 
+def choose_by_error(curve: list[Point], target: float) -> Point:
+    """The fastest point whose actions are near enough to the full model's.
+
+    Raises:
+        ConfigError: None is.
+    """
+    possible = [point for point in curve if point.error <= target]
+    if not possible:
+        nearest = min(curve, key=lambda point: point.error)
+        raise ConfigError(
+            f"target_action_error: {target} cannot be met; the nearest possible is {nearest.error:.4f}, at skip "
+            f"{nearest.skip}."
+        )
+    return max(possible, key=lambda point: point.skip)
+
+
 def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
     """The fastest point that loses no more than allowed, by paired episodes."""
     assert config.target_success_drop is not None
@@ -181,6 +206,8 @@ def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
 
 def _evaluate(config: TuneConfig, out: Path, skip: float) -> Path:
     """Measure success at a setting; the folder with its records."""
+    from dysl_vla.eval.runner import evaluate
+
     evaluate(_evaluation(config, out, skip))
     return out
 

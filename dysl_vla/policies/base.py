@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dysl_vla.errors import CheckpointError
+from dysl_vla.images import Place
 from dysl_vla.registry import Registry
 from dysl_vla.types import ActionChunk, EpisodeState, Observation, PolicySpec
 
@@ -83,8 +84,12 @@ class ExportablePolicy(BackbonePolicy, Protocol):
     """
 
     @property
-    def crops(self) -> Mapping[str, tuple[int, int, int, int]]:
-        """Camera name to the part of its image that `embed` gets: top, left, height, width, in pixels."""
+    def resizes(self) -> Mapping[str, tuple[int, int]]:
+        """Camera name to the size, (height, width), that `dysl_vla.images.resized` gives its images; missing: none."""
+
+    @property
+    def crops(self) -> Mapping[str, Place]:
+        """Camera name to the part of its resized image that `embed` gets: top, left, height, width, in pixels."""
 
     @property
     def text_tokens(self) -> int:
@@ -94,7 +99,7 @@ class ExportablePolicy(BackbonePolicy, Protocol):
         """Everything that the backbone reads.
 
         Args:
-            images: Camera name to (batch, height, width, 3) uint8, cropped.
+            images: Camera name to (batch, height, width, 3) uint8, resized and cropped.
             state: (batch, state) float32, in the world's units.
             token_ids: (batch, text) of the instruction.
 

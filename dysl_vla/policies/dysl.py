@@ -31,7 +31,16 @@ from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
 from dysl_vla.skip_controller.operating import RandomExits, SkipStatistics, Switches
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.skip_controller.skipping import Step, attach
-from dysl_vla.types import ActionChunk, EpisodeState, FloatArray, InferenceTiming, Observation, PolicySpec, SkipTrace
+from dysl_vla.types import (
+    ActionChunk,
+    EpisodeState,
+    FloatArray,
+    InferenceTiming,
+    Observation,
+    PolicySpec,
+    SkipTrace,
+    gripper_columns,
+)
 
 SETTINGS, HEADS = "skip.json", "skip.safetensors"
 FORESIGHT = 4
@@ -168,6 +177,7 @@ class DyslPolicy:
             self._point.thresholds,
             foresight=self._settings.foresight,
             signal=self._settings.signal,
+            grippers=gripper_columns(self._policy.spec.action_names),
         )
 
     def close(self) -> None:

@@ -9,9 +9,10 @@ on the middle one alone.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from dysl_vla.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.images import Place, looked_at
 from dysl_vla.policies.base import policies
 from dysl_vla.types import (
     IMAGE_PREFIX,
@@ -59,7 +61,8 @@ class MiniVLAConfig:
 
     Attributes:
         spec: Cameras, state, actions, their normalisation, rate and chunk.
-        crops: Camera name to the part that is looked at; sides are multiples of 8 pixels and of `grids`' cells.
+        crops: Camera name to the part that is looked at, of the resized image; sides are multiples of 8 pixels and of
+            `grids`' cells.
         grids: Camera name to the tokens a side of its grid.
         vocab_size: Of the tokenizer.
         text_tokens: Tokens of an instruction: shorter ones are padded, longer ones cut.
@@ -69,6 +72,8 @@ class MiniVLAConfig:
         intermediate_size: Width of the feed-forward parts.
         keypoints: Keypoints a camera.
         head_size: Width of the action head.
+        resizes: Camera name to the size, (height, width), that its images are resized to first; missing: not at all.
+        state_clip: Deviations from the demonstrated mean beyond which the state is cut off; None: nowhere.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -84,16 +89,31 @@ class MiniVLAConfig:
     intermediate_size: int = 256
     keypoints: int = 32
     head_size: int = 256
+    # Not in repr, which fingerprints are made of: policies of before have neither, and keep theirs
+    resizes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    state_clip: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, size in self.spec.cameras.items():
             if name not in self.crops or name not in self.grids:
                 raise ConfigError(f"crops, grids: camera {name!r} has none; every camera needs both.")
             crop, grid = self.crops[name], self.grids[name]
+            if name in self.resizes:
+                small = self.resizes[name]
+                if not all(CELL <= new <= old for new, old in zip(small, size, strict=True)):
+                    raise ConfigError(
+                        f"resizes.{name}: {small[0]}x{small[1]} must be from {CELL}x{CELL} pixels to the camera's "
+                        f"{size[0]}x{size[1]}."
+                    )
+                size = small  # noqa: PLW2901 # crops lie in what is left
             if crop.top < 0 or crop.left < 0 or crop.top + crop.height > size[0] or crop.left + crop.width > size[1]:
                 raise ConfigError(f"crops.{name}: {crop} does not lie inside the image of {size[0]}x{size[1]} pixels.")
             if grid < 1 or crop.height % (CELL * grid) or crop.width % (CELL * grid):
                 raise ConfigError(f"crops.{name}: sides of {crop} must be multiples of {CELL * grid} pixels.")
+        if unknown := sorted(set(self.resizes) - set(self.spec.cameras)):
+            raise ConfigError(f"resizes: there is no camera {unknown[0]!r}; there are: {', '.join(self.spec.cameras)}.")
+        if self.state_clip is not None and not 0 < self.state_clip < math.inf:
+            raise ConfigError(f"state_clip: {self.state_clip} must be above zero and finite.")
         for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "keypoints", "head_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
@@ -274,7 +294,10 @@ class MiniVLA(nn.Module):
             (batch, tokens, hidden); the read-out token is the last.
         """
         text = self.backbone.embed_tokens(token_ids)
-        proprio = self.state_token((state - self._state_mean) / self._state_std)[:, None]
+        deviations = (state - self._state_mean) / self._state_std
+        if self.config.state_clip is not None:
+            deviations = deviations.clamp(-self.config.state_clip, self.config.state_clip)
+        proprio = self.state_token(deviations)[:, None]
         views = [
             self.cameras[_module_name(name)]((images[name].permute(0, 3, 1, 2).float() / 255).sub_(0.5))
             for name in self.config.spec.cameras
@@ -295,7 +318,9 @@ class MiniVLA(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the actions: configuration, tokenizer and weights."""
-        digest = hashlib.sha256(f"{self.config}{self.tokenizer.to_str()}".encode())
+        config = self.config
+        added = f"{dict(config.resizes)}{config.state_clip}" if config.resizes or config.state_clip is not None else ""
+        digest = hashlib.sha256(f"{config}{self.tokenizer.to_str()}{added}".encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.numpy().tobytes())
@@ -319,7 +344,12 @@ class MiniVLA(nn.Module):
         return [ActionChunk(actions=row, timing=timing) for row in actions]
 
     @property
-    def crops(self) -> dict[str, tuple[int, int, int, int]]:
+    def resizes(self) -> Mapping[str, tuple[int, int]]:
+        """Camera name to the size that its images are resized to; see `ExportablePolicy`."""
+        return self.config.resizes
+
+    @property
+    def crops(self) -> dict[str, Place]:
         """Camera name to the part that is looked at; see `ExportablePolicy`."""
         return {name: (c.top, c.left, c.height, c.width) for name, c in self.config.crops.items()}
 
@@ -329,11 +359,9 @@ class MiniVLA(nn.Module):
         return self.config.text_tokens
 
     def _images(self, name: str, observations: Sequence[Observation]) -> Tensor:
-        crop = self.config.crops[name]
-        rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)
-        return torch.from_numpy(
-            np.stack([observation[IMAGE_PREFIX + name][rows, columns] for observation in observations])
-        )
+        place, size = self.crops[name], self.resizes.get(name)
+        views = [looked_at(observation[IMAGE_PREFIX + name], size, place) for observation in observations]
+        return torch.from_numpy(np.stack(views))
 
     def token_ids(self, instruction: str) -> list[int]:
         """An instruction's token ids, `text_tokens` of them."""

@@ -38,8 +38,10 @@ SHIFT = 4
 STATE_FILE = "training_state.safetensors"
 CURVE_FILE = "training.jsonl"
 VALIDATION_FRAMES = 2048
-HELD_OUT_EVERY = 20
-"""One episode in so many is for validation."""
+FLOOR = 0.02
+"""Share of the range of its kind (all joints, say) that a dimension's deviation counts as at least."""
+STATE_CLIP = 10.0
+"""Deviations beyond which a policy is not shown the state: it has not seen any of it."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ class TrainingArrays:
     """Demonstrations in memory.
 
     Attributes:
-        images: Camera name to uint8, (frames, crop height + 2 SHIFT, crop width + 2 SHIFT, 3).
+        images: Camera name to uint8, (frames, crop height + 2 SHIFT, crop width + 2 SHIFT, 3); may be on disk.
         states: (frames, state).
         actions: (frames, action).
         episode_index: (frames,), rising.
         task_index: (frames,), into `instructions`.
         instructions: Distinct instructions.
+        held_out: (frames,): those that are for validation.
     """
 
     images: Mapping[str, ImageArray]
@@ -61,6 +64,7 @@ class TrainingArrays:
     episode_index: NDArray[np.int64]
     task_index: NDArray[np.int64]
     instructions: Sequence[str]
+    held_out: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,25 @@ def train_tokenizer(instructions: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def normalisation(values: FloatArray) -> Normalisation:
-    """Mean and deviation a dimension; a dimension that never changes keeps its scale."""
+def normalisation(values: FloatArray, names: Sequence[str]) -> Normalisation:
+    """Mean and deviation a dimension.
+
+    A dimension that hardly moves (a parked joint) would make of a small displacement very many deviations, so a
+    deviation is at least `FLOOR` of the largest range among the dimensions of its kind: those whose names end in the
+    same word behind a dot ("shoulder_pan.pos", "gripper.pos"), and those that have no names but numbers. One that never
+    moves, among others that do not either, keeps its scale.
+
+    Args:
+        values: (frames, dimension).
+        names: One a dimension.
+    """
     std = values.std(axis=0, dtype=np.float64)
+    span = values.max(axis=0).astype(np.float64) - values.min(axis=0)
+    kinds = np.array(["." if name.isdecimal() else name[name.find(".") :] if "." in name else name for name in names])
+    floor = np.array([FLOOR * span[kinds == kind].max() for kind in kinds])
     return Normalisation(
         mean=tuple(map(float, values.mean(axis=0, dtype=np.float64))),
-        std=tuple(float(s) if s > 1e-4 else 1.0 for s in std),
+        std=tuple(float(s) if s > 1e-4 else 1.0 for s in np.maximum(std, floor)),
     )
 
 
@@ -170,9 +187,8 @@ class BehaviourCloning:
         self._targets = torch.from_numpy(policy.spec.action_normalisation.apply(arrays.actions))
         last = np.searchsorted(arrays.episode_index, arrays.episode_index, side="right")
         self._remaining = np.minimum(last - np.arange(len(last)), chunk)
-        held_out = arrays.episode_index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        self._training = np.flatnonzero(~held_out)
-        validation = np.flatnonzero(held_out)
+        self._training = np.flatnonzero(~arrays.held_out)
+        validation = np.flatnonzero(arrays.held_out)
         self._validation = validation[:: max(1, len(validation) // VALIDATION_FRAMES)]
         self.step = 0
         self._seconds = 0.0

@@ -107,6 +107,7 @@ class Guide:
         thresholds: What counts as a fall.
         foresight: Planned actions at which the window of continuity ends; 0: it ends with the last executed one.
         signal: The importance signal's name.
+        grippers: Which dimensions of an action are grippers': all that the signal "gripper" sees; empty: the last.
 
     Raises:
         ConfigError: A negative length or foresight, no dimension, or an unknown signal.
@@ -120,6 +121,7 @@ class Guide:
         *,
         foresight: int = 0,
         signal: str = "continuity",
+        grippers: Sequence[int] = (),
     ) -> None:
         if action_dim < 1:
             raise ConfigError(f"action_dim: {action_dim} must be at least 1.")
@@ -133,6 +135,7 @@ class Guide:
         self._thresholds = thresholds
         self._foresight = foresight
         self._signal = signals.get(signal)
+        self._columns = list(grippers or [action_dim - 1]) if signal == "gripper" else None
 
     def reset(self) -> GuideState:
         """An episode that begins: at rest, so that skipping is allowed until continuity falls."""
@@ -191,11 +194,16 @@ class Guide:
     ) -> float | None:
         """By how much predicted actions make continuity fall; None before it is known. Arguments as of `verify`."""
         seen = max(self._foresight, execute_steps)
-        after = self._signal(np.concatenate([state.recent, predicted[:seen]])[-WINDOW - 1 :])
+        after = self._importance(np.concatenate([state.recent, predicted[:seen]]))
         return None if after is None or state.continuity is None else state.continuity - after
 
     def _continuity(self, recent: NDArray[np.float64], planned: NDArray[np.float64]) -> float | None:
-        return self._signal(np.concatenate([recent, planned[: self._foresight]])[-WINDOW - 1 :])
+        return self._importance(np.concatenate([recent, planned[: self._foresight]]))
+
+    def _importance(self, actions: NDArray[np.float64]) -> float | None:
+        """The signal of the window at the end of some actions."""
+        window = actions[-WINDOW - 1 :]
+        return self._signal(window if self._columns is None else window[:, self._columns])
 
     def _check(self, actions: NDArray[np.float32] | NDArray[np.float64]) -> None:
         if actions.ndim != 2 or actions.shape[1] != self._action_dim:
@@ -224,8 +232,17 @@ def continuity(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | No
 
 @signals.register("gripper")
 def gripper(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | None:
-    """Minus the mean change of the last dimension, by convention the gripper's; arguments as of `continuity`."""
+    """Minus the mean change of the grippers, summed over them.
+
+    Args:
+        actions: (time, grippers): `Guide` hands on no other dimension.
+
+    Returns:
+        It; None when there are not two actions yet.
+    """
     if len(actions) < 2:
         return None
-    last = actions[:, -1].tolist()
-    return -float(sum(abs(after - before) for before, after in pairwise(last))) / (len(last) - 1)
+    change = 0.0
+    for column in actions.T.tolist():
+        change += float(sum(abs(after - before) for before, after in pairwise(column)))
+    return -change / (len(actions) - 1)

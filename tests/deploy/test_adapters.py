@@ -1,10 +1,12 @@
-"""Robots of packages that are not installed here, against stand-ins for those packages' interfaces."""
+"""Robots of packages that are not installed here: what can be known without them; ROS 2 against a stand-in.
+
+LeRobot's are in tests/lerobot, with LeRobot.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 import time
 import types
 from pathlib import Path
@@ -12,95 +14,95 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dysl_vla.deploy.lerobot_robot import LeRobotRobot
+from dysl_vla.deploy.lerobot_robot import _bounds, _renamed
 from dysl_vla.deploy.robot import make_robot
 from dysl_vla.errors import ConfigError, MissingExtraError, RobotFault
 from tests.conftest import make_tiny_policy
 
 NAMES = ("shoulder.pos", "elbow.pos", "gripper.pos")
+DOCUMENT = {"robot": {"type": "arm"}, "rate_hz": 30, "action_low": [-1] * 3, "action_high": [1] * 3}
+names = st.text("abcdef", min_size=1, max_size=3)
 
 
-class LeRobotArm:
-    """The part of LeRobot's `Robot` that is used."""
-
-    def __init__(self, config: Any = None) -> None:
-        self.config = config
-        self.calls: list[Any] = []
-        self.is_connected = False
-        self.breaks = False
-        self.observation_features = {**dict.fromkeys(NAMES, float), "front": (48, 64, 3)}
-        self.action_features = dict.fromkeys(NAMES, float)
-
-    def connect(self, calibrate: bool = True) -> None:
-        assert not calibrate
-        self.is_connected = True
-
-    def get_observation(self) -> dict[str, Any]:
-        if self.breaks:
-            raise ConnectionError("no status packet")
-        return {"front": np.zeros((48, 64, 3), np.uint8), **dict(zip(NAMES, (1.0, 2.0, 3.0), strict=True))}
-
-    def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
-        self.calls.append(action)
-        return action
-
-    def disconnect(self) -> None:
-        self.is_connected = False
-        self.calls.append("disconnect")
-
-
-def test_a_robot_of_lerobot_is_read_commanded_and_let_go() -> None:
-    arm = LeRobotArm()
-    robot = LeRobotRobot(arm, 30.0, (-100.0,) * 3, (100.0,) * 3)
-    assert robot.world.cameras == {"front": (48, 64)}
-    assert robot.world.state_names == robot.world.action_names == NAMES
-    with pytest.raises(ConfigError, match="30 actions a second"):
-        robot.connect(20.0)
-    robot.connect(30.0)
-    assert robot.hold(None) is None
-    after = time.perf_counter() + 0.02
-    reading = robot.observe(after)
-    assert reading.taken_at >= after
-    assert reading.observation["observation.state"].tolist() == [1, 2, 3]
-    held = robot.hold(None)
-    assert held is not None
-    assert held.tolist() == [1, 2, 3]
-    robot.act(np.array([4, 5, 6], np.float32))
-    assert arm.calls == [dict(zip(NAMES, (4.0, 5.0, 6.0), strict=True))]
-    arm.breaks = True
-    with pytest.raises(RobotFault, match="no status packet"):
-        robot.observe(0.0)
-    robot.stop()
-    robot.stop()
-    assert arm.calls[1:] == ["disconnect"]
-    with pytest.raises(ConfigError, match="action_low"):
-        LeRobotRobot(arm, 30.0, (-1.0,), (1.0,))
-
-
-def test_a_robot_of_lerobot_is_made_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(importlib.util.find_spec("lerobot") is not None, reason="tests/lerobot are for where it is")
+def test_where_lerobot_is_not_installed_it_is_said_how_to(tmp_path: Path) -> None:
     path = tmp_path / "arm.json"
-    document = {
-        "robot": {"type": "arm", "port": "/dev/x"},
-        "rate_hz": 30,
-        "action_low": [-1] * 3,
-        "action_high": [1] * 3,
-    }
-    path.write_text(json.dumps(document))
-    with pytest.raises(MissingExtraError, match="pip install lerobot"):
+    path.write_text(json.dumps(DOCUMENT))
+    with pytest.raises(MissingExtraError, match=r"pip install 'lerobot\[feetech\]' .*Python 3\.12"):
         make_robot(f"lerobot:{path}", {})
-    robots = types.ModuleType("lerobot.robots")
-    robots.RobotConfig = types.SimpleNamespace(get_choice_class=lambda kind: kind)  # type: ignore[attr-defined]
-    robots.make_robot_from_config = LeRobotArm  # type: ignore[attr-defined]
-    draccus = types.ModuleType("draccus")
-    draccus.decode = lambda kind, values: (kind, values)  # type: ignore[attr-defined]
-    for name, module in {"lerobot": types.ModuleType("lerobot"), "lerobot.robots": robots, "draccus": draccus}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    robot: Any = make_robot(f"lerobot:{path}", {})
-    assert robot._robot.config == ("arm", {"port": "/dev/x"})
-    path.write_text(json.dumps({**document, "rate_hz": "fast"}))
-    with pytest.raises(ConfigError, match="ValueError"):
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rate": 30}, "rate: unknown; there are robot, rate_hz"),
+        ({"robot": []}, r"robot: \[\] must be an object with a type"),
+        ({"robot": {}}, r"robot: \{\} must be an object with a type"),
+    ],
+)
+def test_a_mistake_in_a_robots_file_is_named_before_lerobot_is_needed(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "arm.json"
+    path.write_text(json.dumps(DOCUMENT | change))
+    with pytest.raises(ConfigError, match=message):
         make_robot(f"lerobot:{path}", {})
+    path.write_text(json.dumps({"robot": {"type": "arm"}, "rate_hz": 30}))
+    with pytest.raises(ConfigError, match="action_low, action_high: missing"):
+        make_robot(f"lerobot:{path}", {})
+
+
+@given(st.lists(names, unique=True, min_size=1), st.dictionaries(names, names))
+def test_renaming_is_one_to_one_or_refused_by_name(known: list[str], rename: dict[str, str]) -> None:
+    """`known` are a robot's cameras and state; the first half are actions, too."""
+    actions = known[: len(known) // 2]
+    unknown = [name for name in rename if name not in known]
+    wanted = [rename.get(name, name) for name in known]
+    twice = {name for name in wanted if wanted.count(name) > 1}
+    if not unknown and not twice:
+        renamed = _renamed(rename, known, actions)
+        assert [renamed[name] for name in known] == wanted
+        return
+    with pytest.raises(ConfigError, match=r"^rename: ") as raised:
+        _renamed(rename, known, actions)
+    if unknown:
+        assert f" {', '.join(unknown)} is unknown" in str(raised.value)
+    else:
+        assert any(f"would both be called {name}." in str(raised.value) for name in twice)
+
+
+numbers = st.one_of(st.floats(), st.integers(), st.sampled_from((True, "1", None, 10**400)))
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=3, max_size=3), st.booleans())
+def test_bounds_are_finite_and_in_order_or_refused_by_name(pairs: list[tuple[Any, Any]], by_name: bool) -> None:
+    low, high = ([pair[side] for pair in pairs] for side in (0, 1))
+    given_low: Any = dict(zip(NAMES, low, strict=True)) if by_name else low
+    fine = [
+        all(type(value) in (int, float) and abs(value) < 3.4e38 for value in pair)
+        and np.float32(pair[0]) < np.float32(pair[1])
+        for pair in pairs
+    ]
+    if all(fine):
+        assert _bounds(NAMES, given_low, high) == (tuple(map(float, low)), tuple(map(float, high)))
+        return
+    with pytest.raises(ConfigError, match=r"^action_(low|high)\.") as raised:
+        _bounds(NAMES, given_low, high)
+    assert any(name in str(raised.value) for name, is_fine in zip(NAMES, fine, strict=True) if not is_fine)
+
+
+@given(st.dictionaries(st.sampled_from((*NAMES, "elbow", "x")), st.just(-1)))
+def test_bounds_for_other_actions_are_refused_by_name(low: dict[str, float]) -> None:
+    if set(low) == set(NAMES):
+        assert _bounds(NAMES, low, [1] * 3)[0] == (-1.0,) * 3
+        return
+    wrong = set(NAMES) - set(low) or set(low) - set(NAMES)
+    with pytest.raises(ConfigError, match=r"^action_low: ") as raised:
+        _bounds(NAMES, low, [1] * 3)
+    assert all(name in str(raised.value) for name in wrong)
 
 
 def ros2() -> Any:

@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import time
-from collections import deque
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,97 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dysl_vla.deploy.control import ControlConfig, ControlLoop, LoopConfig, _Plan, control, render_account
+from dysl_vla.deploy.account import render_account
+from dysl_vla.deploy.chunks import Plan
+from dysl_vla.deploy.control import ControlConfig, ControlLoop, LoopConfig, control
 from dysl_vla.deploy.limits import Limits
 from dysl_vla.deploy.logs import read_log, replay, view
 from dysl_vla.deploy.mujoco_robot import MujocoRobot, Simulation, _Eyes, _make_env
 from dysl_vla.deploy.robot import Reading
 from dysl_vla.errors import ConfigError, DyslError, ObservationError, RobotFault, SafetyStop
 from dysl_vla.files import read_json, write_json
-from dysl_vla.types import ActionChunk, EpisodeState, InferenceTiming, WorldSpec
-from tests.conftest import make_tiny_policy
-
-WORLD = WorldSpec(
-    cameras={"top": (32, 32), "wrist": (16, 16)},
-    state_names=("x", "y"),
-    action_names=("dx", "dy", "gripper"),
-    action_low=(-1.0,) * 3,
-    action_high=(1.0,) * 3,
-    rate_hz=20.0,
-)
-RATE = 100.0
-
-
-class Counting:
-    """A policy whose actions say which reading and which step they are for; it may dawdle."""
-
-    def __init__(self, delays: Sequence[float] = (), chunk: int = 8) -> None:
-        self.spec = replace(make_tiny_policy().spec, chunk_length=chunk)
-        self.provenance: dict[str, Any] = {}
-        self.fingerprint = "counting"
-        self._delays = deque(delays)
-        self.states: list[Any] = []
-        self.warm = 0
-
-    def reset(self) -> EpisodeState:
-        return EpisodeState()
-
-    def infer(self, observations: Any, states: Any) -> list[ActionChunk]:
-        if not states[0].executed and not self.states and self.warm < 2:
-            self.warm += 1
-        elif self._delays:
-            time.sleep(self._delays.popleft())
-        self.states.append((list(states[0].executed), states[0].needed_at))
-        number = float(observations[0]["observation.state"][0])
-        steps = np.arange(self.spec.chunk_length, dtype=np.float32)
-        actions = np.stack([np.full_like(steps, number), steps / 100, np.zeros_like(steps)], axis=1)
-        return [ActionChunk(actions, InferenceTiming(0, 0, 0))]
-
-
-class FakeRobot:
-    """Readings on a grid of its own; keeps all that was done to it."""
-
-    def __init__(self, period: float = 1 / RATE, delay: float = 0.0) -> None:
-        self.world = WORLD
-        self.calls: list[str] = []
-        self.sent: list[tuple[float, Any]] = []
-        self.start = 0.0
-        self._period, self._delay = period, delay
-        self.readings: list[float] = []
-
-    def connect(self, rate_hz: float) -> None:
-        self.calls.append("connect")
-        self.start = time.perf_counter()
-
-    def observe(self, after: float) -> Reading:
-        now = time.perf_counter()
-        number = int((max(now, after) - self.start) / self._period) + (after > now)
-        taken_at = self.start + number * self._period
-        while time.perf_counter() < taken_at + self._delay:
-            time.sleep(0.0005)
-        self.readings.append(taken_at)
-        rng = np.random.default_rng(number)
-        return Reading(
-            {
-                "observation.images.top": rng.integers(0, 256, (32, 32, 3), np.uint8),
-                "observation.images.wrist": rng.integers(0, 256, (16, 16, 3), np.uint8),
-                "observation.state": np.array([number / 1000, 0], np.float32),
-                "task": "go",
-            },
-            taken_at,
-        )
-
-    def act(self, action: Any) -> None:
-        self.sent.append((time.perf_counter(), action))
-
-    def hold(self, last: Any) -> Any:
-        return np.array([0, 0, 0.5], np.float32)
-
-    def report(self) -> dict[str, Any]:
-        return {"acts": len(self.sent)}
-
-    def stop(self) -> None:
-        self.calls.append("stop")
+from dysl_vla.types import ActionChunk
+from tests.deploy.stand_ins import RATE, WORLD, Counting, FakeRobot
 
 
 def loop(policy: Any, robot: Any, config: LoopConfig | None = None, **options: Any) -> ControlLoop:
@@ -257,6 +175,116 @@ def test_the_first_command_starts_from_where_the_robot_is() -> None:
     assert robot.sent == []
 
 
+NAMES = ("pan.pos", "lift.pos", "gripper")
+ARM = replace(WORLD, action_names=NAMES, action_low=(-100.0,) * 3, action_high=(100.0,) * 3)
+
+
+class Arm(FakeRobot):
+    """Takes positions, and stands at -90 degrees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = ARM
+
+    def hold(self, last: Any) -> Any:
+        return np.array([-90, 0, 0], np.float32) if last is None else last
+
+
+class Reaching(Counting):
+    """Wants to be at +15 degrees."""
+
+    def __init__(self, wanted: float = 15.0, delay: float = 0.0) -> None:
+        super().__init__()
+        self.spec = replace(self.spec, action_names=NAMES)
+        self._wanted, self._delay = wanted, delay
+
+    def infer(self, observations: Any, states: Any) -> list[ActionChunk]:
+        time.sleep(self._delay)
+        [chunk] = super().infer(observations, states)
+        chunk.actions[:] = [self._wanted, 0, 0]
+        return [chunk]
+
+
+@pytest.mark.parametrize("blend", [0, 2, 5])
+def test_a_robot_that_stands_far_away_goes_there_at_the_allowed_speed(blend: int) -> None:
+    robot, told = Arm(), []
+    config = LoopConfig(blend=blend, warm_up=2, max_age_s=0.06, stop_after=1000)
+    account = loop(Reaching(), robot, config, limits=Limits(max_change=(3.0, 3.0, 200.0)), tell=told.append).run(0.6)
+    positions = [-90.0, *(float(action[0]) for _, action in robot.sent)]
+    assert max(np.abs(np.diff(positions))) <= 3 + 1e-4
+    assert positions[-1] == pytest.approx(15)
+    assert account.approaching >= 34
+    assert account.clamped == 0  # going there is no breach
+    assert any("pan.pos stands at -90" in line for line in told)
+    refusing = loop(Reaching(), Arm(), config, limits=Limits("refuse", max_change=(3.0, 3.0, 200.0)))
+    assert refusing.run(0.6).approaching >= 34
+
+
+def test_a_far_start_is_refused_where_that_is_declared() -> None:
+    robot = Arm()
+    config = LoopConfig(warm_up=2, max_age_s=0.06, far_start="refuse")
+    with pytest.raises(SafetyStop, match=r"far_start: pan\.pos stands at -90, the policy's first action is 15"):
+        loop(Reaching(), robot, config).run(1)
+    assert robot.sent == []
+    robot = Arm()
+    near = loop(Reaching(-89.5), robot, config)
+    assert near.run(0.1).approaching == 0
+    assert robot.sent[-1][1][0] == -89.5
+
+
+def test_a_robot_of_positions_must_say_where_it_holds() -> None:
+    class Silent(Arm):
+        def hold(self, last: Any) -> Any:
+            return last
+
+    robot = Silent()
+    with pytest.raises(SafetyStop, match=r"does not say where it holds"):
+        loop(Reaching(), robot).run(0.1)
+    assert robot.sent == []
+
+
+@pytest.mark.parametrize("blend", [1, 2, 4])
+def test_the_first_plan_is_joined_to_the_held_position(blend: int) -> None:
+    robot = Arm()
+    config = LoopConfig(blend=blend, warm_up=2, max_age_s=0.06)
+    loop(Reaching(-60), robot, config, limits=Limits(max_change=(200.0,) * 3)).run(0.1)
+    assert robot.sent[0][1][0] == pytest.approx(-90 + 30 / (blend + 1), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("delay", "config", "words"),
+    [
+        (0.05, {}, r"at most --rate 2\d(\.\d)? would work"),  # three periods of 10 ms last 30, and 100 are needed
+        (0.05, {"rate_hz": 10.0, "max_age_s": 0.1001}, r"with --max-age-s 0\.1\d it would work"),
+    ],
+)
+def test_a_policy_that_is_too_slow_is_refused_before_anything_moves(
+    delay: float, config: dict[str, float], words: str
+) -> None:
+    robot = Arm()
+    rate = config.pop("rate_hz", RATE)
+    running = ControlLoop(
+        Reaching(delay=delay), robot, rate, Limits(), LoopConfig(warm_up=2, **{"max_age_s": 0.2, **config})
+    )
+    with pytest.raises(ConfigError, match=words) as caught:
+        running.run(1)
+    assert "Nothing was moved" in str(caught.value)
+    assert "dysl export" in str(caught.value)
+    assert robot.sent == []
+    assert robot.calls == ["connect", "stop"]
+
+
+def test_a_policy_that_is_slow_but_fast_enough_looks_earlier_and_misses_nothing() -> None:
+    """Its inference takes longer than a period and a half, but a chunk's eight executed actions last long enough."""
+    robot = Arm()
+    policy = Reaching(-90, delay=0.03)
+    policy.spec = replace(policy.spec, chunk_length=16, execute_steps=8)
+    config = LoopConfig(blend=0, warm_up=2, max_age_s=0.2, stop_after=1000)
+    account = loop(policy, robot, config).run(1.0)
+    assert account.missed <= 2
+    assert account.cycles == 100
+
+
 def test_a_robot_that_cannot_be_connected_is_stopped_all_the_same() -> None:
     class Dead(FakeRobot):
         def connect(self, rate_hz: float) -> None:
@@ -316,7 +344,7 @@ CHUNKS = hnp.arrays(np.float32, (8, 3), elements=st.floats(-1, 1, width=32))
 @given(CHUNKS, CHUNKS, st.integers(0, 7), st.integers(0, 8), st.integers(0, 5))
 def test_a_new_chunk_takes_over_without_a_jump(old: Any, new: Any, index: int, left: int, blend: int) -> None:
     rest, last = old[8 - left :], old[0]
-    plan = _Plan(1, new, 0.0).joined(index, rest, last, blend)
+    plan = Plan(1, new, 0.0).joined(index, rest, last, blend)
     steps = min(blend, 8 - index)
     for step in range(steps):
         share = (step + 1) / (blend + 1)

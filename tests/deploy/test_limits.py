@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ LIMITS = Limits(
     high=(0.5,) * 4,
     max_change=(0.2,) * 4,
     gripper_rate=1.0,
+    gripper_hysteresis=0.0,
     workspace_low=(0.0, 0.0, 0.0),
     workspace_high=(1.0, 1.0, 1.0),
     max_speed=0.5,
@@ -164,3 +166,68 @@ def test_limits_that_need_what_the_robot_does_not_have_are_refused() -> None:
         ):
             with pytest.raises(ConfigError, match=r"gripper_rate|x, y and z"):
                 Guard(limits, world, 20.0)
+
+
+ARM = WorldSpec(
+    cameras={},
+    state_names=("shoulder.pos", "elbow.pos", "gripper.pos"),
+    action_names=("shoulder.pos", "elbow.pos", "gripper.pos"),
+    action_low=(-100.0, -100.0, 0.0),
+    action_high=(100.0, 100.0, 100.0),
+    rate_hz=30.0,
+)
+
+
+def test_positions_have_a_safe_speed_that_nobody_asked_for() -> None:
+    """An arm at -90 degrees is not sent to +15 in one cycle; grippers and relative actions are free."""
+    held = np.array([-90, 0, 50], np.float32)
+    guard = Guard(Limits(), ARM, 30.0)
+    sent, breaches = guard.check(np.array([15, 0, 0], np.float32), held, 0.0)
+    assert sent.tolist() == pytest.approx([-90 + 100 / 30, 0, 0])
+    assert breaches == ["change"]
+    slow = Guard(Limits(), ARM, 30.0, [2.0, 0.0, 1.0])
+    assert slow.check(np.array([15, 0, 0], np.float32), held, 0.0)[0].tolist() == pytest.approx([-88, 0, 0], abs=1e-4)
+    assert slow.limits.max_change == pytest.approx((2, 1 / 3, 100))  # one that never moved may, slowly
+    free = Guard(Limits(max_change=(200.0,) * 3), ARM, 30.0)
+    assert free.check(np.array([15, 0, 0], np.float32), held, 0.0)[0].tolist() == [15, 0, 0]
+    jump = np.array([1, -1, 1, 1], np.float32)
+    assert Guard(Limits(), RELATIVE, 20.0).check(jump, -jump, 0.0)[0].tolist() == jump.tolist()
+    with pytest.raises(ConfigError, match="trained on 2 actions, the robot has 3"):
+        Guard(Limits(), ARM, 30.0, [1.0, 1.0])
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=60), st.floats(0.01, 0.5))
+def test_a_gripper_turns_back_only_for_more_than_the_hysteresis(wanted: list[float], band: float) -> None:
+    guard = Guard(Limits(gripper_hysteresis=band), RELATIVE, 20.0)
+    last = np.zeros(4, np.float32)
+    sent = [0.0]
+    for value in wanted:
+        last, _ = guard.check(np.array([0, 0, 0, value], np.float32), last, 0.0)
+        sent.append(float(last[3]))
+        assert last[3] == np.float32(value) or abs(value - last[3]) <= 2 * band + 1e-6
+    steps = [step for step in np.diff(sent) if step]
+    turns = [abs(after) for before, after in pairwise(steps) if before * after < 0]
+    assert all(turn > 2 * band - 1e-6 for turn in turns)
+
+
+def test_a_chattering_answer_does_not_reach_the_gripper() -> None:
+    """One that flips by 0.05 at each inference was 39 changes of sign in 160 cycles."""
+    for name in ("gripper", "gripper.pos", "left_gripper.pos"):
+        world = WorldSpec({}, (), ("dx", name), (-1.0, -1.0), (1.0, 1.0), 20.0)
+        guard = Guard(Limits(), world, 20.0)
+        last = np.zeros(2, np.float32)
+        sent = []
+        for cycle in range(160):
+            last, breaches = guard.check(np.array([0, 0.05 * (-1) ** (cycle // 4)], np.float32), last, 0.0)
+            sent.append(last[1])
+            assert not breaches
+        assert len(set(sent)) == 1
+
+
+@pytest.mark.parametrize("name", ["gripper", "gripper.pos", "left_gripper.pos"])
+def test_every_kind_of_gripper_has_a_rate(name: str) -> None:
+    world = WorldSpec({}, (), ("shoulder.pos", name), (-100.0, 0.0), (100.0, 100.0), 20.0)
+    guard = Guard(Limits(gripper_rate=40.0), world, 20.0)
+    sent, breaches = guard.check(np.array([0, 100], np.float32), np.zeros(2, np.float32), 0.0)
+    assert sent.tolist() == [0, 2]
+    assert breaches == ["change"]

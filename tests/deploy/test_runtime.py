@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dysl_vla.deploy.export import ExportConfig, export, simulation
+from dysl_vla.deploy.export import ExportConfig, export, robot_to_try
 from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import sha256
@@ -113,7 +113,7 @@ def other_example(data: bytes) -> bytes:
     [
         (edit("backbone.onnx", lambda data: data[:-1] + b"x", True), "backbone.onnx: is damaged or edited"),
         (edit("backbone.onnx", lambda data: data[: len(data) // 2]), "ONNX Runtime .* refuses"),
-        (edit("config.json", lambda data: data.replace(b'"format": 1', b'"format": 2')), "is of format 2"),
+        (edit("config.json", lambda data: data.replace(b'"format": 2', b'"format": 9')), "is of format 9"),
         (edit("config.json", lambda data: data.replace(b'"spec"', b'"sepc"')), "KeyError: 'spec'"),
         (edit("example.npz", other_example), "differ from the recorded"),
         (edit("example.npz", lambda data: data[:100]), "cannot be read"),
@@ -139,13 +139,13 @@ def test_values_that_cannot_work_are_refused(bundle_folder: Path, tmp_path: Path
 
 
 def test_a_bundle_says_what_to_simulate(copied: Path) -> None:
-    assert simulation(copied) == "mujoco:SIMULATOR-TASK"
+    assert robot_to_try(copied) == "lerobot:FILE.json --instruction TEXT"
     document = json.loads((copied / "config.json").read_text())
     for robot, task in (("robosuite-5", "door"), ("robosuite-5@UR5e", "door@UR5e"), ("metaworld-mt10", "door")):
         origins = [{"suite": robot, "task": name, "seed": 0, "episodes": 1} for name in ("lift", "door")]
         document["provenance"]["data"] = {"origins": origins}
         (copied / "config.json").write_text(json.dumps(document))
-        assert simulation(copied) == f"mujoco:{robot.partition('-')[0]}-{task}"
+        assert robot_to_try(copied) == f"mujoco:{robot.partition('-')[0]}-{task}"
 
 
 def test_eight_bits_are_smaller_and_close(skipping_checkpoint: Path, bundle_folder: Path, tmp_path: Path) -> None:

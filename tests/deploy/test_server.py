@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from dysl_vla.deploy.client import Client
@@ -40,7 +41,9 @@ def message(number: int, **changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def served(policy: Any, key: str | None = None) -> Iterator[tuple[PolicyServer, str]]:
+def served(
+    policy: Any, key: str | None = None, host: str = "127.0.0.1", port: int = 0
+) -> Iterator[tuple[PolicyServer, str]]:
     """A server in a thread of this process, and its address."""
     ready = threading.Event()
     parts: dict[str, Any] = {}
@@ -49,7 +52,7 @@ def served(policy: Any, key: str | None = None) -> Iterator[tuple[PolicyServer, 
         async def run() -> None:
             server = parts["server"] = PolicyServer(policy, key)
             parts["loop"] = asyncio.get_running_loop()
-            task = asyncio.create_task(server.run(bind("127.0.0.1", 0), handle_signals=False))
+            task = asyncio.create_task(server.run(bind(host, port), handle_signals=False))
             while not server.port and not task.done():
                 await asyncio.sleep(0.01)
             ready.set()
@@ -61,7 +64,7 @@ def served(policy: Any, key: str | None = None) -> Iterator[tuple[PolicyServer, 
     thread.start()
     assert ready.wait(20)
     try:
-        yield parts["server"], f"ws://127.0.0.1:{parts['server'].port}"
+        yield parts["server"], f"ws://{f'[{host}]' if ':' in host else host}:{parts['server'].port}"
     finally:
         parts["loop"].call_soon_threadsafe(parts["server"].end)
         thread.join(10)
@@ -143,18 +146,29 @@ def test_requests_that_wait_are_batched_when_that_is_faster_and_answer_the_same(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"observation.state": np.zeros(3, np.float32)}, "observation.state"),
-        ({"observation.state": np.full(2, np.nan, np.float32)}, "not finite"),
-        ({"observation.images.top": np.zeros((32, 32, 3), np.float32)}, "observation.images.top"),
-        ({"observation.images.top": "picture"}, "observation.images.top"),
-        ({"prompt": None}, "prompt"),
-        ({"reset": "yes"}, "reset"),
-        ({"executed": np.zeros((2, 7), np.float32)}, "action"),
-        ({"executed": np.full((2, 3), np.inf, np.float32)}, "not finite"),
-        ({"executed": np.full((2, 3), 1e300)}, "not finite"),
-        ({"executed": np.zeros((65, 3), np.float32)}, "at most 64"),
-        ({"observation.state": np.full(2, 1e300)}, "not finite"),
-        ({"prompt": "x" * 2001}, "at most 2000"),
+        ({"observation.state": np.zeros(3, np.float32)}, r"observation\.state: .*got float32 \(3,\)"),
+        ({"observation.state": np.zeros((1, 2), np.float32)}, r"observation\.state: .*got float32 \(1, 2\)"),
+        ({"observation.state": [0.0, 0.0]}, r"observation\.state: .*got list"),
+        ({"observation.state": np.float32(1)}, r"observation\.state: .*got float32"),
+        ({"observation.state": np.full(2, np.nan, np.float32)}, r"observation\.state: .*not finite"),
+        ({"observation.state": np.full(2, 1e300)}, r"observation\.state: .*not finite"),
+        ({"observation.state": None}, r"observation\.state is missing; the frame holds .*'observation\.images\.top'"),
+        ({"observation.images.top": np.zeros((32, 32, 3), np.float32)}, r"observation\.images\.top: .*got float32"),
+        ({"observation.images.top": np.zeros((3, 32, 32), np.uint8)}, r"observation\.images\.top: .*\(3, 32, 32\)"),
+        ({"observation.images.top": np.zeros((0, 32, 3), np.uint8)}, r"observation\.images\.top: .*\(0, 32, 3\)"),
+        ({"observation.images.top": "picture"}, r"observation\.images\.top: .*got str"),
+        ({"observation.images.top": None}, r"observation\.images\.top is missing"),
+        ({"prompt": None}, "prompt is missing; .*such as 'move the dot to the mark'"),
+        ({"prompt": ""}, "prompt is blank, .*such as 'move the dot to the mark'"),
+        ({"prompt": " \n\t\u3000"}, "prompt is blank, .*such as 'move the dot to the mark'"),
+        ({"prompt": "x" * 2001}, "prompt must be .*at most 2000 characters, got 2001 characters"),
+        ({"prompt": 7}, "prompt must be .*got int"),
+        ({"reset": "yes"}, "reset must be true or false, got str"),
+        ({"executed": np.zeros((2, 7), np.float32)}, r"executed must be .*\(at most 64, 3\), got float32 \(2, 7\)"),
+        ({"executed": np.zeros((65, 3), np.float32)}, r"executed must be .*got float32 \(65, 3\)"),
+        ({"executed": [[0.0, 0.0, 0.0]]}, "executed must be .*got list"),
+        ({"executed": np.full((2, 3), np.inf, np.float32)}, "executed has a value that is not finite"),
+        ({"executed": np.full((2, 3), 1e300)}, "executed has a value that is not finite"),
     ],
 )
 def test_a_bad_request_gets_an_error_and_the_next_one_an_answer(uri: str, changes: dict[str, Any], words: str) -> None:
@@ -201,14 +215,37 @@ def _connection(uri: str) -> Any:
     return _open[uri]
 
 
-def test_a_frame_that_is_too_large_ends_its_own_connection_alone(uri: str) -> None:
-    with Client(uri) as other:
-        huge = connect(uri, compression=None)
-        huge.recv(timeout=5)
-        huge.send(b"\0" * 3_000_000)
-        with pytest.raises(Exception, match=r"1009|too big|closed"):
+def test_an_image_that_is_too_large_is_named_and_the_connection_stays_open(uri: str) -> None:
+    too_large = message(0, **{"observation.images.top": np.zeros((1080, 1920, 3), np.uint8)})
+    words = r"observation\.images\.top: expected uint8 \(32, 32, 3\), got uint8 \(1080, 1920, 3\)"
+    theirs = WebsocketClientPolicy(uri)
+    with Client(uri) as ours:
+        for client, error in ((ours, RobotFault), (theirs, RuntimeError)):
+            for number in range(2):
+                with pytest.raises(error, match=words):
+                    client.infer(too_large)
+                assert client.infer(message(number))["actions"].shape == (4, 3)
+
+
+def test_a_frame_beyond_all_measure_ends_its_own_connection_alone(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dysl_vla.deploy.server.LARGEST_FRAME", 1_000_000)
+    with served(Bundle(bundle_folder)) as (_, address), Client(address) as other:
+        with connect(address, compression=None) as huge:
             huge.recv(timeout=5)
+            huge.send(b"\0" * 3_000_000)
+            with pytest.raises(ConnectionClosed, match=r"1009.*limit of 1000000 bytes"):
+                huge.recv(timeout=5)
         assert other.infer(message(0))["actions"].shape == (4, 3)
+    assert "limit of 1000000 bytes" in caplog.text
+
+
+def test_four_times_what_is_expected_is_always_read(monkeypatch: pytest.MonkeyPatch, bundle_folder: Path) -> None:
+    monkeypatch.setattr("dysl_vla.deploy.server.LARGEST_FRAME", 1)
+    with served(Bundle(bundle_folder)) as (_, address), Client(address) as client:
+        assert client.metadata["max_frame_bytes"] == 4 * 3 * (32 * 32 + 16 * 16)
+        assert client.infer(message(0))["actions"].shape == (4, 3)
 
 
 def deafen(uri: str) -> Any:
@@ -310,8 +347,9 @@ def test_other_machines_need_a_key() -> None:
     for host in ("0.0.0.0", "192.168.1.5", "::"):  # noqa: S104
         with pytest.raises(ConfigError, match="api-key-file"):
             ServeConfig(Path("b"), host=host)
-    with pytest.raises(ConfigError, match="port"):
-        ServeConfig(Path("b"), port=70000)
+    for port in (-1, 70000):
+        with pytest.raises(ConfigError, match=f"port must be 0-65535, got {port}"):
+            ServeConfig(Path("b"), port=port)
 
 
 def test_a_taken_port_is_named(bundle_folder: Path) -> None:
@@ -339,8 +377,8 @@ def test_an_address_that_another_server_took_while_this_one_loaded_is_named(
 @pytest.mark.parametrize(
     ("host", "message"),
     [
-        ("nobody.invalid", r"host: nobody\.invalid is unknown"),
-        ("a..b", r"host: a\.\.b is unknown"),
+        ("nobody.invalid", r"host nobody\.invalid is unknown"),
+        ("a..b", r"host a\.\.b is unknown"),
         ("192.0.2.1", r"192\.0\.2\.1.*an address of this machine"),
     ],
 )

@@ -25,9 +25,10 @@ from dysl_vla.data.replay import Replay, Replayed
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval import tuning
+from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.plot import plot
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
-from dysl_vla.eval.runner import EvalConfig, evaluate
+from dysl_vla.eval.runner import evaluate
 from dysl_vla.eval.tuning import TuneConfig, tune
 from dysl_vla.files import write_json
 from dysl_vla.policies import load_backbone_policy, load_policy

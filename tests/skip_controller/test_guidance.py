@@ -165,8 +165,8 @@ def test_the_importance_signal_is_interchangeable() -> None:
     moving = np.zeros((6, 2))
     moving[3:, 0] = 1.0  # the arm jumps, the gripper rests
     assert continuity(moving) == pytest.approx(-0.2)
-    assert gripper(moving) == 0.0
-    assert gripper(moving[:, ::-1]) == pytest.approx(-0.2)
+    assert gripper(moving[:, 1:]) == 0.0
+    assert gripper(moving[:, :1]) == gripper(moving) == pytest.approx(-0.2)
     for name in ("continuity", "gripper"):
         guide = Guide(BLOCKS, 2, Thresholds(0.1, 0.2), signal=name)
         state = guide.reset()
@@ -176,6 +176,18 @@ def test_the_importance_signal_is_interchangeable() -> None:
     with pytest.raises(ConfigError, match="unknown importance signal 'touch'; there are: continuity, gripper"):
         Guide(BLOCKS, 2, Thresholds(0.1, 0.2), signal="touch")
     assert signals.names() == ["continuity", "gripper"]
+
+
+@pytest.mark.parametrize(("grippers", "points"), [((), [0, 0]), ((0,), [2, 2]), ((0, 2), [2, 2]), ((1, 2), [0, 0])])
+def test_the_signal_sees_every_gripper_and_nothing_else(grippers: tuple[int, ...], points: list[int]) -> None:
+    """Bimanual arms have one in the middle of their actions."""
+    moving = np.zeros((6, 3))
+    moving[3:, 0] = 1.0
+    guide = Guide(BLOCKS, 3, Thresholds(0.1, 0.2), signal="gripper", grippers=grippers)
+    state = guide.reset()
+    guide.observe(state, np.zeros((6, 3)))
+    guide.observe(state, moving)
+    assert state.allow_points.tolist() == points
 
 
 @pytest.mark.parametrize("values", [(0.0, 1.0), (1.0, -1.0), (np.inf, 1.0), (1.0, np.nan)])

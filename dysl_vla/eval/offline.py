@@ -1,0 +1,300 @@
+"""`dysl eval --data`: how far a policy's actions are from those demonstrated, for those who have no simulator.
+
+The policy is shown held-out episodes at each moment at which it would look, and the actions that it would execute are
+compared with those that were demonstrated then. Several ways of running it (the full model, the one that skips layers)
+take turns at every moment, so that they are paired by frame and their latencies are of the same minutes. As executed
+count the first way's actions, in all ways: what guidance compares with, the last chunk's plan, is a model's too.
+
+A small distance is no success rate: errors add up when the policy acts by itself. What it tells is whether training
+learned anything, in which dimension it did not, and what skipping changes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dysl_vla import provenance
+from dysl_vla.data.encoding import demonstrations_for, evenly, observations
+from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.split import Split, split_for
+from dysl_vla.errors import ConfigError, DatasetError
+from dysl_vla.eval.config import EvalConfig, Way, ways_of
+from dysl_vla.eval.offline_report import draw_actions, draw_horizon, render_offline
+from dysl_vla.files import check_same_run, claimed, is_unused, replacing, write_json, write_text
+from dysl_vla.policies import Policy
+from dysl_vla.types import ActionChunk, FloatArray, PolicySpec, check_actions
+from dysl_vla.workers import use_one_inference_thread
+
+RUN, RESULT, REPORT = "offline_run.json", "result.json", "report.md"
+PARTS, HORIZON_PICTURE = "episodes", "horizon.png"
+WARM_UP = 3
+BLOCK_S = 1.0
+"""Neighbouring moments are alike, so intervals are over blocks of this length, not over moments."""
+RESAMPLES = 2000
+PICTURES = 3
+"""Episodes that are drawn."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """One episode as it was demonstrated, and as each way would have acted.
+
+    Attributes:
+        frames: (moments,), of the episode, at which the policy looked.
+        demonstrated: (length, action), in the world's units.
+        predicted: (ways, moments, chunk, action), in the world's units.
+        llm_ms: (ways, moments), of the backbone.
+        total_ms: (ways, moments), of the whole policy.
+        layers: (ways, moments), NaN for a policy that skips nothing.
+        verified: (ways, moments): the full model predicted again.
+    """
+
+    frames: NDArray[np.int64]
+    demonstrated: FloatArray
+    predicted: FloatArray
+    llm_ms: FloatArray
+    total_ms: FloatArray
+    layers: FloatArray
+    verified: NDArray[np.bool_]
+
+
+def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
+    """Compare a policy's actions with demonstrated ones, and write report and pictures.
+
+    Args:
+        config: With `data`.
+
+    Returns:
+        `result.json`; the figures of each way under "ways".
+
+    Raises:
+        ConfigError: A value cannot work, the policy does not fit the demonstrations, or `out` holds another run.
+        DatasetError: The demonstrations are damaged, or none is held out.
+        CheckpointError: The policy is damaged.
+    """
+    assert config.data is not None
+    use_one_inference_thread()
+    if not is_unused(config.out) and not (config.out / RUN).exists():
+        raise ConfigError(f"out: {config.out} is not empty and holds no such evaluation; give a new folder.")
+    ways = _ways(config)
+    policies = [way.load(config.policy) for way in ways]
+    spec = policies[0].spec
+    demonstrations = demonstrations_for(config.data, spec)
+    split = _split(config, len(demonstrations.rows), policies[0])
+    held_out = [index for index in range(len(demonstrations.rows)) if split.is_held_out(index)]
+    if not held_out:
+        raise DatasetError(f"{config.data}: {split.explain(len(demonstrations.rows))}; or evaluate on --held-out 1.")
+    episodes = [held_out[index] for index in evenly(len(held_out), config.episodes)]
+    identity = {
+        "data": str(config.data),
+        "frames": demonstrations.total_frames,
+        "episodes": episodes,
+        "ways": [way.name for way in ways],
+        "policies": [policy.fingerprint for policy in policies],
+    }
+    with claimed(config.out):
+        if (config.out / RUN).exists():
+            check_same_run(config.out / RUN, identity)
+        write_json(config.out / RUN, identity)
+        _play(config.out, policies, demonstrations, episodes)
+        parts = [_read(_part(config.out, episode)) for episode in episodes]
+        names = [way.name or "policy" for way in ways]
+        result = {
+            **summarise(parts, names, spec),
+            "data": str(config.data),
+            "episodes": episodes,
+            "episodes_in_all": len(demonstrations.rows),
+            "held_out_every": split.every,
+            "policy": config.policy,
+            "config": json.loads(json.dumps(asdict(config), default=str)),
+            "machine": provenance.machine(),
+            **provenance.record(),
+        }
+        for episode, part in list(zip(episodes, parts, strict=True))[:PICTURES]:
+            draw_actions(part, names, spec, config.out / f"episode-{episode:03d}.png")
+        draw_horizon(result, config.out / HORIZON_PICTURE)
+        write_text(config.out / REPORT, render_offline(result) + "\n")
+        write_json(config.out / RESULT, result)
+    return result
+
+
+def _ways(config: EvalConfig) -> list[Way]:
+    """As asked for; where nothing is, the full model and, where the policy can, the one that skips layers."""
+    if config.skip_config or config.skip == 0:
+        return ways_of(config)
+    [way] = ways_of(config)
+    if not hasattr(way.load(config.policy), "set_skip"):
+        return [way]
+    return [Way("full", 0.0, None), Way("dysl", config.skip, None)]
+
+
+def _split(config: EvalConfig, episodes: int, policy: Policy) -> Split:
+    """Which episodes are held out; those that the policy may have been trained on are said."""
+    trained = split_for(episodes, policy.provenance)
+    if config.held_out is None:
+        return trained
+    split = Split(1) if config.held_out == 1 else split_for(episodes, share=config.held_out)
+    if split != trained:
+        print(
+            f"--held-out {config.held_out:g} takes other episodes than the policy's training held out (one in "
+            f"{trained.every}): if it was trained on these demonstrations, it has seen some of them."
+        )
+    return split
+
+
+def _part(out: Path, episode: int) -> Path:
+    return out / PARTS / f"{episode:06d}.npz"
+
+
+def _play(out: Path, policies: Sequence[Policy], demonstrations: Demonstrations, episodes: Sequence[int]) -> None:
+    """Play what is missing of some episodes, and keep each when it has ended."""
+    columns = demonstrations.columns()
+    todo = [episode for episode in episodes if not _part(out, episode).exists()]
+    is_warm = False
+    with tqdm(total=len(episodes), initial=len(episodes) - len(todo), desc="evaluating", unit="episode") as progress:
+        for episode in todo:
+            row = demonstrations.rows[episode]
+            demonstrated = columns["actions"][row.start : row.start + row.length]
+            played = _play_episode(policies, demonstrations, row.start, demonstrated, is_warm=is_warm)
+            is_warm = True
+            with replacing(_part(out, episode)) as temporary, temporary.open("wb") as file:
+                np.savez(file, **vars(played))
+            progress.update()
+
+
+def _play_episode(
+    policies: Sequence[Policy], demonstrations: Demonstrations, start: int, demonstrated: FloatArray, *, is_warm: bool
+) -> Played:
+    """Show an episode to all policies, which take turns at every moment."""
+    spec = policies[0].spec
+    frames = np.arange(0, len(demonstrated), spec.execute_steps)
+    states = [policy.reset() for policy in policies]
+    answers: list[list[ActionChunk]] = []
+    for index, (_, observation) in enumerate(observations(demonstrations, start + frames)):
+        if index == 0 and not is_warm:
+            for policy in policies:
+                for _ in range(WARM_UP):
+                    policy.infer([observation], [policy.reset()])
+        chunks: dict[int, ActionChunk] = {}
+        for turn in range(len(policies)):
+            way = (index + turn) % len(policies)
+            [chunks[way]] = policies[way].infer([observation], [states[way]])
+            check_actions(chunks[way].actions, len(spec.action_names))
+        for state in states:
+            state.executed.extend(chunks[0].actions[: spec.execute_steps])
+        answers.append([chunks[way] for way in range(len(policies))])
+    skips = [[chunk.skips for chunk in chunks] for chunks in answers]
+    return Played(
+        frames=frames,
+        demonstrated=demonstrated,
+        predicted=_by_way([[chunk.actions for chunk in chunks] for chunks in answers]),
+        llm_ms=_by_way([[1e3 * chunk.timing.llm_s for chunk in chunks] for chunks in answers]),
+        total_ms=_by_way([[1e3 * chunk.timing.total_s for chunk in chunks] for chunks in answers]),
+        layers=_by_way([[np.nan if one is None else one.layers for one in row] for row in skips]),
+        verified=_by_way([[one is not None and one.is_verified for one in row] for row in skips]).astype(np.bool_),
+    )
+
+
+def _by_way(values: Sequence[Sequence[Any]]) -> FloatArray:
+    """(moments, ways, ...) to (ways, moments, ...)."""
+    return np.swapaxes(np.array(values, np.float32), 0, 1)
+
+
+def _read(path: Path) -> Played:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Played(**{name: file[name] for name in Played.__dataclass_fields__})
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: is damaged ({error}); remove it, and run the same command again.") from error
+
+
+def summarise(parts: Sequence[Played], names: Sequence[str], spec: PolicySpec) -> dict[str, Any]:
+    """The figures of an evaluation.
+
+    Args:
+        parts: Its episodes.
+        names: Of the ways, in the order of the parts' first dimension.
+        spec: The policy's.
+
+    Returns:
+        For each way under "ways": `error`, the mean distance of the executed actions from those demonstrated, in
+        deviations of the demonstrated actions; `per_dimension`, in the world's units; `horizon`, by the action's place
+        in the chunk; layers, latencies and, but for the first, `difference`, paired by frame with the first, and
+        `distance`, of the executed actions from the first's. `repeating` is the error of repeating the last
+        demonstrated action, which is what a policy must do better than.
+    """
+    std = np.array(spec.action_normalisation.std, np.float32)
+    steps = spec.execute_steps
+    distances = [np.abs(_compared(part, spec.chunk_length)) for part in parts]
+    executed = [np.nanmean(one[:, :, :steps] / std, axis=(2, 3)) for one in distances]  # (ways, moments)
+    blocks = _blocks(executed, max(1, round(BLOCK_S * spec.rate_hz / steps)))
+    ways = {}
+    for way, name in enumerate(names):
+        units = np.concatenate([one[way, :, :steps].reshape(-1, len(std)) for one in distances])
+        ways[name] = {
+            "error": _interval([block[way] for block in blocks]),
+            "per_dimension": dict(zip(spec.action_names, np.nanmean(units, axis=0).tolist(), strict=True)),
+            "horizon": np.nanmean(np.concatenate([one[way] for one in distances]) / std, axis=(0, 2)).tolist(),
+            "layers": _mean([part.layers[way] for part in parts]),
+            "verified": _mean([part.verified[way] for part in parts]),
+            **{key: _quantiles([getattr(part, key)[way] for part in parts]) for key in ("llm_ms", "total_ms")},
+        }
+        if way:
+            apart = [np.abs(part.predicted[way] - part.predicted[0])[:, :steps] / std for part in parts]
+            ways[name]["difference"] = _interval([block[way] - block[0] for block in blocks])
+            ways[name]["distance"] = _mean([one.mean(axis=(1, 2)) for one in apart])
+    repeated = [_compared(_repeating(part, spec.chunk_length), steps)[0] for part in parts]
+    return {
+        "moments": sum(len(part.frames) for part in parts),
+        "execute_steps": steps,
+        "rate_hz": spec.rate_hz,
+        "action_std": dict(zip(spec.action_names, std.tolist(), strict=True)),
+        "repeating": _mean([np.nanmean(np.abs(one) / std, axis=(1, 2)) for one in repeated]),
+        "ways": ways,
+    }
+
+
+def _compared(part: Played, steps: int) -> FloatArray:
+    """Predicted minus demonstrated, (ways, moments, steps, action); NaN behind the episode's end."""
+    places = part.frames[:, None] + np.arange(steps)
+    exists = places < len(part.demonstrated)
+    wanted = np.where(exists[..., None], part.demonstrated[np.minimum(places, len(part.demonstrated) - 1)], np.nan)
+    return np.asarray(part.predicted[:, :, :steps] - wanted, np.float32)
+
+
+def _repeating(part: Played, chunk: int) -> Played:
+    """As if the policy had repeated the last demonstrated action."""
+    last = part.demonstrated[np.maximum(part.frames - 1, 0)]
+    return Played(**{**vars(part), "predicted": np.repeat(last[None, :, None], chunk, axis=2)})
+
+
+def _blocks(values: Sequence[FloatArray], moments: int) -> list[FloatArray]:
+    """Means over blocks of successive moments, each (ways,)."""
+    return [one[:, start : start + moments].mean(axis=1) for one in values for start in range(0, one.shape[1], moments)]
+
+
+def _interval(values: Sequence[FloatArray]) -> dict[str, Any]:
+    """Mean and 95 % bootstrap interval of blocks."""
+    sample = np.array(values, np.float64)
+    rng = np.random.default_rng(0)
+    means = sample[rng.integers(0, len(sample), (RESAMPLES, len(sample)))].mean(axis=1)
+    return {"mean": float(sample.mean()), "ci95": [float(value) for value in np.quantile(means, (0.025, 0.975))]}
+
+
+def _mean(values: Sequence[NDArray[Any]]) -> float | None:
+    joined = np.concatenate([np.asarray(value, np.float64) for value in values])
+    return None if np.isnan(joined).all() else float(np.nanmean(joined))
+
+
+def _quantiles(values: Sequence[FloatArray]) -> Mapping[str, float]:
+    joined = np.concatenate(values)
+    p50, p99 = np.percentile(joined, (50, 99))
+    return {"mean": float(joined.mean()), "p50": float(p50), "p99": float(p99)}

@@ -1,0 +1,48 @@
+"""What a policy looks at of a camera's image: resized first, then cropped.
+
+One function for training, evaluation, the torch-free runtime and the server, so that all of them see the same pixels to
+the bit: Pillow's box filter works in whole numbers. Not for simulators, which render the size that is wanted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dysl_vla.extras import needs_extra
+from dysl_vla.types import ImageArray
+
+Place = tuple[int, int, int, int]
+"""Part of an image: top, left, height, width, in pixels."""
+
+
+def resized(image: ImageArray, size: tuple[int, int] | None) -> ImageArray:
+    """An image in another size, each pixel the mean of those that it stands for.
+
+    Args:
+        image: uint8, (height, width, 3).
+        size: Height and width; None: as it is.
+
+    Raises:
+        MissingExtraError: Pillow is not installed.
+    """
+    if size is None or image.shape[:2] == tuple(size):
+        return image
+    with needs_extra("robot"):
+        from PIL import Image
+    height, width = size
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
+
+
+def looked_at(image: ImageArray, size: tuple[int, int] | None, place: Place) -> ImageArray:
+    """The part of a camera's image that a policy looks at.
+
+    Args:
+        image: uint8, (height, width, 3), as the camera gives it.
+        size: That it is resized to first; None: not at all.
+        place: Part of the resized image.
+
+    Returns:
+        uint8, (place's height, place's width, 3).
+    """
+    top, left, height, width = place
+    return resized(image, size)[top : top + height, left : left + width]

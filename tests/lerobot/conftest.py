@@ -1,0 +1,74 @@
+"""An SO-101 that is not there, for LeRobot's own driver: see `feetech_bus` and `fake_cameras`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lerobot.feetech_bus import Bus, calibration, running_bus
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+EXAMPLE = REPOSITORY / "launch" / "so101.json"
+FRONT, WRIST = 0, 2
+"""Numbers of the example's cameras."""
+
+if importlib.util.find_spec("lerobot") is None:  # one module says why it is skipped; the others need not repeat it
+    collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name != "test_stand_in.py"]
+else:
+    from tests.lerobot.fake_cameras import CAMERAS_VARIABLE, REGISTERS_VARIABLE, FakeCapture, Switches
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Iterator[Bus]:
+    """Six servos on a serial port."""
+    with running_bus(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def cameras(tmp_path: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> Switches:
+    """OpenCV's cameras are fake, and look at the arm."""
+    monkeypatch.setenv(CAMERAS_VARIABLE, str(tmp_path / "cameras"))
+    monkeypatch.setenv(REGISTERS_VARIABLE, str(bus.registers_file))
+    monkeypatch.setattr("cv2.VideoCapture", FakeCapture)
+    return Switches(tmp_path / "cameras")
+
+
+@pytest.fixture
+def command_environment(cameras: Switches) -> dict[str, str]:
+    """For commands that are started (`python -m dysl_vla.cli control ...`): their cameras are the fake ones, too."""
+    folders = (str(HERE / "site"), str(REPOSITORY), os.environ.get("PYTHONPATH", ""))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+@pytest.fixture
+def write_robot(tmp_path: Path, bus: Bus, cameras: Switches) -> Callable[..., Path]:
+    """Makes launch/so101.json for the stand-in, with other fields if given: of the file, and `robot`'s as a mapping."""
+
+    def write(robot: dict[str, Any] | None = None, **others: Any) -> Path:
+        document = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+        document["robot"] |= {"port": bus.port, "calibration_dir": str(tmp_path)}
+        for camera in document["robot"]["cameras"].values():
+            camera["warmup_s"] = 0  # it has frames at once
+        document["robot"] |= robot or {}
+        calibrated = tmp_path / f"{document['robot']['id']}.json"
+        if not calibrated.exists():
+            calibrated.write_text(json.dumps(calibration()), encoding="utf-8")
+        path = tmp_path / "robot.json"
+        path.write_text(json.dumps(document | others), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def robot_file(write_robot: Callable[..., Path]) -> Path:
+    """launch/so101.json for the stand-in."""
+    return write_robot()

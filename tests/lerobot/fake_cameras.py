@@ -1,0 +1,146 @@
+"""Cameras for LeRobot's own `OpenCVCamera`, in place of `cv2.VideoCapture`: 480x640 at 30 frames a second.
+
+A picture depends on the time and, where a register file of `feetech_bus` is given, on where the arm is. Faults are
+switched on while they run, through a file that processes share (`Switches`). A process uses them after `install()`;
+one that is started as a command does so by itself where this folder's `site` is on PYTHONPATH and CAMERAS_VARIABLE is
+set. A camera is named by the digits at the end of its index or path.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+if __package__:
+    from tests.lerobot.feetech_bus import RESOLUTION, Registers
+else:  # from `site`
+    from feetech_bus import RESOLUTION, Registers
+
+CAMERAS_VARIABLE, REGISTERS_VARIABLE = "FAKE_CAMERAS", "FAKE_CAMERAS_REGISTERS"
+"""Paths of the file of `Switches` and, optionally, of the arm's registers."""
+HEIGHT, WIDTH, FPS = 480, 640, 30
+SLOW_S = 0.48
+FAULTS = ("none", "blocks", "fails", "slow", "closed", "frozen")
+"""Frames as they should be; reading never returns; reading fails; a frame every 480 ms; it is not open (before
+connecting: cannot be opened); the same frame for ever."""
+COUNT = 64
+SETTINGS = {cv2.CAP_PROP_FRAME_WIDTH: WIDTH, cv2.CAP_PROP_FRAME_HEIGHT: HEIGHT, cv2.CAP_PROP_FPS: FPS}
+JOINT_COLOURS = ((40, 40, 230), (40, 200, 40), (230, 90, 30), (30, 210, 230), (220, 40, 200), (240, 240, 240))
+
+
+class Switches:
+    """The cameras' faults, in a file that processes share.
+
+    Args:
+        path: Of the file; made if it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            path.write_bytes(bytes(COUNT))
+        with path.open("r+b") as file:
+            self._bytes = mmap.mmap(file.fileno(), COUNT)
+
+    def set_fault(self, camera: int, fault: str) -> None:
+        """Switch a fault of `FAULTS` on; "none": off."""
+        self._bytes[camera] = FAULTS.index(fault)
+
+    def fault(self, camera: int) -> str:
+        """The one that a camera has now."""
+        return FAULTS[self._bytes[camera]]
+
+
+def picture(camera: int, seconds: float, positions: Sequence[int]) -> NDArray[np.uint8]:
+    """What a camera shows, without noise.
+
+    Args:
+        camera: Its number.
+        seconds: Time; a small square goes round with it.
+        positions: Of the joints, in encoder steps; each has a bar that is as high.
+
+    Returns:
+        (480, 640, 3) uint8, blue, green, red.
+    """
+    image = np.empty((HEIGHT, WIDTH, 3), np.uint8)
+    image[:] = np.linspace(60, 150, WIDTH)[None, :, None] + (25 * (camera % 4), 10, -20)
+    for joint, position in enumerate(positions):
+        left = 40 + 95 * joint
+        top = round(440 - 400 * min(max(position / RESOLUTION, 0.0), 1.0))
+        image[top:460, left : left + 60] = JOINT_COLOURS[joint % len(JOINT_COLOURS)]
+    x, y = 300 + round(250 * math.cos(seconds)), 220 + round(180 * math.sin(seconds))
+    image[y : y + 24, x : x + 24] = (20, 20, 20)
+    return image
+
+
+class Noise:
+    """As every camera's sensor has it; drawn once, looked at from another place each time: a frame costs little."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = np.random.default_rng(seed)
+        self._drawn = self._random.integers(0, 7, HEIGHT * WIDTH * 3 + 65536, np.uint8)
+
+    def add(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A noisy copy, from 3 below to 3 above."""
+        start = int(self._random.integers(65536))
+        noise = self._drawn[start : start + image.size].reshape(image.shape)
+        return cv2.subtract(cv2.add(image, noise), np.full_like(image, 3))
+
+
+class FakeCapture:
+    """What `cv2.VideoCapture` does for LeRobot; no subclass of it: freeing one's instance breaks the memory."""
+
+    def __init__(self, source: int | str | Path, backend: int = 0) -> None:
+        digits = re.search(r"\d+$", str(source))
+        self._camera = int(digits[0]) if digits else 0
+        self._switches = Switches(Path(os.environ[CAMERAS_VARIABLE]))
+        registers = os.environ.get(REGISTERS_VARIABLE)
+        self._registers = Registers(Path(registers)) if registers else None
+        self._noise = Noise(self._camera)
+        self._opened_at = time.perf_counter()
+        self._is_open = self._switches.fault(self._camera) != "closed"
+        self._last: NDArray[np.uint8] | None = None
+
+    def isOpened(self) -> bool:  # noqa: N802 # OpenCV's name
+        return self._is_open and self._switches.fault(self._camera) != "closed"
+
+    def release(self) -> None:
+        self._is_open = False
+
+    def getBackendName(self) -> str:  # noqa: N802
+        return "FAKE"
+
+    def set(self, prop: int, value: float) -> bool:
+        return SETTINGS.get(prop, value) == value
+
+    def get(self, prop: int) -> float:
+        return float(SETTINGS.get(prop, 0))
+
+    def read(self, image: Any = None) -> tuple[bool, NDArray[np.uint8] | None]:
+        """Wait for the next frame, which is there at its time whether someone reads or not."""
+        fault = self._switches.fault(self._camera)
+        period = SLOW_S if fault == "slow" else 1 / FPS
+        time.sleep(period - (time.perf_counter() - self._opened_at) % period)
+        while fault == "blocks":  # also when it is released: some drivers do
+            time.sleep(0.01)
+            fault = self._switches.fault(self._camera)
+        if fault in ("fails", "closed") or not self._is_open:
+            return False, None
+        if fault != "frozen" or self._last is None:
+            positions = self._registers.positions() if self._registers else ()
+            self._last = self._noise.add(picture(self._camera, time.perf_counter(), positions))
+        return True, self._last.copy()
+
+
+def install() -> None:
+    """Use `FakeCapture` in this process."""
+    cv2.VideoCapture = FakeCapture
