@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -322,7 +322,8 @@ def _write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[lis
     Conditions need the strict tracer, which understands less else.
     """
     is_strict = isinstance(module, ConditionalDecoder)
-    with warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+    traceable = module.installed() if isinstance(module, ConditionalDecoder) else nullcontext()
+    with traceable, warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
         program = torch.export.export(module.eval(), arguments, strict=is_strict)
         graph = torch.onnx.export(
