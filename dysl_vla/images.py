@@ -30,7 +30,7 @@ def resized(image: ImageArray, size: tuple[int, int] | None) -> ImageArray:
     with needs_extra("robot"):
         from PIL import Image
     height, width = size
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
 
 
 def looked_at(image: ImageArray, size: tuple[int, int] | None, place: Place) -> ImageArray:

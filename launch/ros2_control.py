@@ -6,6 +6,8 @@
 
 State comes as sensor_msgs/JointState, whose positions are named as the policy's state; actions go out as
 std_msgs/Float64MultiArray. Bounds of the actions are parameters, too, and `dysl_vla.deploy.limits` applies them.
+
+It has never run under ROS 2 itself: `tests/deploy/test_adapters.py` tries it with stand-ins for rclpy and its messages.
 """
 
 from __future__ import annotations

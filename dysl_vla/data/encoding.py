@@ -124,6 +124,7 @@ def encode(
     pending: list[Observation] = []
     done = 0
     indices = np.repeat(chosen, 1 + shifted)
+    resizes: Mapping[str, tuple[int, int]] = getattr(policy, "resizes", {})
     with tqdm(total=len(indices), desc=f"encoding {what}", unit="frame") as progress:
 
         def flush() -> None:
@@ -144,7 +145,9 @@ def encode(
             if index != indices[done + len(pending)]:
                 raise DatasetError(f"{demonstrations.root}: frame {index} comes out of order in its videos.")
             pending.append(observation)
-            pending.extend(_shift(observation, policy, np.random.default_rng([index, copy])) for copy in range(shifted))
+            pending.extend(
+                _shift(observation, resizes, np.random.default_rng([index, copy])) for copy in range(shifted)
+            )
             if len(pending) >= BATCH:
                 flush()
         if pending:
@@ -152,13 +155,12 @@ def encode(
     return Encoded(indices, inputs)
 
 
-def _shift(observation: Observation, policy: BackbonePolicy, rng: np.random.Generator) -> Observation:
+def _shift(observation: Observation, resizes: Mapping[str, tuple[int, int]], rng: np.random.Generator) -> Observation:
     """Each camera's image moved by up to SHIFT of the pixels that the policy sees; its edges are repeated."""
     moved = dict(observation)
-    sizes: Mapping[str, tuple[int, int]] = getattr(policy, "resizes", {})
     for key, image in observation.items():
         if key.startswith(IMAGE_PREFIX):
-            seen = sizes.get(key.removeprefix(IMAGE_PREFIX), image.shape[:2])
+            seen = resizes.get(key.removeprefix(IMAGE_PREFIX), image.shape[:2])
             shift = round(SHIFT * image.shape[0] / seen[0])
             down, right = rng.integers(-shift, shift + 1, 2)
             rows = np.clip(np.arange(image.shape[0]) + down, 0, image.shape[0] - 1)

@@ -36,6 +36,8 @@ clock = time.perf_counter
 HISTORY = 64
 FIRST_CHUNK_S = 10.0
 NAP_S = 0.02
+READINGS = 3
+"""Whose ages are measured before anything moves."""
 MOVED = 0.1
 """Change of the state, in deviations of the demonstrated states, that a camera must show."""
 LATE = 0.1
@@ -213,10 +215,12 @@ class ControlLoop:
 
     def _warm_up(self) -> None:
         """The first inferences are slow, and the first readings show whether robot, policy and rate fit each other."""
-        reading = self._robot.observe(-math.inf)
-        if clock() - reading.taken_at > self._config.max_age_s:  # one from before the cameras ran; the next is not
-            reading = self._robot.observe(reading.taken_at)
-        age_s = clock() - reading.taken_at
+        ages, after = [], -math.inf
+        for _ in range(1 + READINGS):
+            reading = self._robot.observe(after)
+            ages.append(clock() - reading.taken_at)
+            after = reading.taken_at
+        age_s = float(np.median(ages[1:]))  # the first may be from before the cameras ran
         if age_s > self._config.max_age_s:
             raise RobotFault(
                 f"robot: a reading is {age_s:.2f} s old when it arrives, more than --max-age-s "

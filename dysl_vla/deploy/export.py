@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -40,6 +41,7 @@ with needs_extra("export"):
     import onnx
     import onnxruntime
     import onnxscript  # noqa: F401 # torch needs it
+    from onnx_ir import external_data
 with needs_extra("policy"):
     import torch
     from torch import Tensor, nn
@@ -51,6 +53,12 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.skipping import attach
 
 OPSET = 18
+ONE_FILE = 1_900_000_000
+"""Bytes of weights up to which a graph is one file: a protobuf must stay below 2 GiB."""
+DATA = ".data"
+"""What a graph's file is called, and this, is the file of the weights of a larger one."""
+INSIDE = 1024
+"""Bytes of a tensor that a larger graph still holds itself: shapes and the like are needed to read it."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +82,55 @@ def export(config: ExportConfig) -> Path:
         Its folder.
 
     Raises:
-        ConfigError: The policy cannot be exported, or `out` holds something else.
+        ConfigError: The policy cannot be exported, or `out` holds something else, or its disk has no room.
         CheckpointError: The policy is damaged, or the exported one computes something else.
         MissingExtraError: onnx is not installed.
     """
     if not is_unused(config.out) and not (config.out / BACKBONE).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no bundle; give a new folder.")
     if config.skip is not None and not 0 < config.skip <= 1:
-        raise ConfigError(f"skip: {config.skip} must be above 0 and at most 1.")
+        raise ConfigError(f"skip must be above 0 and at most 1, got {config.skip}.")
     policy = _exportable(config.policy)
     folder = find_checkpoint(config.policy)
     if not has_skips(folder):
         raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
     with claimed(config.out), tempfile.TemporaryDirectory(dir=config.out, prefix=".", suffix=TEMPORARY) as name:
+        _check_room(config, policy)  # after `claimed` has removed what an export that was killed left behind
         made = Path(name)
         _write(config, policy, folder, made)
         try:
             Bundle(made)
         except CheckpointError as error:
             raise CheckpointError(f"the exported policy does not answer as the checkpoint does: {error}") from error
-        for file in (*FILES, MANIFEST):  # the manifest comes last: until then, the folder is no bundle
+        files = _files(made)
+        for file in files:
             (made / file).replace(config.out / file)
+        for graph in (ENCODER, BACKBONE):
+            if graph + DATA not in files:  # of the bundle that is replaced
+                (config.out / (graph + DATA)).unlink(missing_ok=True)
+        (made / MANIFEST).replace(config.out / MANIFEST)  # the last: until then, the folder is no bundle
     return config.out
+
+
+def _files(folder: Path) -> list[str]:
+    """What a bundle consists of, but for its manifest."""
+    data = [graph + DATA for graph in (ENCODER, BACKBONE)]
+    return [*FILES, *(name for name in data if (folder / name).exists())]
+
+
+def _check_room(config: ExportConfig, policy: ExportablePolicy) -> None:
+    """Refuse what the disk cannot take before time is spent on it."""
+    modules = [part for part in (policy, policy.backbone) if isinstance(part, nn.Module)]
+    weights = {id(one): one for part in modules for one in (*part.parameters(), *part.buffers())}
+    needed = sum(one.nbytes for one in weights.values())
+    if config.precision != "fp32":
+        needed += needed // 4  # beside the exact ones, which it is made from
+    free = shutil.disk_usage(config.out).free
+    if free < needed:
+        raise ConfigError(
+            f"out: {config.out} needs about {needed / 1e6:,.1f} MB while the bundle is written, and its disk has "
+            f"{free / 1e6:,.1f} MB free; make room there, or give a folder on another disk."
+        )
 
 
 def _exportable(name: str) -> ExportablePolicy:
@@ -201,7 +236,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
             print(f"{config.precision}: actions differ from PyTorch's by at most {max(distances):.2g} deviations.")
         with replacing(out / EXAMPLE) as temporary, temporary.open("wb") as file:
             np.savez(file, **example, **answers)
-        write_json(out / MANIFEST, {name: sha256(out / name) for name in FILES})
+        write_json(out / MANIFEST, {name: sha256(out / name) for name in _files(out)})
         progress.update()
 
 
@@ -282,20 +317,39 @@ def _own_answers(
 
 
 def _write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[list[str], list[str]], path: Path) -> None:
-    """Trace a module into an ONNX graph in one file. Conditions need the strict tracer, which understands less else."""
+    """Trace a module into an ONNX graph, in one file if it fits.
+
+    Conditions need the strict tracer, which understands less else.
+    """
     is_strict = isinstance(module, ConditionalDecoder)
-    with warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+    traceable = module.installed() if isinstance(module, ConditionalDecoder) else nullcontext()
+    with traceable, warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
         program = torch.export.export(module.eval(), arguments, strict=is_strict)
         graph = torch.onnx.export(
             program, dynamo=True, input_names=names[0], output_names=names[1], opset_version=OPSET, verbose=False
         )
     assert graph is not None
-    model = graph.model_proto
-    _forget_source(model.graph)
-    del model.metadata_props[:]
-    with replacing(path) as temporary:
-        onnx.save(model, temporary)
+    tensors = (value.const_value for part in graph.model.graphs() for value in part.initializers.values())
+    is_large = sum(tensor.nbytes for tensor in tensors if tensor is not None) > ONE_FILE
+    with _placing(path) as folder:
+        if is_large:
+            external_data.unload_from_model(graph.model, folder, path.name + DATA, size_threshold_bytes=INSIDE)
+        model = graph.model_proto
+        _forget_source(model.graph)
+        del model.metadata_props[:]
+        onnx.save(model, folder / path.name)
+
+
+@contextmanager
+def _placing(path: Path) -> Iterator[Path]:
+    """Give a folder for a graph and its weights, which name each other; in the end both take their places at `path`."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        yield Path(name)
+        path.with_name(path.name + DATA).unlink(missing_ok=True)
+        for file in Path(name).iterdir():
+            with replacing(path.with_name(file.name)) as temporary:
+                file.replace(temporary)
 
 
 def _forget_source(graph: onnx.GraphProto) -> None:
@@ -315,11 +369,18 @@ def _quantize(path: Path) -> None:
     """Weights of a graph's matrix products to 8 bits, those in conditions included."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with replacing(path) as temporary:
+    is_large = path.with_name(path.name + DATA).exists()
+    with _placing(path) as folder:
+        graph, data = folder / path.name, folder / (path.name + DATA)
         quantize_dynamic(
             path,
-            temporary,
+            graph,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
+            use_external_data_format=is_large,
             extra_options={"EnableSubgraph": True},
         )
+        if is_large and data.stat().st_size <= ONE_FILE:
+            model = onnx.load(graph)
+            data.unlink()
+            onnx.save(model, graph)

@@ -3,6 +3,7 @@
 config.json        spec, what is looked at, skipping; versions and provenance
 encoder.onnx       resized and cropped images, state and token ids to the backbone's input
 backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions
+*.onnx.data        weights of a graph that would be too large for one file with them; only then
 tokenizer.json     of the `tokenizers` library, which is needed only for instructions that config.json does not list
 example.npz        an observation and the actions that the exported policy answered
 manifest.json      SHA-256 of the other files

@@ -43,8 +43,8 @@ AHEAD_S = 0.05
 def handled_signals(stop: Callable[[str], None]) -> Iterator[None]:
     """Have signals call `stop` with their name, as often as they come; none of them raises or ends the process.
 
-    Only Python's main thread can handle signals; elsewhere this does nothing. A signal that was ignored (SIGHUP under
-    nohup) stays so.
+    Only Python's main thread can handle signals; elsewhere this does nothing. A hang-up that is ignored, as under
+    nohup, stays so; an interrupt that is ignored, as in a shell's background jobs, does not: it is to stop the robot.
 
     Args:
         stop: Must return at once, and take no lock that the main thread may hold.
@@ -57,7 +57,8 @@ def handled_signals(stop: Callable[[str], None]) -> Iterator[None]:
         stop(signal.Signals(number).name)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, handle)
     try:

@@ -22,6 +22,8 @@ KINDS = "biuf"
 MAX_DIMENSIONS = 8
 MAX_ITEMS = 1024
 """Of a map or a list."""
+MAX_CONTAINERS = 1024
+"""Maps, arrays among them, and lists of a frame: empty ones are a byte each in it, and seventy in memory."""
 
 
 def pack(value: Mapping[str, Any]) -> bytes:
@@ -41,10 +43,20 @@ def unpack(frame: bytes) -> dict[str, Any]:
         ObservationError: It is not a whole map, or holds what no frame may.
     """
     size = len(frame)
+    left = MAX_CONTAINERS
+
+    def counted(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ObservationError(f"A frame must hold at most {MAX_CONTAINERS} maps, arrays and lists.")
+        return container
+
     try:
         value = msgpack.unpackb(
             frame,
-            object_hook=_unpack,
+            object_hook=lambda value: _unpack(counted(value)),
+            list_hook=counted,
             max_bin_len=size,
             max_str_len=size,
             max_array_len=MAX_ITEMS,

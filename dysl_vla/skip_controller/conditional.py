@@ -6,7 +6,8 @@ skipped is not computed. For a batch of one, and one forward a control step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class ConditionalDecoder(nn.Module):
         self.exits = [layer for block in plan.blocks for layer in plan.exits_of(block)]
         if not self.exits:
             raise ConfigError(f"plan: {plan} leaves layer 0 alone to skip, and the first layer always runs.")
+        self._running: list[_Pass] = []
 
     def forward(
         self, inputs: Mapping[str, Tensor], allow_points: Tensor, threshold: Tensor, resume_from: Tensor
@@ -68,48 +70,85 @@ class ConditionalDecoder(nn.Module):
             `decode`'s answer; for each exit whether its controller was asked, its log-odds, and whether the block was
             left there, (exits,); what the first layer that a block was left at got, (1, tokens, hidden).
         """
-        skips = resume_from == 0
-        asked: list[Tensor] = []
-        logits: list[Tensor] = []
-        lefts: list[Tensor] = []
-        has_left = torch.zeros_like(skips)  # anywhere
-        is_passed: Tensor | None = None  # the running block was left
-        first = torch.zeros_like(inputs[EMBEDS])
-        mask = inputs.get("attention_mask")
-
-        def wrapped(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-            def run(hidden: Tensor, *arguments: Any, **named: Any) -> Any:
-                nonlocal has_left, is_passed, first
-                if index not in self._block_of:
-                    is_passed = None
-                elif index in self.exits:
-                    number, offset = self._block_of[index]
-                    controller, adapter = self.heads.controllers[str(index)], self.heads.adapters[str(index)]
-                    asks = skips & (allow_points[number] <= offset)
-                    asks = asks if is_passed is None else asks & ~is_passed
-                    [logit] = torch.cond(asks, lambda h: controller(h, mask), lambda h: h.new_zeros(1), (hidden,))
-                    leaves = asks & (logit > threshold)
-                    first = torch.cond(
-                        leaves & ~has_left, lambda h, _: h.clone(), lambda _, kept: kept.clone(), (hidden, first)
-                    )
-                    hidden = torch.cond(leaves, adapter, lambda h: h.clone(), (hidden,))
-                    has_left = has_left | leaves
-                    is_passed = leaves if is_passed is None else is_passed | leaves
-                    asked.append(asks)
-                    logits.append(logit)
-                    lefts.append(leaves)
-                passes = index < resume_from if is_passed is None else is_passed | (index < resume_from)
-                return torch.cond(passes, lambda h: h.clone(), lambda h: original(h, *arguments, **named), (hidden,))
-
-            return run
-
-        originals = [layer.forward for layer in self._layers]
-        try:
-            for index, (layer, original) in enumerate(zip(self._layers, originals, strict=True)):
-                layer.forward = wrapped(index, original)
-            hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
-        finally:
-            for layer in self._layers:
-                layer.__dict__.pop("forward", None)
+        self._running.append(_Pass(inputs, allow_points, threshold, resume_from))
+        hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
+        ran = self._running.pop()
         answer: Tensor = self.decode(hidden)
-        return answer, torch.stack(asked), torch.stack(logits), torch.stack(lefts), first
+        return answer, torch.stack(ran.asked), torch.stack(ran.logits), torch.stack(ran.lefts), ran.first
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Have the decoder's layers run as conditions in the body. Outside of it, `forward` must not be called.
+
+        It is not done in `forward`, because exporters before torch 2.12 cannot trace it.
+        """
+        for index, layer in enumerate(self._layers):
+            layer.forward = self._conditional(index, layer.forward)
+        try:
+            yield
+        finally:
+            self._running.clear()
+            for layer in self._layers:
+                del layer.forward
+
+    def _conditional(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's forward, as conditions."""
+
+        def run(hidden: Tensor, *arguments: Any, **named: Any) -> Any:
+            ran = self._running[-1]
+            # Leave the block here?
+            if index not in self._block_of:
+                ran.is_passed = None
+            elif index in self.exits:
+                number, offset = self._block_of[index]
+                hidden = self._exit(ran, hidden, index, ran.allow_points[number] <= offset)
+            # Run, unless the block was left, or a resumed pass begins later
+            is_early = index < ran.resume_from
+            passes = is_early if ran.is_passed is None else ran.is_passed | is_early
+            return torch.cond(passes, lambda h: h.clone(), lambda h: original(h, *arguments, **named), (hidden,))
+
+        return run
+
+    def _exit(self, ran: _Pass, hidden: Tensor, index: int, is_allowed: Tensor) -> Tensor:
+        """Ask the controller of an exit, and bridge what is skipped if it leaves the block there."""
+        controller, adapter = self.heads.controllers[str(index)], self.heads.adapters[str(index)]
+        mask = ran.mask
+        asks = ran.skips & is_allowed
+        asks = asks if ran.is_passed is None else asks & ~ran.is_passed
+        [logit] = torch.cond(asks, lambda h: controller(h, mask), lambda h: h.new_zeros(1), (hidden,))
+        leaves = asks & (logit > ran.threshold)
+        ran.first = torch.cond(
+            leaves & ~ran.has_left, lambda h, _: h.clone(), lambda _, kept: kept.clone(), (hidden, ran.first)
+        )
+        hidden = torch.cond(leaves, adapter, lambda h: h.clone(), (hidden,))
+        ran.has_left = ran.has_left | leaves
+        ran.is_passed = leaves if ran.is_passed is None else ran.is_passed | leaves
+        ran.asked.append(asks)
+        ran.logits.append(logit)
+        ran.lefts.append(leaves)
+        return hidden
+
+
+class _Pass:
+    """What one pass has come to.
+
+    Attributes:
+        skips: It may skip; one that resumes may not.
+        has_left: A block was left anywhere.
+        is_passed: The running block was; None: it has not begun.
+        first: What the first layer that a block was left at got.
+        asked: For each exit so far whether its controller was asked; likewise `logits` and `lefts`.
+    """
+
+    def __init__(
+        self, inputs: Mapping[str, Tensor], allow_points: Tensor, threshold: Tensor, resume_from: Tensor
+    ) -> None:
+        self.allow_points, self.threshold, self.resume_from = allow_points, threshold, resume_from
+        self.mask = inputs.get("attention_mask")
+        self.skips = resume_from == 0
+        self.has_left = torch.zeros_like(self.skips)
+        self.is_passed: Tensor | None = None
+        self.first = torch.zeros_like(inputs[EMBEDS])
+        self.asked: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.lefts: list[Tensor] = []

@@ -37,7 +37,7 @@ def test_a_shift_moves_a_whole_image_and_nothing_else(seed: int, rows: int, colu
     y, x = np.mgrid[:rows, :columns]
     image = np.stack([y, x, y + x], axis=2).astype(np.uint8)
     observation = {"observation.images.top": image, "observation.state": np.ones(2, np.float32), "task": "move"}
-    moved = _shift(observation, np.random.default_rng(seed))
+    moved = _shift(observation, {}, np.random.default_rng(seed))
     inside = (moved["observation.images.top"].astype(int) - image)[SHIFT:-SHIFT, SHIFT:-SHIFT].reshape(-1, 3)
     down, right = inside[0, :2]
     assert (inside == (down, right, down + right)).all()

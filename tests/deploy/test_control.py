@@ -281,7 +281,7 @@ def test_a_policy_that_is_slow_but_fast_enough_looks_earlier_and_misses_nothing(
     policy.spec = replace(policy.spec, chunk_length=16, execute_steps=8)
     config = LoopConfig(blend=0, warm_up=2, max_age_s=0.2, stop_after=1000)
     account = loop(policy, robot, config).run(1.0)
-    assert account.missed <= 2
+    assert account.missed < 8  # looking when the executed part ends would miss about 15
     assert account.cycles == 100
 
 

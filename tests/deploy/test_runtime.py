@@ -4,6 +4,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import sha256
 from dysl_vla.policies import load_policy
+from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.skip_controller.operating import Switches
 from tests.conftest import MOCK_INSTRUCTIONS
 from tests.policies.test_dysl import observe, play
@@ -148,11 +151,122 @@ def test_a_bundle_says_what_to_simulate(copied: Path) -> None:
         assert robot_to_try(copied) == f"mujoco:{robot.partition('-')[0]}-{task}"
 
 
-def test_eight_bits_are_smaller_and_close(skipping_checkpoint: Path, bundle_folder: Path, tmp_path: Path) -> None:
-    folder = export(ExportConfig(tmp_path / "b", str(skipping_checkpoint), precision="int8"))
-    exact, coarse = Bundle(bundle_folder, skip=0), Bundle(folder, skip=0)
+@pytest.fixture(scope="module")
+def coarse_folder(skipping_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of 8 bits. Not to be written to."""
+    return export(ExportConfig(tmp_path_factory.mktemp("int8") / "b", str(skipping_checkpoint), precision="int8"))
+
+
+@pytest.fixture(scope="module")
+def parted_folder(skipping_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose graphs are too large for one file each. Not to be written to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dysl_vla.deploy.export.ONE_FILE", 10_000)
+        return export(ExportConfig(tmp_path_factory.mktemp("parted") / "b", str(skipping_checkpoint)))
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name != ".lock"}
+
+
+def check_same_actions(one: Path, other: Path) -> None:
+    for skip in (0.0, 0.5):
+        ours, theirs = (play(Bundle(folder, skip=skip), range(20)) for folder in (one, other))
+        for mine, their in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(mine.actions, their.actions)
+
+
+ONE_FILE_EACH = {"config.json", "encoder.onnx", "backbone.onnx", "tokenizer.json", "example.npz", "manifest.json"}
+
+
+def test_eight_bits_are_smaller_and_close(coarse_folder: Path, bundle_folder: Path) -> None:
+    exact, coarse = Bundle(bundle_folder, skip=0), Bundle(coarse_folder, skip=0)
     errors = [
         np.abs(mine.actions - other.actions).mean()
         for mine, other in zip(play(exact, range(20)), play(coarse, range(20)), strict=True)
     ]
     assert 0 < np.mean(errors) < 0.05
+    assert (coarse_folder / "backbone.onnx").stat().st_size < (bundle_folder / "backbone.onnx").stat().st_size
+
+
+def test_a_graph_that_is_too_large_for_one_file_keeps_its_weights_beside_it(
+    parted_folder: Path, bundle_folder: Path
+) -> None:
+    data = {"encoder.onnx.data", "backbone.onnx.data"}
+    assert files_of(bundle_folder) == ONE_FILE_EACH
+    assert files_of(parted_folder) == ONE_FILE_EACH | data
+    assert data < json.loads((parted_folder / "manifest.json").read_text()).keys()
+    for name in data:
+        graph = parted_folder / name.removesuffix(".data")
+        assert graph.stat().st_size < (bundle_folder / graph.name).stat().st_size
+        assert (parted_folder / name).stat().st_mode == graph.stat().st_mode
+    check_same_actions(parted_folder, bundle_folder)
+
+
+def test_a_bundle_leaves_nothing_of_the_one_that_it_replaces(
+    parted_folder: Path, coarse_folder: Path, skipping_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here of 8 bits, which fit into one file where the exact ones, and the encoder's, do not."""
+    monkeypatch.setattr("dysl_vla.deploy.export.ONE_FILE", 30_000)
+    folder = Path(shutil.copytree(parted_folder, tmp_path / "b"))
+    export(ExportConfig(folder, str(skipping_checkpoint), precision="int8"))
+    assert files_of(folder) == ONE_FILE_EACH | {"encoder.onnx.data"}
+    assert json.loads((folder / "manifest.json").read_text()).keys() == files_of(folder) - {"manifest.json"}
+    assert (folder / "backbone.onnx").read_bytes() == (coarse_folder / "backbone.onnx").read_bytes()
+    check_same_actions(folder, coarse_folder)
+
+
+def forget(name: str) -> Callable[[Path], None]:
+    """Neither the file nor its entry in the manifest."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({key: manifest[key] for key in manifest if key != name}))
+
+    return apply
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx.data", "backbone.onnx.data"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda name: edit(name, lambda data: data[:-1] + bytes([data[-1] ^ 1]), True), "{}: is damaged or edited"),
+        (lambda name: edit(name, lambda data: data[:-1], True), "{}: is damaged or edited"),
+        (lambda name: edit(name, lambda data: bytes(len(data))), "differ from the recorded"),
+        (lambda name: edit(name, lambda data: data[:9]), "ONNX Runtime .* refuses"),
+        (lambda name: lambda folder: (folder / name).unlink(), "{}: is missing"),
+        (forget, "ONNX Runtime .* refuses .*{}"),
+    ],
+)
+def test_weights_that_are_missing_or_damaged_are_named(
+    parted_folder: Path, tmp_path: Path, name: str, damage: Callable[[str], Callable[[Path], None]], message: str
+) -> None:
+    folder = Path(shutil.copytree(parted_folder, tmp_path / "b"))
+    damage(name)(folder)
+    with pytest.raises(CheckpointError, match=message.format(name.replace(".", r"\."))):
+        Bundle(folder)
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 1.0), ("int8", 1.25)])
+def test_a_disk_without_room_is_told_before_tracing_begins(
+    skipping_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, share: float
+) -> None:
+    def begin(*_: Any, **__: Any) -> None:
+        raise InterruptedError
+
+    policy = load_policy(str(skipping_checkpoint), skip=0)
+    assert isinstance(policy, MiniVLA)
+    needed = int(share * sum(parameter.nbytes for parameter in policy.parameters()))
+    folder, killed = tmp_path / "b", tmp_path / "b" / ".killed.tmp"
+    killed.mkdir(parents=True)
+    config = ExportConfig(folder, str(skipping_checkpoint), precision=precision)
+    monkeypatch.setattr("torch.export.export", begin)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 9 - 9999 * killed.exists()))
+    with pytest.raises(ConfigError, match=rf"out: {folder} needs about {needed / 1e6:.1f} MB while .* MB free; make"):
+        export(config)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    killed.mkdir()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed + 9999 - 9999 * killed.exists()))
+    with pytest.raises(InterruptedError):
+        export(config)

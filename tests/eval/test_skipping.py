@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dysl_vla.cli import main
-from dysl_vla.data.calibrating import CalibrateConfig, calibrate, read_plan
+from dysl_vla.data.calibrating import read_plan
 from dysl_vla.data.distilling import DistillRunConfig, distill
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.replay import Replay, Replayed
@@ -35,37 +35,15 @@ from dysl_vla.policies import load_backbone_policy, load_policy
 from dysl_vla.policies.dysl import load_dysl
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.policies.mock import MockPolicy
-from dysl_vla.skip_controller.distill import DistillConfig
 from dysl_vla.types import ActionChunk, SkipTrace
 from dysl_vla.video import read_video
-from tests.conftest import make_tiny_policy
-
-TRAINING = DistillConfig(adapter_steps=20, skip_steps=40, batch=8, warmup=5, threads=1)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    make_tiny_policy(num_layers=6).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plan(teacher: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("plan") / "plan"
-    return calibrate(CalibrateConfig(mock_demos, out, str(teacher), static_ratio=0.5, longest_block=2, frames=20))
-
-
-@pytest.fixture(scope="module")
-def distilled(teacher: Path, plan: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("distilled") / "out"
-    return distill(DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, training=TRAINING))
+from tests.eval.conftest import TRAINING
 
 
 def test_replayed_episodes_know_nothing_of_each_other(
     distilled: Path, mock_demos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dysl_vla.data.encoding.HELD_OUT_EVERY", 5)
+    monkeypatch.setattr("dysl_vla.data.split.EVERY", 5)
     policy = load_backbone_policy(str(distilled))
     replay = Replay(policy, Demonstrations(mock_demos))
     assert len(replay) == 4
@@ -119,7 +97,7 @@ def test_distilling_leaves_the_policys_weights_as_they_were(teacher: Path, disti
 def test_heads_are_trained_further_from_what_they_were(
     teacher: Path, distilled: Path, mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dysl_vla.data.encoding.HELD_OUT_EVERY", 5)
+    monkeypatch.setattr("dysl_vla.data.split.EVERY", 5)
     training = replace(TRAINING, skip_steps=2, learning_rate=1e-4)
     begun = tmp_path / "begun"
     shutil.copytree(distilled, begun)

@@ -7,17 +7,30 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from dysl_vla.data.cloning import TrainConfig, train
 from dysl_vla.data.collect import CollectConfig, collect
+from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin
 from dysl_vla.errors import CheckpointError, ConfigError, DatasetError
 from dysl_vla.files import read_lines, write_json
 from dysl_vla.policies.mini_vla import MiniVLA
-from dysl_vla.policies.training import CURVE_FILE, STATE_FILE, BehaviourCloning, OptimizerConfig
+from dysl_vla.policies.training import (
+    CURVE_FILE,
+    FLOOR,
+    SHIFT,
+    STATE_FILE,
+    BehaviourCloning,
+    OptimizerConfig,
+    normalisation,
+)
+from dysl_vla.types import WorldSpec
+from tests.conftest import make_tiny_policy
 
 FAST = OptimizerConfig(steps=12, batch=8, save_every=4, threads=1, warmup=2)
 
@@ -255,3 +268,138 @@ def test_a_finished_training_is_not_run_again(mock_demos: Path, tmp_path: Path) 
     before = (out / "model.safetensors").stat().st_mtime_ns
     assert train(config(mock_demos, tmp_path / "p")) == out
     assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+NAMES = ("shoulder.pos", "elbow.pos", "parked.pos", "temperature")
+
+
+def test_a_parked_joint_does_not_make_two_degrees_a_hundred_deviations() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, (20, 30, 0.02, 0.5), (1000, 4)).astype(np.float32)
+    found = normalisation(values, NAMES)
+    spans = np.ptp(values, axis=0)
+    assert found.std[2] == pytest.approx(FLOOR * spans[:3].max())
+    assert 2 / found.std[2] < 2
+    assert np.array(found.std)[[0, 1, 3]] == pytest.approx(values.std(axis=0)[[0, 1, 3]], rel=1e-5)
+    alone = normalisation(values[:, 2:3], ("x",))
+    assert alone.std[0] == pytest.approx(0.02, rel=0.1)  # in metres, say: nothing of its kind says that it is little
+    unnamed = normalisation(values[:, :3], ("0", "1", "2"))
+    assert unnamed.std == found.std[:3]
+    still = normalisation(np.ones((5, 2), np.float32), ("a.pos", "b.pos"))
+    assert still.std == (1.0, 1.0)
+
+
+def test_a_policy_is_not_shown_a_state_far_beyond_what_it_was_trained_on() -> None:
+    policy = make_tiny_policy(state_clip=3.0)
+    assert policy.fingerprint != make_tiny_policy().fingerprint
+    rng = np.random.default_rng(0)
+    images = {
+        "observation.images.top": rng.integers(0, 256, (32, 32, 3), np.uint8),
+        "observation.images.wrist": rng.integers(0, 256, (16, 16, 3), np.uint8),
+        "task": "move the dot to the mark",
+    }
+
+    def act(*state: float) -> Any:
+        [chunk] = policy.infer([{**images, "observation.state": np.array(state, np.float32)}], [policy.reset()])
+        return chunk.actions
+
+    np.testing.assert_array_equal(act(97, -1), act(3, -1))
+    assert (act(2.9, -1) != act(3, -1)).any()
+
+
+def large_dataset(root: Path, episodes: int = 6, size: tuple[int, int] = (240, 320)) -> Path:
+    """Demonstrations at a camera's resolution: what is to be done depends on where a square is."""
+    cameras = {"front": size, "side": (32, 32)}
+    spec = WorldSpec(cameras, ("a.pos", "b.pos"), ("a.pos", "gripper.pos"), (-1.0,) * 2, (1.0,) * 2, 30)
+    writer = DemonstrationWriter(root, spec, "arm")
+    rng = np.random.default_rng(0)
+    for number in range(episodes):
+        values = np.cumsum(rng.normal(0, 0.1, (15, 2)), axis=0).astype(np.float32)
+        front = np.full((15, *size, 3), 40, np.uint8)
+        for frame, place in enumerate(np.clip(100 + 50 * values[:, 0], 0, 200).astype(int)):
+            front[frame, place : place + 40, 100:140] = 200
+        side = np.repeat(rng.integers(0, 256, (15, 1, 1, 3), np.uint8), 32, axis=1).repeat(32, axis=2)
+        origin = Origin("none", "none", 0, number, "person", 0.0)
+        writer.append(Episode({"front": front, "side": side}, values, values, "put it away", origin))
+    writer.close()
+    return root
+
+
+def test_large_images_are_resized_and_training_sees_what_inference_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = large_dataset(tmp_path / "d")
+    seen: dict[str, Any] = {}
+
+    def keep(self: BehaviourCloning) -> None:
+        seen.update({name: np.array(images) for name, images in self._arrays.images.items()})
+        run(self)
+
+    run = BehaviourCloning.run
+    monkeypatch.setattr(BehaviourCloning, "run", keep)
+    out = train(config(data, tmp_path / "p"))
+    policy = MiniVLA.from_pretrained(str(out))
+    assert policy.resizes == {"front": (96, 128)}
+    assert policy.spec.cameras == {"front": (240, 320), "side": (32, 32)}
+    assert policy.crops == {"front": (0, 0, 96, 128), "side": (0, 0, 32, 32)}
+    assert seen["front"].shape == (90, 96 + 2 * SHIFT, 128 + 2 * SHIFT, 3)
+    for episode, frame, image in Demonstrations(data).frames("front"):
+        kept = seen["front"][15 * episode + frame, SHIFT:-SHIFT, SHIFT:-SHIFT]
+        np.testing.assert_array_equal(kept, policy._images("front", [{"observation.images.front": image}])[0])
+    assert not (out / "frames").exists()
+    assert policy.provenance["data"]["held_out_every"] == 3
+    assert len(policy.provenance["data"]["action_change"]) == 2
+
+
+def test_what_is_looked_at_can_be_chosen(tmp_path: Path) -> None:
+    data = large_dataset(tmp_path / "d")
+    chosen = config(data, tmp_path / "p", cameras="front", resize="front=48x64", crops="front=32x48+8+8", held_out=0.5)
+    policy = MiniVLA.from_pretrained(str(train(chosen)))
+    assert policy.resizes == {"front": (48, 64)}
+    assert policy.crops == {"front": (8, 8, 32, 48)}
+    assert policy.provenance["data"]["held_out_every"] == 2
+    whole = MiniVLA.from_pretrained(str(train(config(data, tmp_path / "w", cameras="side", resize="side=32x32"))))
+    assert whole.resizes == {}
+    for values, words in (
+        ({"cameras": "back"}, "back"),
+        ({"resize": "front=480x640"}, r"resizes\.front"),
+        ({"resize": "back=8x8"}, "back"),
+        ({"resize": "front=4x4"}, r"resizes\.front"),
+        ({"held_out": 0.9}, "held_out"),
+        ({"state_names": "x,y"}, "names"),
+    ):
+        with pytest.raises((ConfigError, DatasetError), match=words):
+            train(config(data, tmp_path / "n", **values))  # type: ignore[arg-type]
+        assert not (tmp_path / "n").exists()
+
+
+def test_frames_are_decoded_once_and_kept_while_training_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = large_dataset(tmp_path / "d", 3)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BehaviourCloning, "_update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(data, tmp_path / "p"))
+    assert {path.name for path in (tmp_path / "p/frames").iterdir()} == {"front.npy", "side.npy"}
+
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Demonstrations, "frames", fail)
+    train(config(data, tmp_path / "p"))
+    assert not (tmp_path / "p/frames").exists()
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = large_dataset(tmp_path / "d", 3)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ConfigError, match=r"45 frames of 2 cameras need 0\.0 GB"):
+        train(config(data, tmp_path / "p"))

@@ -33,12 +33,13 @@ def test_it_decides_and_answers_as_the_skipper_does(name: str, plan: SkipPlan, m
         threshold = float(rng.uniform(0.2, 0.8))
         inputs = {"inputs_embeds": embeds}
         odds = torch.tensor(math.log(threshold / (1 - threshold)))
-        hidden, asked, logits, lefts, first = conditional(inputs, torch.from_numpy(points[0]), odds, torch.tensor(0))
         resumed = None
-        if lefts.any():
-            layer = min(layer for layer, left in zip(conditional.exits, lefts.tolist(), strict=True) if left)
-            again = ({"inputs_embeds": first}, torch.from_numpy(points[0]), odds, torch.tensor(layer))
-            resumed = conditional(*again)[0]
+        allowed = torch.from_numpy(points[0])
+        with conditional.installed():
+            hidden, asked, logits, lefts, first = conditional(inputs, allowed, odds, torch.tensor(0))
+            if lefts.any():
+                layer = min(layer for layer, left in zip(conditional.exits, lefts.tolist(), strict=True) if left)
+                resumed = conditional({"inputs_embeds": first}, allowed, odds, torch.tensor(layer))[0]
         full = model(**inputs).last_hidden_state
         skipper = attach(model, plan, heads)
         with skipper.step(points, threshold=threshold) as step:
