@@ -23,27 +23,30 @@ VIDEO = "videos/observation.images.top/chunk-000/file-000.mp4"
 
 
 def grey(number: int) -> NDArray[np.uint8]:
-    """A picture that says its number, up to 60, also when it was compressed."""
-    return np.full((SIDE, SIDE, 3), 10 + 4 * number, np.uint8)
+    """A picture that says its number, up to 60, also when it was compressed; from there on they begin anew."""
+    return np.full((SIDE, SIDE, 3), 10 + 4 * (number % 61), np.uint8)
 
 
 def number_of(image: NDArray[np.uint8]) -> int:
     return round((float(image.mean()) - 10) / 4)
 
 
-def film(path: Path, times_s: Sequence[float], *, codec: str = "libx264", **options: str) -> None:
+def film(
+    path: Path, times_s: Sequence[float], *, codec: str = "libx264", container: str = "mp4", **options: str
+) -> None:
     """Write numbered pictures that are shown at given times."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options={"movie_timescale": "90000"}) as container:
-        stream = container.add_stream(codec, rate=30, options=options or {"preset": "ultrafast", "crf": "8"})
+    settings = {"movie_timescale": "90000"} if container == "mp4" else {}
+    with av.open(str(path), "w", format=container, options=settings) as file:
+        stream = file.add_stream(codec, rate=30, options=options or {"preset": "ultrafast", "crf": "8"})
         stream.width = stream.height = 64 if codec == "libsvtav1" else SIDE
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = Fraction(1, 90_000)
         for number, time in enumerate(times_s):
             frame = av.VideoFrame.from_ndarray(np.full((stream.height, stream.width, 3), grey(number)[0, 0]), "rgb24")
             frame.pts, frame.time_base = round(time * 90_000), Fraction(1, 90_000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
 
 
 def png(image: NDArray[np.uint8]) -> bytes:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dysl_vla.cli import main
-from dysl_vla.data.encoding import is_held_out
 from dysl_vla.data.info import outwards, render_info
 from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.split import split_for
 from tests.data.foreign import DATA, SIDE, edit_feature, edit_info, edit_table, record
 
 
@@ -78,7 +78,7 @@ def test_missing_names_are_said_with_how_to_give_them(tmp_path: Path, capsys: py
 @pytest.mark.parametrize("count", [1, 19, 20, 41])
 def test_held_out_episodes_are_counted(tmp_path: Path, count: int) -> None:
     said = render_info(Demonstrations(record(tmp_path, (1,) * count)))
-    assert f"held out {sum(map(is_held_out, range(count)))} of {count} episodes" in said
+    assert f"held out {sum(map(split_for(count).is_held_out, range(count)))} of {count} episodes" in said
 
 
 def test_a_dataset_without_episodes_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ def test_episodes_that_share_files_are_read(tmp_path: Path, kind: str) -> None:
 @given(data=st.data())
 def test_a_frame_has_the_picture_of_its_time(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Whatever the video's rate and start, and however unsteady it is, within the tolerance."""
-    lengths = data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=3))
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     fps, every = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 3))
     start = data.draw(st.floats(0, 10))
     root = record(tmp_path_factory.mktemp("d"), lengths, fps=fps)
@@ -108,7 +108,7 @@ def test_a_video_of_twice_the_rate_is_read_by_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rate", [15, 20, 29, 31, 45])
 def test_a_video_of_another_rate_is_refused_with_both_rates(tmp_path: Path, rate: int) -> None:
     record(tmp_path, (40,))
-    write_video(tmp_path / VIDEO, [grey(number % 60) for number in range(100)], rate)
+    write_video(tmp_path / VIDEO, [grey(number) for number in range(100)], rate)
     with pytest.raises(DatasetError, match=rf"file-000\.mp4.*episode 0, at.*{rate} pictures a second.*is 30\. "):
         list(Demonstrations(tmp_path).frames("top"))
 

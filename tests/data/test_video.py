@@ -19,6 +19,7 @@ CODECS = [
     ("libx264", {"x264-params": "keyint=infinite:scenecut=0"}),
     ("libsvtav1", {"g": "2", "crf": "30", "preset": "12"}),
     ("libsvtav1", {"preset": "12"}),
+    ("libx264", {"container": "mpegts", "g": "20", "bf": "2"}),  # has no index: seeking in it arrives too late
 ]
 
 
@@ -42,11 +43,12 @@ def test_a_picture_is_the_same_wherever_reading_came_from(tmp_path: Path, codec:
     film(path, np.arange(60) / 5, codec=codec, **options)
     pictures = list(read_video(path))
     assert len(pictures) == 60
+    first = 0.4 if "container" in options else 0.0
     order = np.random.default_rng(0).permutation(60)
     with closing(Film(path)) as opened:
         for number in (*order.tolist(), *range(59, -1, -7), *range(0, 60, 3)):
-            time, image = opened.nearest(number / 5)
-            assert time == pytest.approx(number / 5, abs=1e-4)
+            time, image = opened.nearest(first + number / 5)
+            assert time == pytest.approx(first + number / 5, abs=1e-4)
             np.testing.assert_array_equal(image, pictures[number])
 
 
@@ -73,10 +75,12 @@ def test_the_nearest_picture_is_found_at_any_time(
 def test_what_is_not_asked_for_is_not_decoded(tmp_path: Path) -> None:
     path = tmp_path / "v.mp4"
     film(path, np.arange(60) / 5, g="10", bf="0", preset="ultrafast", crf="8")
-    damage(path, 0, 20)
+    damage(path, 0, 10)
+    damage(path, 22, 30)
     damage(path, 45, 60)
     with closing(Film(path)) as opened:
-        assert [number_of(opened.nearest(number / 5)[1]) for number in range(30, 40)] == list(range(30, 40))
+        for number in (*range(10, 20), *range(30, 40), 15, 35):
+            assert number_of(opened.nearest(number / 5)[1]) == number
         with pytest.raises(DatasetError, match=r"v\.mp4"):
             [opened.nearest(number / 5) for number in range(40, 60)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-pytest.importorskip("lerobot", reason="needs LeRobot: pip install 'lerobot[dataset]' (Python 3.12)")
+pytest.importorskip("lerobot", reason="lerobot is not installed, it needs Python 3.12: `make test-lerobot` runs these")
 
 from lerobot.datasets.dataset_tools import delete_episodes, merge_datasets
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -83,13 +83,13 @@ def collect(root: Path, episodes: Sequence[int]) -> None:
     writer.close()
 
 
-def opened(root: Path) -> LeRobotDataset:
-    return LeRobotDataset("someone/something", root=root, video_backend="pyav")
+def opened(root: Path, **how: Any) -> LeRobotDataset:
+    return LeRobotDataset("someone/something", root=root, video_backend="pyav", **how)
 
 
 def check_same(root: Path, episodes: Sequence[int]) -> Demonstrations:
-    """LeRobot and this package read the same, and what was recorded."""
-    demonstrations, theirs = Demonstrations(root), opened(root)
+    """LeRobot, as its training does it, and this package read the same, and what was recorded."""
+    demonstrations, theirs = Demonstrations(root), opened(root, delta_timestamps={"action": [-1 / 30, 0, 1 / 30]})
     columns = demonstrations.columns()
     assert [row.length for row in demonstrations.rows] == [5 + episode for episode in episodes]
     assert len(theirs) == demonstrations.total_frames == theirs.meta.total_frames
@@ -103,9 +103,11 @@ def check_same(root: Path, episodes: Sequence[int]) -> Demonstrations:
                 (item[f"observation.images.{camera}"].numpy().transpose(1, 2, 0) * 255).round(), image
             )
             assert np.abs(image.astype(int) - picture(camera, episode, frame)).mean() < 3
-            for key, name, sign in (("observation.state", "states", 1), ("action", "actions", -1)):
-                np.testing.assert_array_equal(columns[name][index], sign * numbers(episode, frame))
-                np.testing.assert_array_equal(item[key].numpy(), columns[name][index])
+            np.testing.assert_array_equal(columns["states"][index], numbers(episode, frame))
+            np.testing.assert_array_equal(item["observation.state"].numpy(), columns["states"][index])
+            chunk = [-numbers(episode, min(max(frame + step, 0), 4 + episode)) for step in (-1, 0, 1)]
+            np.testing.assert_array_equal(columns["actions"][index], chunk[1])
+            np.testing.assert_array_equal(item["action"].numpy(), chunk)
             task = demonstrations.instructions[columns["task_index"][index]]
             assert item["task"] == task == f"task {episode % 2}"
             seen[camera] += 1
