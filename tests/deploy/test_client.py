@@ -107,6 +107,12 @@ def reads_nothing(connection: socket.socket) -> None:
     forever(connection)
 
 
+def reads_slowly(connection: socket.socket) -> None:
+    greet(connection)
+    while connection.recv(1000):
+        time.sleep(0.05)
+
+
 def answers_nothing(connection: socket.socket) -> None:
     greet(connection)
     while connection.recv(1 << 20):
@@ -181,6 +187,7 @@ def test_a_name_that_is_looked_up_for_ever_does_not_hold_the_caller(monkeypatch:
     "behave",
     [
         reads_nothing,
+        reads_slowly,
         answers_nothing,
         answers_slowly,
         answers_in_endless_pieces,
@@ -282,12 +289,15 @@ def test_threads_that_share_a_client_get_their_own_answers() -> None:
             size = connection.recv(2, socket.MSG_WAITALL)[1] & 127
             mask, data = connection.recv(4, socket.MSG_WAITALL), connection.recv(size, socket.MSG_WAITALL)
             asked = unpack(bytes(byte ^ mask[index % 4] for index, byte in enumerate(data)))
+            resets.append("reset" in asked)
             time.sleep(0.001)
             connection.sendall(frame(pack({"actions": np.array([[asked["number"]]])})))
 
+    resets: list[bool] = []
     with peer(echo) as uri, Client(uri) as client, ThreadPoolExecutor(8) as pool:
         answers = pool.map(lambda number: client.infer({"number": number})["actions"].item(), range(200))
         assert list(answers) == list(range(200))
+    assert resets.count(True) == 1
 
 
 def test_a_thread_that_waited_in_vain_for_its_turn_does_not_end_the_connection(bundle_folder: Path) -> None:
