@@ -28,7 +28,7 @@ from dysl_vla.deploy.wire import pack, unpack
 from dysl_vla.errors import ConfigError, ObservationError, RobotFault
 from tests.deploy.test_server import message, process, served
 
-SOON = 4.0
+SOON = 7.0
 LARGE = {"picture": np.zeros(40_000_000, np.uint8)}
 """More than what sockets hold."""
 Behaviour = Callable[[socket.socket], None]
