@@ -143,12 +143,12 @@ class Client:
                 close_timeout=GOODBYE_S,
                 logger=_quiet,
             ) as self._connection:
-                if self._over:  # it took so long that nobody waits for it
-                    return
-                self._answers.put(self._connection.recv())
-                while (frame := self._frames.get()) is not None:
-                    self._connection.send(frame)
+                if not self._over:  # else it took so long that nobody waits for it
                     self._answers.put(self._connection.recv())
+                    while (frame := self._frames.get()) is not None:
+                        self._connection.send(frame)
+                        self._answers.put(self._connection.recv())
+            self._answers.put(EOFError())  # for who asked while it was being closed
         except Exception as error:  # whatever it is, who waits must hear of it
             self._answers.put(error)
 

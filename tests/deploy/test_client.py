@@ -333,6 +333,15 @@ def test_closing_ends_what_another_thread_waits_for() -> None:
                 asking.result()
 
 
+def test_a_question_that_comes_while_another_thread_closes_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = Client._packed
+    monkeypatch.setattr(Client, "_packed", lambda client, asked: (client.close(), packed(client, asked))[1])
+    with peer(answers_nothing) as uri, Client(uri, timeout_s=60) as client:
+        with soon(), pytest.raises(RobotFault, match="it was closed"):
+            client.infer(message(0))
+        check_is_over(client)
+
+
 @pytest.mark.parametrize(
     ("uri", "error", "words"),
     [
