@@ -91,23 +91,23 @@ class Client:
                 request may succeed; otherwise the connection is over, and every later call says so at once.
         """
         deadline = time.monotonic() + self._timeout_s
-        self._check_open()
-        frame = self._packed({"reset": True, **observation} if self._begins else observation)
-        if not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        if not self._turn.acquire(timeout=self._timeout_s):
             raise RobotFault(
                 f"Another thread's request took all of timeout_s, {self._timeout_s:g} s, so this one was not sent; "
                 "give each thread a Client of its own."
             )
         try:
             self._check_open()
+            frame = self._packed({"reset": True, **observation} if self._begins else observation)
             answer = self._answer(frame, deadline)
+            actions = answer.get("actions")
+            if not isinstance(actions, np.ndarray):
+                raise RobotFault(f"The server at {self._uri} answered no array of actions; is it a policy server?")
+            if not np.isfinite(actions).all():
+                raise RobotFault(f"The server at {self._uri} answered actions that are not finite; see to its policy.")
+            self._begins = False
         finally:
             self._turn.release()
-        actions = answer.get("actions")
-        if not isinstance(actions, np.ndarray) or not np.isfinite(actions).all():
-            kind = "no array of actions" if not isinstance(actions, np.ndarray) else "actions that are not finite"
-            raise RobotFault(f"The server at {self._uri} answered {kind}; see to the policy that it serves.")
-        self._begins = False
         return answer
 
     def reset(self) -> None:
@@ -143,12 +143,12 @@ class Client:
                 close_timeout=GOODBYE_S,
                 logger=_quiet,
             ) as self._connection:
-                if self._over:  # it took so long that nobody waits for it
-                    return
-                self._answers.put(self._connection.recv())
-                while (frame := self._frames.get()) is not None:
-                    self._connection.send(frame)
+                if not self._over:  # else it took so long that nobody waits for it
                     self._answers.put(self._connection.recv())
+                    while (frame := self._frames.get()) is not None:
+                        self._connection.send(frame)
+                        self._answers.put(self._connection.recv())
+            self._answers.put(EOFError())  # for who asked while it was being closed
         except Exception as error:  # whatever it is, who waits must hear of it
             self._answers.put(error)
 

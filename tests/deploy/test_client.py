@@ -28,7 +28,7 @@ from dysl_vla.deploy.wire import pack, unpack
 from dysl_vla.errors import ConfigError, ObservationError, RobotFault
 from tests.deploy.test_server import message, process, served
 
-SOON = 4.0
+SOON = 7.0
 LARGE = {"picture": np.zeros(40_000_000, np.uint8)}
 """More than what sockets hold."""
 Behaviour = Callable[[socket.socket], None]
@@ -81,7 +81,8 @@ def slowly(connection: socket.socket, data: bytes) -> None:
 
 
 def forever(connection: socket.socket) -> None:
-    time.sleep(60)
+    while connection.fileno() >= 0:
+        time.sleep(0.05)
 
 
 def greet(connection: socket.socket) -> None:
@@ -105,6 +106,12 @@ def greets_slowly(connection: socket.socket) -> None:
 def reads_nothing(connection: socket.socket) -> None:
     greet(connection)
     forever(connection)
+
+
+def reads_slowly(connection: socket.socket) -> None:
+    greet(connection)
+    while connection.recv(1000):
+        time.sleep(0.05)
 
 
 def answers_nothing(connection: socket.socket) -> None:
@@ -149,6 +156,13 @@ def soon() -> Iterator[None]:
     assert time.monotonic() - started < SOON
 
 
+def check_becomes(is_so: Callable[[], bool]) -> None:
+    limit = time.monotonic() + SOON
+    while not is_so():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
 def check_is_over(client: Client) -> None:
     with soon():
         for _ in range(50):
@@ -181,6 +195,7 @@ def test_a_name_that_is_looked_up_for_ever_does_not_hold_the_caller(monkeypatch:
     "behave",
     [
         reads_nothing,
+        reads_slowly,
         answers_nothing,
         answers_slowly,
         answers_in_endless_pieces,
@@ -282,12 +297,15 @@ def test_threads_that_share_a_client_get_their_own_answers() -> None:
             size = connection.recv(2, socket.MSG_WAITALL)[1] & 127
             mask, data = connection.recv(4, socket.MSG_WAITALL), connection.recv(size, socket.MSG_WAITALL)
             asked = unpack(bytes(byte ^ mask[index % 4] for index, byte in enumerate(data)))
+            resets.append("reset" in asked)
             time.sleep(0.001)
             connection.sendall(frame(pack({"actions": np.array([[asked["number"]]])})))
 
+    resets: list[bool] = []
     with peer(echo) as uri, Client(uri) as client, ThreadPoolExecutor(8) as pool:
         answers = pool.map(lambda number: client.infer({"number": number})["actions"].item(), range(200))
         assert list(answers) == list(range(200))
+    assert resets.count(True) == 1
 
 
 def test_a_thread_that_waited_in_vain_for_its_turn_does_not_end_the_connection(bundle_folder: Path) -> None:
@@ -313,6 +331,15 @@ def test_closing_ends_what_another_thread_waits_for() -> None:
             client.close()
             with pytest.raises(RobotFault, match="it was closed"):
                 asking.result()
+
+
+def test_a_question_that_comes_while_another_thread_closes_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = Client._packed
+    monkeypatch.setattr(Client, "_packed", lambda client, asked: (client.close(), packed(client, asked))[1])
+    with peer(answers_nothing) as uri, Client(uri, timeout_s=60) as client:
+        with soon(), pytest.raises(RobotFault, match="it was closed"):
+            client.infer(message(0))
+        check_is_over(client)
 
 
 @pytest.mark.parametrize(
@@ -495,8 +522,7 @@ def test_a_server_that_does_not_say_what_it_expects_is_not_connected_to(first: b
     with peer(behave) as uri, soon():
         with pytest.raises(RobotFault):
             Client(uri, timeout_s=1.0)
-        while threading.active_count() > threads + 2:  # the peer's own two
-            time.sleep(0.01)
+        check_becomes(lambda: threading.active_count() <= threads + 2)  # the peer's own two
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -520,16 +546,10 @@ def test_clients_that_failed_leave_no_socket_and_no_thread() -> None:
     def count() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208
 
-    for _ in range(2):
-        before = count()
-        with peer(reads_nothing) as uri:
-            clients = [Client(uri, timeout_s=0.2) for _ in range(5)]
-            for client in clients:
-                with pytest.raises(RobotFault):
-                    client.infer(message(0, **LARGE))
-                client._thread.join(SOON)
-            for client in clients:
-                assert not client._thread.is_alive()
-        with soon():
-            while count()[0] > before[0]:
-                time.sleep(0.01)
+    files, threads = count()
+    with peer(reads_nothing) as uri:
+        for client in [Client(uri, timeout_s=0.5) for _ in range(5)]:
+            with pytest.raises(RobotFault):
+                client.infer(message(0, **LARGE))
+        check_becomes(lambda: count()[1] <= threads + 1 + 5)  # the peer's own
+    check_becomes(lambda: count()[0] <= files)
