@@ -143,18 +143,19 @@ def train(config: TrainConfig) -> Path:
         "data": data,
         "init": policy.provenance or None,
     }
+    is_new = not (config.out / RUN_FILE).exists()
     with claimed(config.out):
         write_json(config.out / RUN_FILE, identity)
+        try:
+            images = _decode(demonstrations, policy.config, config.out)
+        except (ConfigError, DatasetError):
+            if is_new:  # a damaged dataset leaves no training behind
+                shutil.rmtree(config.out, ignore_errors=True)
+            raise
         held_out = np.array([split.is_held_out(episode) for episode in range(len(demonstrations.rows))])
-        arrays = TrainingArrays(
-            images=_decode(demonstrations, policy.config, config.out),
-            states=columns["states"],
-            actions=columns["actions"],
-            episode_index=columns["episode_index"],
-            task_index=columns["task_index"],
-            instructions=demonstrations.instructions,
-            held_out=held_out[columns["episode_index"]],
-        )
+        named = {name: columns[name] for name in ("states", "actions", "episode_index", "task_index")}
+        instructions = demonstrations.instructions
+        arrays = TrainingArrays(images, **named, instructions=instructions, held_out=held_out[columns["episode_index"]])
         BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
         shutil.rmtree(config.out / FRAMES)
     return config.out
