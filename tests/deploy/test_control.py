@@ -410,6 +410,7 @@ def test_each_fault_ends_safely_in_its_time(fault: dict[str, float], kind: Any, 
     assert robot.report()["unsafe commands refused"] == 0
     assert robot._process is not None
     assert not robot._process.is_alive()
+    assert robot._shared is None  # its memory was freed
 
 
 @pytest.mark.parametrize("freeze_after", [0.0, 1e9])
