@@ -284,8 +284,8 @@ def _checksum(body: bytes | bytearray) -> int:
 def serve(registers: Path, events: Path) -> None:
     """Serve a new serial port until the parent process ends; its name is printed first."""
     parent = os.getppid()
-    with suppress(OSError):
-        os.nice(-15)  # motors have their own processors: LeRobot waits 50 ms for an answer
+    with suppress(OSError):  # motors have processors of their own, and LeRobot waits 50 ms for an answer
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     ours, theirs = pty.openpty()  # their end stays open here, too, so that they can close theirs and come again
     tty.setraw(theirs)
     print(os.ttyname(theirs), flush=True)
