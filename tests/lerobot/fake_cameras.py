@@ -31,9 +31,9 @@ CAMERAS_VARIABLE, REGISTERS_VARIABLE = "FAKE_CAMERAS", "FAKE_CAMERAS_REGISTERS"
 """Paths of the file of `Switches` and, optionally, of the arm's registers."""
 HEIGHT, WIDTH, FPS = 480, 640, 30
 SLOW_S = 0.48
-FAULTS = ("none", "blocks", "fails", "slow", "closed", "frozen")
+FAULTS = ("none", "blocks", "fails", "slow", "closed", "frozen", "opening")
 """Frames as they should be; reading never returns; reading fails; a frame every 480 ms; it is not open (before
-connecting: cannot be opened); the same frame for ever."""
+connecting: cannot be opened); the same frame for ever; opening it takes until the fault is over."""
 COUNT = 64
 SETTINGS = {cv2.CAP_PROP_FRAME_WIDTH: WIDTH, cv2.CAP_PROP_FRAME_HEIGHT: HEIGHT, cv2.CAP_PROP_FPS: FPS}
 JOINT_COLOURS = ((40, 40, 230), (40, 200, 40), (230, 90, 30), (30, 210, 230), (220, 40, 200), (240, 240, 240))
@@ -111,6 +111,8 @@ class FakeCapture:
         registers = os.environ.get(REGISTERS_VARIABLE)
         self._registers = Registers(Path(registers)) if registers else None
         self._noise = Noise(self._camera)
+        while self._switches.fault(self._camera) == "opening":
+            time.sleep(0.01)
         self._opened_at = time.perf_counter()
         self._is_open = self._switches.fault(self._camera) != "closed"
         self._last: NDArray[np.uint8] | None = None

@@ -34,8 +34,9 @@ MIN_LIMIT, MAX_LIMIT, HOMING_OFFSET = (9, 2), (11, 2), (31, 2)
 TORQUE, GOAL, LOCK, PRESENT = (40, 1), (42, 2), (55, 1), (56, 2)
 PING, READ, WRITE, SYNC_READ, SYNC_WRITE, BROADCAST = 1, 2, 3, 0x82, 0x83, 0xFE
 OVERLOAD = 0x20
-FAULTS = ("none", "mute", "late", "corrupt", "refuse")
-"""Answers; neither answers nor does anything; answers after `delay_s`; does it, answers nonsense; refuses to write."""
+FAULTS = ("none", "mute", "late", "corrupt", "refuse", "ignore")
+"""Answers; neither answers nor does anything; answers after `delay_s`; does it, answers nonsense; refuses to write;
+says that it has written, and has not (as when the answer to an earlier packet is taken for it)."""
 HEADER, STRIDE, SETTINGS = 64, 128, struct.Struct("<BBdd")
 TICK_S = 0.005
 
@@ -258,6 +259,8 @@ class Servos:
         registers = self._registers
         if not self._hears(motor) or registers.fault(motor) == "refuse":
             return OVERLOAD
+        if registers.fault(motor) == "ignore":
+            return 0
         torque = registers.read(motor, TORQUE)
         registers.put(motor, start, data)
         if start <= GOAL[0] < start + len(data):

@@ -197,14 +197,17 @@ def test_motors_that_do_not_answer_are_named_and_the_others_let_go(
     assert "switch the power" in line
 
 
-@pytest.mark.parametrize("fault", ["corrupt", "late", "refuse"])
+@pytest.mark.parametrize("fault", ["corrupt", "late", "refuse", "ignore"])
 def test_faulty_answers_do_not_keep_motors_on_unless_they_refuse(
     robot: LeRobotRobot, bus: Bus, fault: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bus.registers.set_fault(fault, delay_s=0.2)
     assert timed(robot.stop) < STOP_S
-    assert bus.registers.torques() == (ON if fault == "refuse" else OFF)
-    if fault != "late":
+    assert bus.registers.torques() == (ON if fault in ("refuse", "ignore") else OFF)
+    if fault == "late":  # all at once, before any answer
+        times = [event["t"] for event in bus.events("torque")[-6:]]
+        assert max(times) - min(times) < 0.1
+    else:
         assert "could not take the torque off shoulder_pan" in capfd.readouterr().err
 
 
@@ -316,6 +319,21 @@ def test_a_connection_that_comes_back_after_stopping_is_undone(
     assert bus.registers.torques() == OFF
     eventually(lambda: not any(shot.is_connected for shot in shots))
     assert not robot._robot.bus.is_connected
+
+
+def test_what_opens_after_stopping_is_closed_again(
+    make: Callable[[Path], LeRobotRobot], robot_file: Path, bus: Bus, cameras: Switches
+) -> None:
+    cameras.set_fault(WRIST, "opening")
+    robot = make(robot_file)
+    shots = list(robot._robot.cameras.values())
+    connecting = Call(robot.connect, 30.0)
+    eventually(lambda: shots[0].is_connected)
+    assert timed(robot.stop) < STOP_S
+    cameras.set_fault(WRIST, "none")
+    assert "it was stopped" in str(connecting.end())
+    assert not any(shot.is_connected for shot in shots)
+    assert bus.registers.torques() == OFF
 
 
 def test_a_camera_that_does_not_open_is_said_and_motors_are_let_go(
@@ -543,7 +561,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from lerobot.cameras import CameraConfig, make_cameras_from_configs
 from lerobot.robots import Robot, RobotConfig
-from lerobot.utils.decorators import check_if_not_connected
+from lerobot.utils.errors import DeviceNotConnectedError
 
 @RobotConfig.register_subclass("hand_made")
 @dataclass
@@ -571,8 +589,9 @@ class HandMade(Robot):
     def get_observation(self):
         return {"a.pos": 1.0, "b.pos": 2.0, "eye": self.cameras["eye"].read_latest(), "eye_depth": None}
     def send_action(self, action): return action
-    @check_if_not_connected
     def disconnect(self):
+        if not all(camera.is_connected for camera in self.cameras.values()):
+            raise DeviceNotConnectedError("a camera is closed")
         self.config.torque_file.write_text("off")
 """
 
@@ -595,6 +614,8 @@ def test_a_plugins_robot_is_found_and_disconnected_its_own_way_also_with_a_close
     }
     path = tmp_path / "hand_made.json"
     path.write_text(json.dumps({"robot": described, "rate_hz": 10, "action_low": [0, 0], "action_high": [1, 1]}))
+    make(path).stop()  # never connected
+    assert not (tmp_path / "torque").exists()
     robot = make(path)
     assert robot.world.cameras == {"eye": (480, 640)}
     robot.connect(10.0)
