@@ -281,9 +281,11 @@ class LeRobotRobot:
         _each([partial(each.bus.disconnect, False) for each in motors], CLOSE_S)
         if held := [name for each in ours for name in each.held]:
             why = next(each.error for each in ours if each.held)
-            _say(f"could not take the torque off {', '.join(held)} ({why}): switch the power of its motors off.")
+            _say(
+                f"{', '.join(held)} may still hold torque, which did not come off ({why}): switch the arm's power off."
+            )
         elif error is not None and not ours and not isinstance(error, _not_connected()):
-            _say(f"LeRobot could not disconnect ({_line(error)}): it may still hold or move; switch its power off.")
+            _say(f"LeRobot could not disconnect ({_line(error)}): it may still hold or move: switch its power off.")
         _each([camera.disconnect for camera in self._cameras.values()], CLOSE_S)
 
 
@@ -336,7 +338,6 @@ class _Motors:
     def _ask_all(self, port: Any) -> None:
         """One packet to all motors, which is obeyed also where their answers are lost."""
         port.is_using = False  # by a call that will not come back to it
-        port.ser.reset_input_buffer()  # of answers to that call
         self.bus.sync_write(TORQUE, {self._names[name]: 0 for name in self.held}, normalize=False)
 
 
@@ -417,7 +418,7 @@ def _surely(work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:  # stopping must not raise, but must not be silent either
-            _say(f"could not be stopped ({type(error).__name__}: {_line(error)}): switch the power of its motors off.")
+            _say(f"could not be stopped ({type(error).__name__}: {_line(error)}): switch its power off.")
         finally:
             is_done.set()
 

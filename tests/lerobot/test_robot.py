@@ -6,8 +6,6 @@ import json
 import os
 import shlex
 import signal
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -192,9 +190,10 @@ def test_motors_that_do_not_answer_are_named_and_the_others_let_go(
     bus.registers.set_fault("mute", motors=[1, 4])
     assert timed(robot.stop) < STOP_S
     assert bus.registers.torques() == [1, 0, 0, 1, 0, 0]
+    assert not robot._robot.bus.is_connected
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("robot:")]
-    assert "could not take the torque off shoulder_pan, wrist_flex (" in line
-    assert "switch the power" in line
+    assert line.startswith("robot: shoulder_pan, wrist_flex may still hold torque")
+    assert line.endswith("switch the arm's power off.")
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "late", "refuse", "ignore"])
@@ -208,7 +207,7 @@ def test_faulty_answers_do_not_keep_motors_on_unless_they_refuse(
         times = [event["t"] for event in bus.events("torque")[-6:]]
         assert max(times) - min(times) < 0.1
     else:
-        assert "could not take the torque off shoulder_pan" in capfd.readouterr().err
+        assert "robot: shoulder_pan, shoulder_lift" in capfd.readouterr().err
 
 
 def test_a_fault_that_passes_while_stopping_leaves_no_motor_on(
@@ -230,7 +229,21 @@ def test_a_pulled_cable_is_said(robot: LeRobotRobot, bus: Bus, capfd: pytest.Cap
         robot.observe(0.0)
     assert timed(robot.stop) < STOP_S
     assert bus.registers.torques() == ON  # they have a supply of their own
-    assert "could not take the torque off shoulder_pan, shoulder_lift" in capfd.readouterr().err
+    assert (
+        "shoulder_pan, shoulder_lift, elbow_flex, wrist_flex, wrist_roll, gripper may still" in capfd.readouterr().err
+    )
+
+
+def test_a_cable_that_is_put_back_while_stopping_leaves_no_motor_on(
+    robot: LeRobotRobot, bus: Bus, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bus.unplug()
+    stopping = Call(robot.stop)
+    time.sleep(0.3)
+    bus.plug()
+    assert stopping.end() is None
+    assert bus.registers.torques() == OFF
+    assert "torque" not in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_does_not_keep_the_motors_on(robot: LeRobotRobot, bus: Bus) -> None:
@@ -244,7 +257,9 @@ def test_a_second_ctrl_c_does_not_keep_the_motors_on(robot: LeRobotRobot, bus: B
     assert bus.registers.torques() == OFF
 
 
-def test_stopping_does_not_wait_for_a_reading_that_a_camera_blocks(robot: LeRobotRobot, bus: Bus) -> None:
+def test_stopping_does_not_wait_for_a_reading_that_a_camera_blocks(
+    robot: LeRobotRobot, bus: Bus, capfd: pytest.CaptureFixture[str]
+) -> None:
     with stuck(robot, "wrist"):
         reading = Call(robot.observe, 0.0)
         eventually(robot._turn.locked)
@@ -253,6 +268,7 @@ def test_stopping_does_not_wait_for_a_reading_that_a_camera_blocks(robot: LeRobo
         assert stopping.end() is None
     assert "it was stopped" in str(reading.end())
     assert bus.registers.torques() == OFF
+    assert "torque" not in capfd.readouterr().err
 
 
 def test_stopping_does_not_wait_for_a_reading_of_mute_motors(patient: LeRobotRobot, bus: Bus) -> None:
@@ -264,7 +280,9 @@ def test_stopping_does_not_wait_for_a_reading_of_mute_motors(patient: LeRobotRob
     assert "it was stopped" in str(reading.end())
 
 
-def test_a_command_that_was_blocked_does_not_move_the_arm_after_stopping(patient: LeRobotRobot, bus: Bus) -> None:
+def test_a_command_that_was_blocked_does_not_move_the_arm_after_stopping(
+    patient: LeRobotRobot, bus: Bus, capfd: pytest.CaptureFixture[str]
+) -> None:
     action = patient.observe(0.0).observation["observation.state"] + np.float32(10)
     bus.registers.set_fault("late", motors=[6], delay_s=0.3)
     acting = Call(patient.act, action)
@@ -277,6 +295,7 @@ def test_a_command_that_was_blocked_does_not_move_the_arm_after_stopping(patient
     time.sleep(0.1)
     assert bus.registers.torques() == OFF
     assert not bus.events("goal")
+    assert "torque" not in capfd.readouterr().err
 
 
 def test_a_command_does_not_wait_for_a_blocked_reading(robot: LeRobotRobot) -> None:
@@ -551,8 +570,10 @@ def test_both_arms_of_a_bimanual_robot_let_go_although_one_does_not_answer(
         bus.registers.set_fault("mute")
         assert timed(robot.stop) < STOP_S
         assert right.registers.torques() == OFF
+        assert not robot._robot.left_arm.bus.is_connected
+        assert not robot._robot.right_arm.bus.is_connected
         line = capfd.readouterr().err
-        assert "torque off left_shoulder_pan, left_shoulder_lift" in line
+        assert "left_wrist_roll, left_gripper may still hold" in line
         assert "right" not in line
 
 
@@ -588,7 +609,8 @@ class HandMade(Robot):
     def configure(self): pass
     def get_observation(self):
         return {"a.pos": 1.0, "b.pos": 2.0, "eye": self.cameras["eye"].read_latest(), "eye_depth": None}
-    def send_action(self, action): return action
+    def send_action(self, action):
+        self.config.torque_file.write_text("moving")
     def disconnect(self):
         if not all(camera.is_connected for camera in self.cameras.values()):
             raise DeviceNotConnectedError("a camera is closed")
@@ -596,14 +618,10 @@ class HandMade(Robot):
 """
 
 
-def test_a_plugins_robot_is_found_and_disconnected_its_own_way_also_with_a_closed_camera(
-    make: Callable[[Path], LeRobotRobot],
-    tmp_path: Path,
-    cameras: Switches,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "lerobot_robot_hand_made.py").write_text(textwrap.dedent(PLUGIN))
+@pytest.fixture
+def hand_made(tmp_path: Path, cameras: Switches, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """File of a plug-in's robot, without a bus that anyone knows; `torque` beside it says what it did last."""
+    (tmp_path / "lerobot_robot_hand_made.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
     described = {
         "type": "hand_made",
@@ -614,15 +632,38 @@ def test_a_plugins_robot_is_found_and_disconnected_its_own_way_also_with_a_close
     }
     path = tmp_path / "hand_made.json"
     path.write_text(json.dumps({"robot": described, "rate_hz": 10, "action_low": [0, 0], "action_high": [1, 1]}))
-    make(path).stop()  # never connected
-    assert not (tmp_path / "torque").exists()
-    robot = make(path)
+    return path
+
+
+def test_a_plugins_robot_is_found_and_disconnected_its_own_way_also_with_a_closed_camera(
+    make: Callable[[Path], LeRobotRobot],
+    hand_made: Path,
+    cameras: Switches,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    torque = hand_made.with_name("torque")
+    make(hand_made).stop()  # never connected
+    assert not torque.exists()
+    robot = make(hand_made)
     assert robot.world.cameras == {"eye": (480, 640)}
     robot.connect(10.0)
     assert robot.observe(time.perf_counter()).observation["observation.state"].tolist() == [1, 2]
     assert robot.hold(None) is None  # nobody knows where its gripper is
     cameras.set_fault(FRONT, "closed")
     robot.stop()
-    assert (tmp_path / "torque").read_text() == "off"
+    assert torque.read_text() == "off"
     assert capfd.readouterr().err == ""
-    sys.modules.pop("lerobot_robot_hand_made")
+
+
+def test_a_command_that_waited_for_its_turn_is_not_sent_after_stopping(
+    make: Callable[[Path], LeRobotRobot], hand_made: Path
+) -> None:
+    robot = make(hand_made)
+    robot.connect(10.0)
+    with robot._turn:
+        acting = Call(robot.act, np.zeros(2, np.float32))
+        stopping = Call(robot.stop)
+        eventually(lambda: robot._is_stopped)
+    assert stopping.end() is None
+    assert acting.end() is not None
+    assert hand_made.with_name("torque").read_text() == "off"
