@@ -210,6 +210,18 @@ def test_faulty_answers_do_not_keep_motors_on_unless_they_refuse(
         assert "robot: shoulder_pan, shoulder_lift" in capfd.readouterr().err
 
 
+def test_motors_let_go_where_the_system_gives_no_more_threads(
+    robot: LeRobotRobot, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        robot.stop()
+    assert bus.registers.torques() == OFF
+
+
 def test_a_fault_that_passes_while_stopping_leaves_no_motor_on(
     robot: LeRobotRobot, bus: Bus, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -389,7 +401,7 @@ def test_a_port_that_is_not_there_is_said(
 def test_another_calibration_is_refused_with_the_command_that_makes_one(
     make: Callable[[Path], LeRobotRobot], write_robot: Callable[..., Path], tmp_path: Path, bus: Bus, reason: str
 ) -> None:
-    robot_file = write_robot({"id": "my left arm"})
+    robot_file = write_robot({"id": "my left arm", "use_degrees": True})
     if reason == "motors":
         bus.registers.write(2, MIN_LIMIT, 0)
     else:
@@ -404,6 +416,7 @@ def test_another_calibration_is_refused_with_the_command_that_makes_one(
         f"--robot.port={bus.port}",
         "--robot.id=my left arm",
         f"--robot.calibration_dir={tmp_path}",
+        "--robot.use_degrees=true",
     }
     assert bus.registers.torques() == OFF
 
@@ -491,12 +504,14 @@ CAMERA = {"type": "opencv", "index_or_path": 0, "width": 640, "height": 480, "fp
         ({"cameras": {"a": {**CAMERA, "width": "wide"}}}, {}, r"`cameras\.a\.width`.*'wide'"),
         ({"cameras": {"a": {**CAMERA, "width": None}}}, {}, "'width' is required"),
         ({"prot": "/dev/x"}, {}, r"so101_follower has no prot; it has .*port"),
+        ({"port": None}, {}, r"robot\.port: is missing; .*lerobot-find-port"),
         ({"id": None}, {}, r"robot\.id: is missing; .*lerobot-calibrate"),
         ({"max_relative_target": "much"}, {}, "`max_relative_target`"),
         ({}, {"rate": 30}, "rate: unknown; there are robot, rate_hz"),
         ({}, {"rate_hz": 0}, "rate_hz: 0 must be above zero"),
         ({}, {"rate_hz": "fast"}, "rate_hz: 'fast' must be a finite number"),
         ({"type": 5}, {}, "robot: .* must be an object with a type"),
+        ({}, {"rename": []}, r"rename: \[\] must map"),
         ({}, {"rename": {"side": "top"}}, "rename: side is unknown; this robot has: front, wrist, shoulder_pan"),
         ({}, {"action_low": [-1] * 5}, "action_low: must have a value for each of shoulder_pan.pos"),
     ],
