@@ -35,6 +35,7 @@ so whatever cameras, or calls that have not come back, are doing.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 import shlex
@@ -111,7 +112,7 @@ class LeRobotRobot:
         sizes = {name: kind[:2] for name, kind in shown.items() if isinstance(kind, tuple) and kind[2:] == (3,)}
         self._states = tuple(name for name, kind in shown.items() if not isinstance(kind, tuple))
         self._actions = tuple(robot.action_features)
-        names = self._names = _renamed(rename or {}, (*sizes, *self._states), self._actions)
+        names = _renamed({} if rename is None else rename, (*sizes, *self._states), self._actions)
         low, high = _bounds(self._actions, action_low, action_high)
         self.world = WorldSpec(
             cameras={names[name]: size for name, size in sizes.items()},
@@ -123,8 +124,10 @@ class LeRobotRobot:
         )
         self._robot, self._calibrate = robot, calibrate
         self._images = {name: names[name] for name in sizes}
-        self._cameras = _cameras(robot, shown)
-        self._ports = [_Port(each.bus.port_handler) for each in _motors(robot) if hasattr(each.bus, "port_handler")]
+        self._parts = _parts(robot, import_module("lerobot.robots").Robot)
+        self._not_connected: type[Exception] = import_module("lerobot.utils.errors").DeviceNotConnectedError
+        self._cameras = _cameras(self._parts, shown)
+        self._ports = [_Port(each.bus.port_handler) for each in self._motors() if hasattr(each.bus, "port_handler")]
         self._latest: dict[str, float] = {}
         self._turn = threading.Lock()  # LeRobot answers one call at a time
         self._doing = ""
@@ -138,7 +141,7 @@ class LeRobotRobot:
         try:
             with self._alone("connect"):
                 self._is_used = True
-                if kept := [prefix + FLAG for prefix, part in _parts(self._robot).items() if not _lets_go(part)]:
+                if kept := [prefix + FLAG for prefix, part in self._parts.items() if not _lets_go(part)]:
                     _say(f"{', '.join(kept)} is false: motors keep their torque when the robot is stopped.")
                 # Calibrating would ask questions, and some robots do not know the word.
                 knows = "calibrate" in inspect.signature(self._robot.connect).parameters
@@ -265,25 +268,36 @@ class LeRobotRobot:
             time.sleep(max(POLL_S, min(after - now, NAP_S)))
         raise RobotFault(STOPPED)
 
+    def _motors(self) -> list[_Motors]:
+        """The motors on LeRobot's buses, some of which are made when it connects; other drivers have none."""
+        return [
+            _Motors(prefix, part, bus)
+            for prefix, part in self._parts.items()
+            for bus in tuple(vars(part).values())  # another thread may be connecting it
+            if hasattr(bus, "motors") and hasattr(bus, "disable_torque")
+        ]
+
     def _let_go(self) -> None:
         """Motors first, whatever cameras and `is_connected` say. Each step has its time, and none can raise."""
         if not self._is_used:
             return
         for port in self._ports:
             port.shut()
-        for part in _parts(self._robot).values():
+        for part in self._parts.values():
             with suppress(AttributeError):
                 part.cameras = {}  # a closed one would keep LeRobot from disconnecting, a stuck one delay it
-        motors = _motors(self._robot)
+        motors = self._motors()
         ours = [each for each in motors if _lets_go(each.owner)]
         _each([each.release for each in ours], RELEASE_S + CLOSE_S)
         [error] = _each([self._robot.disconnect], CLOSE_S)
         _each([partial(each.bus.disconnect, False) for each in motors], CLOSE_S)
         if held := [name for each in ours for name in each.held]:
             why = next(each.error for each in ours if each.held)
-            _say(f"could not take the torque off {', '.join(held)} ({why}): switch the power of its motors off.")
-        elif error is not None and not ours and not isinstance(error, _not_connected()):
-            _say(f"LeRobot could not disconnect ({_line(error)}): it may still hold or move; switch its power off.")
+            _say(
+                f"{', '.join(held)} may still hold torque, which did not come off ({why}): switch the arm's power off."
+            )
+        elif error is not None and not ours and not isinstance(error, self._not_connected):
+            _say(f"LeRobot could not disconnect ({_line(error)}): it may still hold or move: switch its power off.")
         _each([camera.disconnect for camera in self._cameras.values()], CLOSE_S)
 
 
@@ -304,14 +318,14 @@ class _Motors:
         self.owner, self.bus = owner, bus
         self._names = {prefix + motor: motor for motor in bus.motors}
         self.held = list(self._names)
-        self.error = "no answer"
+        self.error = ""
 
     def release(self) -> None:
         """Take the torque off each motor, and on a serial bus look whether it is off, until it is or time is over."""
-        port = getattr(self.bus, "port_handler", None)
-        if (port.ser is None) if port is not None else not self.bus.is_connected:
-            self.held = []  # it was never opened, so nothing was switched on
+        if not self.bus.is_connected:
+            self.held = []  # it was not opened, so nothing was switched on
             return
+        port = getattr(self.bus, "port_handler", None)
         until = time.perf_counter() + RELEASE_S
         while True:
             with suppress(Exception):
@@ -322,6 +336,8 @@ class _Motors:
                     self.bus.disable_torque(self._names[name])
                     if port is None or self.bus.read(TORQUE, self._names[name], normalize=False) == 0:
                         self.held.remove(name)
+                    else:
+                        self.error = "it says that it is off, and is on"
                 except Exception as error:  # a driver's; the other motors must be asked, too
                     self.error = _line(error)
             if not self.held or time.perf_counter() > until:
@@ -336,7 +352,6 @@ class _Motors:
     def _ask_all(self, port: Any) -> None:
         """One packet to all motors, which is obeyed also where their answers are lost."""
         port.is_using = False  # by a call that will not come back to it
-        port.ser.reset_input_buffer()  # of answers to that call
         self.bus.sync_write(TORQUE, {self._names[name]: 0 for name in self.held}, normalize=False)
 
 
@@ -400,12 +415,11 @@ def _each(jobs: Sequence[Callable[[], object]], seconds: float) -> list[Exceptio
         except Exception as error:  # a driver's
             errors[index] = error
 
-    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(len(jobs))]
-    for thread in threads:
-        thread.start()
+    threads = [_started(partial(work, index), is_daemon=True) for index in range(len(jobs))]
     until = time.perf_counter() + seconds
     for thread in threads:
-        thread.join(max(0.0, until - time.perf_counter()))
+        if thread is not None:
+            thread.join(max(0.0, until - time.perf_counter()))
     return list(errors)
 
 
@@ -417,39 +431,40 @@ def _surely(work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:  # stopping must not raise, but must not be silent either
-            _say(f"could not be stopped ({type(error).__name__}: {_line(error)}): switch the power of its motors off.")
+            _say(f"could not be stopped ({type(error).__name__}: {_line(error)}): switch its power off.")
         finally:
             is_done.set()
 
-    threading.Thread(target=run, name="stop", daemon=False).start()
+    _started(run, is_daemon=False)
     while not is_done.is_set():
         with suppress(KeyboardInterrupt):
             is_done.wait()
 
 
-def _parts(robot: Any) -> dict[str, Any]:
+def _started(work: Callable[[], None], is_daemon: bool) -> threading.Thread | None:
+    """A thread; where the system gives no more of them, the work is done at once, and there is none."""
+    thread = threading.Thread(target=work, name="stop", daemon=is_daemon)
+    try:
+        thread.start()
+    except RuntimeError:
+        work()
+        return None
+    return thread
+
+
+def _parts(robot: Any, kind: type) -> dict[str, Any]:
     """A robot, and the arms that it is made of, by the prefix of their names ("left_")."""
     parts = {"": robot}
-    for name, part in tuple(vars(robot).items()):  # another thread may be connecting it
-        if isinstance(part, import_module("lerobot.robots").Robot):
-            parts |= {name.removesuffix("arm") + prefix: inner for prefix, inner in _parts(part).items()}
+    for name, part in vars(robot).items():
+        if isinstance(part, kind):
+            parts |= {name.removesuffix("arm") + prefix: inner for prefix, inner in _parts(part, kind).items()}
     return parts
 
 
-def _motors(robot: Any) -> list[_Motors]:
-    """The motors on LeRobot's buses; other drivers have none."""
-    return [
-        _Motors(prefix, part, bus)
-        for prefix, part in _parts(robot).items()
-        for bus in tuple(vars(part).values())
-        if hasattr(bus, "motors") and hasattr(bus, "disable_torque")
-    ]
-
-
-def _cameras(robot: Any, shown: Mapping[str, Any]) -> dict[str, Any]:
+def _cameras(parts: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
     """All cameras, by their names in readings."""
     cameras: dict[str, Any] = {}
-    for prefix, part in reversed(_parts(robot).items()):  # the whole robot's names of its arms' cameras may clash
+    for prefix, part in reversed(tuple(parts.items())):  # the whole robot's names of its arms' cameras may clash
         for name, camera in getattr(part, "cameras", {}).items():
             if camera not in cameras.values():
                 cameras[prefix + name if prefix + name in shown else name] = camera
@@ -466,11 +481,6 @@ def _answers(port: Any) -> bool:
         return bool(port.is_open) and port.ser.in_waiting >= 0
     except Exception:  # each SDK and system has its own
         return False
-
-
-def _not_connected() -> type[Exception]:
-    kind: type[Exception] = import_module("lerobot.utils.errors").DeviceNotConnectedError
-    return kind
 
 
 def _say(what: str) -> None:
@@ -601,7 +611,7 @@ def _config(kind: str, described: Mapping[str, Any]) -> Any:
         raise ConfigError(f"robot: {kind} has no {', '.join(unknown)}; it has {', '.join(names)}.")
     needed = [each.name for each in fields(config_class) if each.default is each.default_factory is MISSING]
     for name in needed:
-        if name not in given:
+        if given.get(name) is None:
             raise ConfigError(_missing_field(name))
     try:
         config = draccus.decode(config_class, given)
@@ -689,12 +699,12 @@ def _missing_package(error: ImportError) -> DyslError:
 
 
 def _calibrate_command(described: Mapping[str, Any]) -> str:
-    """Of LeRobot, for this robot: type, ports, id and whatever else is text."""
+    """Of LeRobot, for this robot: type, ports, id and what else is given, but for cameras."""
 
     def options(where: str, values: Mapping[str, Any]) -> Iterable[str]:
         for name, value in values.items():
-            if isinstance(value, str):
-                yield f"{where}.{name}={shlex.quote(value)}"
+            if isinstance(value, str | int | float):
+                yield f"{where}.{name}={shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
             elif isinstance(value, Mapping) and name != "cameras":
                 yield from options(f"{where}.{name}", value)
 

@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ CAMERAS_VARIABLE, REGISTERS_VARIABLE = "FAKE_CAMERAS", "FAKE_CAMERAS_REGISTERS"
 """Paths of the file of `Switches` and, optionally, of the arm's registers."""
 HEIGHT, WIDTH, FPS = 480, 640, 30
 SLOW_S = 0.48
-FAULTS = ("none", "blocks", "fails", "slow", "closed", "frozen")
+FAULTS = ("none", "blocks", "fails", "slow", "closed", "frozen", "opening")
 """Frames as they should be; reading never returns; reading fails; a frame every 480 ms; it is not open (before
-connecting: cannot be opened); the same frame for ever."""
+connecting: cannot be opened); the same frame for ever; opening it takes until the fault is over."""
 COUNT = 64
 SETTINGS = {cv2.CAP_PROP_FRAME_WIDTH: WIDTH, cv2.CAP_PROP_FRAME_HEIGHT: HEIGHT, cv2.CAP_PROP_FPS: FPS}
 JOINT_COLOURS = ((40, 40, 230), (40, 200, 40), (230, 90, 30), (30, 210, 230), (220, 40, 200), (240, 240, 240))
@@ -71,8 +72,7 @@ def picture(camera: int, seconds: float, positions: Sequence[int]) -> NDArray[np
     Returns:
         (480, 640, 3) uint8, blue, green, red.
     """
-    image = np.empty((HEIGHT, WIDTH, 3), np.uint8)
-    image[:] = np.linspace(60, 150, WIDTH)[None, :, None] + (25 * (camera % 4), 10, -20)
+    image = _background(camera).copy()
     for joint, position in enumerate(positions):
         left = 40 + 95 * joint
         top = round(440 - 400 * min(max(position / RESOLUTION, 0.0), 1.0))
@@ -80,6 +80,12 @@ def picture(camera: int, seconds: float, positions: Sequence[int]) -> NDArray[np
     x, y = 300 + round(250 * math.cos(seconds)), 220 + round(180 * math.sin(seconds))
     image[y : y + 24, x : x + 24] = (20, 20, 20)
     return image
+
+
+@cache
+def _background(camera: int) -> NDArray[np.uint8]:
+    ramp = np.linspace(60, 150, WIDTH)[None, :, None] + (25 * (camera % 4), 10, -20)
+    return np.broadcast_to(ramp, (HEIGHT, WIDTH, 3)).astype(np.uint8)
 
 
 class Noise:
@@ -90,10 +96,9 @@ class Noise:
         self._drawn = self._random.integers(0, 7, HEIGHT * WIDTH * 3 + 65536, np.uint8)
 
     def add(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A noisy copy, from 3 below to 3 above."""
+        """A noisy copy, up to 6 brighter."""
         start = int(self._random.integers(65536))
-        noise = self._drawn[start : start + image.size].reshape(image.shape)
-        return cv2.subtract(cv2.add(image, noise), np.full_like(image, 3))
+        return cv2.add(image, self._drawn[start : start + image.size].reshape(image.shape))
 
 
 class FakeCapture:
@@ -106,6 +111,8 @@ class FakeCapture:
         registers = os.environ.get(REGISTERS_VARIABLE)
         self._registers = Registers(Path(registers)) if registers else None
         self._noise = Noise(self._camera)
+        while self._switches.fault(self._camera) == "opening":
+            time.sleep(0.01)
         self._opened_at = time.perf_counter()
         self._is_open = self._switches.fault(self._camera) != "closed"
         self._last: NDArray[np.uint8] | None = None

@@ -34,8 +34,9 @@ MIN_LIMIT, MAX_LIMIT, HOMING_OFFSET = (9, 2), (11, 2), (31, 2)
 TORQUE, GOAL, LOCK, PRESENT = (40, 1), (42, 2), (55, 1), (56, 2)
 PING, READ, WRITE, SYNC_READ, SYNC_WRITE, BROADCAST = 1, 2, 3, 0x82, 0x83, 0xFE
 OVERLOAD = 0x20
-FAULTS = ("none", "mute", "late", "corrupt", "refuse")
-"""Answers; neither answers nor does anything; answers after `delay_s`; does it, answers nonsense; refuses to write."""
+FAULTS = ("none", "mute", "late", "corrupt", "refuse", "ignore")
+"""Answers; neither answers nor does anything; answers after `delay_s`; does it, answers nonsense; refuses to write;
+says that it has written, and has not (as when the answer to an earlier packet is taken for it)."""
 HEADER, STRIDE, SETTINGS = 64, 128, struct.Struct("<BBdd")
 TICK_S = 0.005
 
@@ -258,6 +259,8 @@ class Servos:
         registers = self._registers
         if not self._hears(motor) or registers.fault(motor) == "refuse":
             return OVERLOAD
+        if registers.fault(motor) == "ignore":
+            return 0
         torque = registers.read(motor, TORQUE)
         registers.put(motor, start, data)
         if start <= GOAL[0] < start + len(data):
@@ -284,8 +287,8 @@ def _checksum(body: bytes | bytearray) -> int:
 def serve(registers: Path, events: Path) -> None:
     """Serve a new serial port until the parent process ends; its name is printed first."""
     parent = os.getppid()
-    with suppress(OSError):
-        os.nice(-15)  # motors have their own processors: LeRobot waits 50 ms for an answer
+    with suppress(OSError):  # motors have processors of their own, and LeRobot waits 50 ms for an answer
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     ours, theirs = pty.openpty()  # their end stays open here, too, so that they can close theirs and come again
     tty.setraw(theirs)
     print(os.ttyname(theirs), flush=True)
@@ -304,53 +307,62 @@ def serve(registers: Path, events: Path) -> None:
                 servos.move()
 
 
-@dataclass(frozen=True)
 class Bus:
     """A stand-in that runs in a process of its own.
+
+    Args:
+        folder: For its files.
+        name: Of its files; two arms need two.
 
     Attributes:
         port: Name of its serial port.
         registers: Its motors'.
         registers_file: Where they are.
         events_file: Where its events are.
-        process: It.
+        process: It; None: its cable is pulled.
     """
 
-    port: str
-    registers: Registers
-    registers_file: Path
-    events_file: Path
-    process: subprocess.Popen[str]
+    def __init__(self, folder: Path, name: str) -> None:
+        self.registers_file, self.events_file = folder / f"{name}.registers", folder / f"{name}.events.jsonl"
+        self.registers = Registers.create(self.registers_file)
+        self.events_file.touch()
+        self._link = folder / f"{name}.port"  # the same again, when it is plugged in again
+        self.port = str(self._link)
+        self.process: subprocess.Popen[str] | None = None
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """What happened so far: of "goal" or "torque"."""
         records = [json.loads(line) for line in self.events_file.read_text(encoding="utf-8").splitlines()]
         return [record for record in records if kind in record]
 
+    def plug(self) -> None:
+        """Start it, or put its cable back."""
+        files = (str(self.registers_file), str(self.events_file))
+        command = [sys.executable, str(Path(__file__).resolve()), *files]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        port = self.process.stdout.readline().strip()
+        self._link.unlink(missing_ok=True)
+        self._link.symlink_to(port)
+
     def unplug(self) -> None:
-        """Pull the USB cable: the port is gone; motors, which have their own supply, keep their torque."""
-        self.process.kill()
-        self.process.wait()
+        """Pull its USB cable: the port is gone; motors, which have their own supply, keep their torque."""
+        if self.process is not None:
+            self._link.unlink(missing_ok=True)
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
 
 
 @contextmanager
 def running_bus(folder: Path, name: str = "bus") -> Iterator[Bus]:
-    """Start a stand-in, and end it with the body.
-
-    Args:
-        folder: For its files.
-        name: Of its files; two arms need two.
-    """
-    registers, events = folder / f"{name}.registers", folder / f"{name}.events.jsonl"
-    mapped = Registers.create(registers)
-    events.touch()
-    command = [sys.executable, str(Path(__file__).resolve()), str(registers), str(events)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield Bus(process.stdout.readline().strip(), mapped, registers, events, process)
-        finally:
-            process.kill()
+    """Start a stand-in, see `Bus`, and end it with the body."""
+    bus = Bus(folder, name)
+    bus.plug()
+    try:
+        yield bus
+    finally:
+        bus.unplug()
 
 
 if __name__ == "__main__":
