@@ -30,7 +30,12 @@ def resized(image: ImageArray, size: tuple[int, int] | None) -> ImageArray:
     with needs_extra("robot"):
         from PIL import Image
     height, width = size
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
+    down, down_rest = divmod(image.shape[0], height)
+    right, right_rest = divmod(image.shape[1], width)
+    whole = Image.fromarray(image)
+    if down_rest or right_rest:
+        return np.array(whole.resize((width, height), Image.Resampling.BOX))
+    return np.array(whole.reduce((right, down)))  # the same but for rounding, and three times as fast
 
 
 def looked_at(image: ImageArray, size: tuple[int, int] | None, place: Place) -> ImageArray:
