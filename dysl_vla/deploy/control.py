@@ -26,7 +26,7 @@ from dysl_vla.deploy.chunks import Plan, Predicted
 from dysl_vla.deploy.limits import Guard, Limits
 from dysl_vla.deploy.logs import CycleLog
 from dysl_vla.deploy.robot import Reading, Robot, make_robot, open_policy
-from dysl_vla.deploy.stopping import WatchedRobot, handled_signals, say, stop_robot
+from dysl_vla.deploy.stopping import ANSWER_S, CONNECT_S, WatchedRobot, handled_signals, say, stop_robot
 from dysl_vla.errors import ConfigError, DyslError, RobotFault, SafetyStop
 from dysl_vla.files import is_unused
 from dysl_vla.policies.base import Policy
@@ -65,9 +65,9 @@ class LoopConfig:
     far_start: Literal["approach", "refuse"] = "approach"
     """Where the robot stands farther from the first action than `--max-change` allows in one step: go there at that
     speed, or do not move at all."""
-    connect_s: float = 60.0
+    connect_s: float = CONNECT_S
     """Longest that connecting may take."""
-    answer_s: float = 1.0
+    answer_s: float = ANSWER_S
     """Longest that any other call of the robot may take, beyond the next frame's time, before it is stopped."""
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import numpy as np
 
 from dysl_vla.deploy.limits import Guard, Limits
 from dysl_vla.deploy.robot import make_robot
-from dysl_vla.deploy.stopping import handled_signals, stop_robot
-from dysl_vla.errors import ConfigError, RobotFault
+from dysl_vla.deploy.stopping import WatchedRobot
+from dysl_vla.errors import ConfigError, RobotFault, SafetyStop
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import is_unused, read_json, read_lines, write_json
 from dysl_vla.types import STATE_KEY
@@ -109,50 +109,52 @@ def replay(folder: Path, robot_name: str = "") -> dict[str, Any]:
     name = robot_name or account.get("robot_name", "")
     if not name:
         raise ConfigError(f"robot: {folder / ACCOUNT} does not name one; give --robot.")
-    robot = make_robot(name, {camera: (size[0], size[1]) for camera, size in account["cameras"].items()})
-    period = 1 / account["rate_hz"]
-    is_over = False
-    sent = passed = 0
-
-    def stop(_: str) -> None:
-        nonlocal is_over
-        is_over = True
-
-    def wait_until(due: float) -> None:
-        while (left := due - clock()) > 0 and not is_over:
-            time.sleep(min(left, NAP_S))
-
-    try:
-        with handled_signals(stop):
-            if list(robot.world.action_names) != account["action_names"]:
-                raise ConfigError(f"robot: takes {robot.world.action_names}, the log has {account['action_names']}.")
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in account["limits"].items()}
-            guard = Guard(Limits(**values), robot.world, account["rate_hz"])
-            robot.connect(account["rate_hz"])
-            robot.observe(-math.inf)
-            start = clock()
-            last = robot.hold(None)
-            for line in lines:
-                due = start + line["due_s"]
-                wait_until(due)
-                if is_over:
-                    break
-                if line.get("action") is None:
-                    continue
-                if clock() - due >= period:
-                    passed += 1
-                    continue
-                reading = robot.observe(-math.inf)
-                guard.observe(reading.observation[STATE_KEY], reading.taken_at)
-                last, _ = guard.check(np.array(line["action"], np.float32), last, clock())
-                robot.act(last)
-                sent += 1
-            wait_until(clock() + period)  # the last one is executed, too
-    finally:
-        stopped = stop_robot(robot)
+    cameras = {camera: (size[0], size[1]) for camera, size in account["cameras"].items()}
+    robot = WatchedRobot(make_robot(name, cameras))
+    counts = {"sent": 0, "passed": 0}
+    stopped = robot.run(lambda: _play(robot, account, lines, counts))
+    if robot.fault is not None:
+        raise robot.fault
     if stopped.problem:
         raise RobotFault(stopped.problem)
-    return {"sent": sent, "passed": passed, "robot": dict(stopped.report)}
+    return {**counts, "robot": dict(stopped.report)}
+
+
+def _play(
+    robot: WatchedRobot, account: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], counts: dict[str, int]
+) -> None:
+    """Send a log's actions at their times."""
+    if list(robot.world.action_names) != account["action_names"]:
+        raise ConfigError(f"robot: takes {robot.world.action_names}, the log has {account['action_names']}.")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in account["limits"].items()}
+    guard, period = Guard(Limits(**values), robot.world, account["rate_hz"]), 1 / account["rate_hz"]
+
+    def wait_until(due: float) -> None:
+        while (left := due - clock()) > 0 and not robot.is_over:
+            time.sleep(min(left, NAP_S))
+
+    robot.connect(account["rate_hz"])
+    robot.observe(-math.inf)
+    last = robot.hold(None)
+    if last is None and guard.positions:
+        raise SafetyStop("robot: does not say where it holds, so that its first command could be a jump.")
+    start = clock()
+    for line in lines:
+        due = start + line["due_s"]
+        wait_until(due)
+        if robot.is_over:
+            return
+        if line.get("action") is None:
+            continue
+        if clock() - due >= period:
+            counts["passed"] += 1
+            continue
+        reading = robot.observe(-math.inf)
+        guard.observe(reading.observation[STATE_KEY], reading.taken_at)
+        last, _ = guard.check(np.array(line["action"], np.float32), last, clock())
+        robot.act(last)
+        counts["sent"] += 1
+    wait_until(clock() + period)  # the last one is executed, too
 
 
 def view(folder: Path, out: Path | None = None) -> Path:

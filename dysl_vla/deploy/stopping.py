@@ -35,6 +35,8 @@ GRACE_S = 0.2
 """What a cycle that runs may still take when the robot is to be stopped; after that, it is stopped all the same."""
 JOIN_S = 2.0
 """For threads to end once the robot is stopped: an inference may be running."""
+CONNECT_S, ANSWER_S = 60.0, 1.0
+"""Longest that connecting, and any other call, may take where nothing else is asked for."""
 AHEAD_S = 0.05
 """How far ahead of this machine's clock a reading's time may be: clocks of two machines are never quite the same."""
 
@@ -134,7 +136,7 @@ class WatchedRobot:
         fault: Why, when something was wrong.
     """
 
-    def __init__(self, robot: Robot, connect_s: float, answer_s: float) -> None:
+    def __init__(self, robot: Robot, connect_s: float = CONNECT_S, answer_s: float = ANSWER_S) -> None:
         self._robot = robot
         self._connect_s, self._answer_s = connect_s, answer_s
         self._calls: dict[str, tuple[float, float]] = {}

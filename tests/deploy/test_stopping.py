@@ -19,6 +19,7 @@ import pytest
 from dysl_vla.deploy import stopping
 from dysl_vla.deploy.control import ControlLoop, LoopConfig
 from dysl_vla.deploy.limits import Limits
+from dysl_vla.deploy.logs import replay
 from dysl_vla.deploy.robot import Reading
 from dysl_vla.deploy.stopping import WatchedRobot, handled_signals, stop_robot
 from dysl_vla.errors import DyslError, RobotFault
@@ -356,6 +357,21 @@ def test_a_stop_that_fails_or_hangs_says_to_switch_it_off(capfd: pytest.CaptureF
         assert "switch it off" in stop_robot(robot).problem
         assert "switch it off" in capfd.readouterr().err
         robot.test_ends.set()
+
+
+@pytest.mark.parametrize("call", ["observe", "act"])
+@pytest.mark.usefixtures("no_thread_left")
+def test_playing_back_a_log_is_stopped_too_whatever_hangs(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = ControlLoop(Counting(), FakeRobot(), RATE, Limits(), CONFIG, log=tmp_path / "log", robot_name="x:y")
+    loop.run(0.4)
+    robot = Faulty(call, "ever")
+    monkeypatch.setattr("dysl_vla.deploy.logs.make_robot", lambda *_: robot)
+    with pytest.raises(RobotFault, match=f"{call} has not returned"):
+        replay(tmp_path / "log")
+    assert not robot.has_torque
+    robot.test_ends.set()
 
 
 def call_all(robot: WatchedRobot) -> list[Callable[[], object]]:
