@@ -129,6 +129,14 @@ class Stuttering(Counting):
 
 
 @pytest.fixture(autouse=True)
+def hang_ups_count() -> Iterator[None]:
+    """Also where the tests themselves run under nohup, whose children ignore them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture(autouse=True)
 def short_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A robot whose stop hangs is given up sooner than a user would."""
     monkeypatch.setattr(stopping, "STOP_S", 1.5)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,14 @@ def test_training_data_and_policy_are_of_the_arm(bundle: Path) -> None:
     assert config["resizes"] == {"front": [96, 128], "wrist": [96, 128]}
     assert config["skipping"]["signal"] == "gripper"
     assert config["provenance"]["data"]["held_out_every"] == 5
+
+
+@pytest.fixture(autouse=True)
+def hang_ups_count() -> Iterator[None]:
+    """Also where the tests themselves run under nohup, whose children ignore them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def control(bundle: Path, robot_file: Path, *options: object) -> list[str]:
