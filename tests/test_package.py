@@ -98,3 +98,23 @@ sys.exit(main([*{command!r}.split(), "--out", {str(tmp_path / "d")!r}]))
     assert done.returncode == 2, done.stderr
     assert f"pip install 'dysl-vla[{extra}]'" in done.stderr
     assert not (tmp_path / "d").exists()
+
+
+def test_a_robot_needs_no_simulator() -> None:
+    """From LeRobot's data to a moving arm, what is imported runs without one."""
+    modules = (
+        "data.lerobot data.info data.cloning data.calibrating data.distilling eval.config eval.offline eval.tuning "
+        "deploy.export deploy.runtime deploy.control deploy.lerobot_robot deploy.server"
+    )
+    done = run_python(f"""
+import sys
+from importlib import import_module
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("gymnasium", "metaworld", "mujoco", "robosuite"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+for module in {modules!r}.split():
+    import_module("dysl_vla." + module)
+""")
+    assert done.returncode == 0, done.stderr
