@@ -25,7 +25,7 @@ from dysl_vla.checkpoint import MANIFEST
 from dysl_vla.data.calibrating import read_plan
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.options import NUMBER, PLACE, SIZE, camera_options
-from dysl_vla.data.split import split_for
+from dysl_vla.data.split import Split, split_for
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
@@ -121,8 +121,18 @@ def train(config: TrainConfig) -> Path:
     demonstrations = _open(config)
     columns = demonstrations.columns()
     torch.manual_seed(config.optimizer.seed)
-    policy = _warm_start(config, demonstrations) if config.init else _new_policy(config, demonstrations, columns)
-    split = split_for(len(demonstrations.rows), policy.provenance, config.held_out)
+    episodes = len(demonstrations.rows)
+    if config.init:
+        policy = _warm_start(config, demonstrations)
+        split = split_for(episodes, policy.provenance, config.held_out)
+        if split != (before := split_for(episodes, policy.provenance)):
+            raise ConfigError(
+                f"held_out: {config.init} was trained with one episode in {before.every} held out, and has seen others "
+                "that would be held out now; leave it out, or train without --init."
+            )
+    else:
+        split = split_for(episodes, share=config.held_out)
+        policy = _new_policy(config, demonstrations, columns, split)
     shortest_path = _shortest_path(config.plan, policy.config.num_layers)
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.optimizer)}, default=str))
     del settings["optimizer"]
@@ -152,13 +162,20 @@ def train(config: TrainConfig) -> Path:
             if is_new:  # a damaged dataset leaves no training behind
                 shutil.rmtree(config.out, ignore_errors=True)
             raise
-        held_out = np.array([split.is_held_out(episode) for episode in range(len(demonstrations.rows))])
         named = {name: columns[name] for name in ("states", "actions", "episode_index", "task_index")}
         instructions = demonstrations.instructions
-        arrays = TrainingArrays(images, **named, instructions=instructions, held_out=held_out[columns["episode_index"]])
+        arrays = TrainingArrays(
+            images, **named, instructions=instructions, held_out=_held_out(split, columns["episode_index"])
+        )
         BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
         shutil.rmtree(config.out / FRAMES)
     return config.out
+
+
+def _held_out(split: Split, episode_index: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which frames are of episodes that are held out, (frames,)."""
+    episodes = np.array([split.is_held_out(episode) for episode in range(int(episode_index.max()) + 1)])
+    return np.asarray(episodes[episode_index], np.bool_)
 
 
 def _open(config: TrainConfig) -> Demonstrations:
@@ -246,8 +263,9 @@ def _shortest_path(path: Path | None, depth: int) -> list[int]:
     return list(plan.shortest_path)
 
 
-def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any]) -> MiniVLA:
+def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any], split: Split) -> MiniVLA:
     spec = demonstrations.spec
+    is_trained_on = ~_held_out(split, columns["episode_index"])
     if not spec.cameras:
         raise DatasetError(f"{demonstrations.root}: has no camera (a video feature observation.images.<camera>).")
     tokenizer = train_tokenizer(demonstrations.instructions)
@@ -263,8 +281,8 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
                 rate_hz=spec.rate_hz,
                 chunk_length=config.chunk,
                 execute_steps=config.execute,
-                state_normalisation=normalisation(columns["states"], spec.state_names),
-                action_normalisation=normalisation(columns["actions"], spec.action_names),
+                state_normalisation=normalisation(columns["states"][is_trained_on], spec.state_names),
+                action_normalisation=normalisation(columns["actions"][is_trained_on], spec.action_names),
             ),
             crops=crops,
             grids=_grids(config.grids, crops),

@@ -63,4 +63,6 @@ def _decided(record: Any) -> int | None:
     if not record:
         return None
     every: int | None = record.get("data", {}).get("held_out_every")
+    if every is None and record.get("method") == "behaviour cloning" and record.get("data"):
+        return EVERY  # of before the rule was noted, when there was no other
     return every if every is not None else _decided(record.get("init"))

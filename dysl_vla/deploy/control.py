@@ -131,7 +131,7 @@ class ControlLoop:
         self._guard = Guard(limits, robot.world, rate_hz, provenance.demonstrated_change(policy.provenance))
         self._policy = policy
         self._robot = WatchedRobot(robot, self._config.connect_s, self._config.answer_s)
-        self._period = 1 / rate_hz
+        self._rate_hz, self._period = rate_hz, 1 / rate_hz
         self._instruction = instruction
         self._log_folder, self._robot_name, self._tell = log, robot_name, tell
         self._predicted: Predicted | None = None
@@ -191,18 +191,18 @@ class ControlLoop:
         if not 0 < seconds < np.inf:
             raise ConfigError(f"seconds: {seconds} must be above zero and finite.")
         self._tell("Connecting to the robot.")
-        self._robot.connect(1 / self._period)
+        self._robot.connect(self._rate_hz)
         self._warm_up()
         self._inference.start()
         self._await_first_chunk()
-        self._tell(f"Controlling for {seconds:g} s at {1 / self._period:g} Hz; Ctrl-C stops the robot.")
+        self._tell(f"Controlling for {seconds:g} s at {self._rate_hz:g} Hz; Ctrl-C stops the robot.")
         self._cycle(math.ceil(seconds / self._period), log)
 
     def _described(self) -> dict[str, Any]:
         """What a log must know to be read and played back."""
         world = self._robot.world
         return {
-            "rate_hz": 1 / self._period,
+            "rate_hz": self._rate_hz,
             "robot_name": self._robot_name,
             "action_names": world.action_names,
             "state_names": world.state_names,
@@ -245,16 +245,17 @@ class ControlLoop:
             ConfigError: It takes too long; the message says which rates would work.
         """
         steps, max_age_s = self._policy.spec.execute_steps, self._config.max_age_s
+        periods = self._fresh_periods
         needed_s = age_s + 2 * inference_s
         if needed_s > self._lasts_s:
             fix = "export it (dysl export), let it skip more (--skip 1), or use a faster machine"
-            rate = (steps + 1) / needed_s
+            rate = periods / needed_s
             if needed_s <= max_age_s and rate >= 0.1:
                 fix = f"at most --rate {math.floor(10 * rate) / 10:g} would work, if the robot takes it; or " + fix
-            elif needed_s <= (steps + 1) * self._period:
+            elif needed_s <= periods * self._period:
                 fix = f"with --max-age-s {math.ceil(100 * needed_s) / 100:g} it would work; or " + fix
             raise ConfigError(
-                f"rate: at {1 / self._period:g} Hz a chunk's {steps} executed actions last {self._lasts_s:.3f} s, but "
+                f"rate: at {self._rate_hz:g} Hz a chunk's {steps} executed actions last {self._lasts_s:.3f} s, but "
                 f"an inference takes {inference_s:.3f} s here, of a reading that is {age_s:.3f} s old: actions would "
                 f"come too late. Nothing was moved; {fix}."
             )
@@ -263,7 +264,13 @@ class ControlLoop:
     @property
     def _lasts_s(self) -> float:
         """How long after its reading a chunk has fresh actions."""
-        return min((self._policy.spec.execute_steps + 1) * self._period, self._config.max_age_s)
+        return min(self._fresh_periods * self._period, self._config.max_age_s)
+
+    @property
+    def _fresh_periods(self) -> int:
+        """Cycles for which a chunk has fresh actions: the executed ones, and one more where it has more."""
+        spec = self._policy.spec
+        return min(spec.execute_steps + 1, spec.chunk_length)
 
     def _look(self) -> None:
         """The inference thread."""
@@ -310,7 +317,7 @@ class ControlLoop:
         before, start = self._predicted, self._start
         if before is None or start is None:
             return None
-        stale_at = before.taken_at + (self._policy.spec.execute_steps + 1) * self._period
+        stale_at = before.taken_at + self._fresh_periods * self._period
         return start + math.ceil((stale_at - start) / self._period) * self._period
 
     def _seen(self, reading: Reading) -> Observation:

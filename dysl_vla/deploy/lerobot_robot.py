@@ -133,25 +133,30 @@ class LeRobotRobot:
         self._doing = ""
         self._ending = threading.Lock()
         self._is_used = self._is_stopped = self._is_overtaken = False
+        self._left = ""
 
     def connect(self, rate_hz: float) -> None:
         """See `Robot.connect`. Where it fails, the robot is stopped."""
-        if rate_hz != self.world.rate_hz:
+        if not math.isclose(rate_hz, self.world.rate_hz):
             raise ConfigError(f"rate: this robot takes {self.world.rate_hz:g} actions a second, not {rate_hz:g}.")
         try:
             with self._alone("connect"):
                 self._is_used = True
                 if kept := [prefix + FLAG for prefix, part in self._parts.items() if not _lets_go(part)]:
                     _say(f"{', '.join(kept)} is false: motors keep their torque when the robot is stopped.")
+                if not self._motors():
+                    _say("releasing its motors is left to its own driver, which may not do so: see that they let go.")
                 # Calibrating would ask questions, and some robots do not know the word.
                 knows = "calibrate" in inspect.signature(self._robot.connect).parameters
                 self._robot.connect(**({"calibrate": False} if knows else {}))
                 is_calibrated = self._robot.is_calibrated is not False
         except RobotFault:
-            self.stop()
+            with suppress(RobotFault):  # which is said already; why it could not be connected is to be raised
+                self.stop()
             raise
         if not is_calibrated:
-            self.stop()
+            with suppress(RobotFault):
+                self.stop()
             raise RobotFault(
                 f"robot: its motors are not calibrated as {self._robot.calibration_fpath} says, so positions would be "
                 f"wrong; calibrate it with: {self._calibrate}"
@@ -175,9 +180,11 @@ class LeRobotRobot:
             self._robot.send_action(dict(zip(self._actions, action.tolist(), strict=True)))
 
     def hold(self, last: FloatArray | None) -> FloatArray | None:
-        """The last command, which is a position; before it, where the joints are."""
+        """The last command, positions, and no velocity; before it, where the joints are."""
         if last is not None:
-            return last
+            held = last.copy()
+            held[[name.endswith(".vel") for name in self._actions]] = 0.0
+            return held
         latest = self._latest
         if not set(self.world.action_names) <= set(latest):
             return None
@@ -190,9 +197,15 @@ class LeRobotRobot:
     def stop(self) -> None:
         """See `Robot.stop`: the motors let go first, then LeRobot disconnects, then cameras are closed.
 
-        Returns within some seconds. What could not be done is said on stderr.
+        Returns within some seconds. What could not be done is also said on stderr.
+
+        Raises:
+            RobotFault: Motors may still hold torque; all else has been done.
         """
+        self._left = ""
         _surely(self._stop)
+        if self._left:
+            raise RobotFault(f"robot: {self._left}")
 
     def _stop(self) -> None:
         with self._ending:  # who calls a second time, waits for the first
@@ -293,11 +306,15 @@ class LeRobotRobot:
         _each([partial(each.bus.disconnect, False) for each in motors], CLOSE_S)
         if held := [name for each in ours for name in each.held]:
             why = next(each.error for each in ours if each.held)
-            _say(
+            self._left = (
                 f"{', '.join(held)} may still hold torque, which did not come off ({why}): switch the arm's power off."
             )
         elif error is not None and not ours and not isinstance(error, self._not_connected):
-            _say(f"LeRobot could not disconnect ({_line(error)}): it may still hold or move: switch its power off.")
+            self._left = (
+                f"LeRobot could not disconnect ({_line(error)}): it may still hold or move: switch its power off."
+            )
+        if self._left:
+            _say(self._left)
         _each([camera.disconnect for camera in self._cameras.values()], CLOSE_S)
 
 

@@ -173,7 +173,12 @@ class Guard:
         Args:
             state: (state,).
             taken_at: When, in seconds.
+
+        Raises:
+            SafetyStop: It is not finite: no limit could be kept.
         """
+        if not np.isfinite(state).all():
+            raise SafetyStop(f"state: has a value that is not finite: {state.tolist()}; see to the robot's sensors.")
         position = state[self._positions]
         velocity = np.zeros_like(position)
         before = self._reading

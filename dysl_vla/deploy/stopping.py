@@ -2,8 +2,8 @@
 
 Three things would keep a robot from being stopped, and none of them can happen here. A signal that raises inside
 `Robot.stop`: from the moment at which a robot may move until it is stopped, SIGINT, SIGTERM, SIGHUP (the terminal or
-the ssh session is gone) and SIGQUIT only set a flag. A call of a driver that hangs: calls are made by other threads
-than the one that stops. A `stop` that hangs or fails: the user is told to switch the robot off.
+the ssh session is gone), SIGQUIT and SIGTSTP (Ctrl-Z) only set a flag. A call of a driver that hangs: calls are made by
+other threads than the one that stops. A `stop` that hangs or fails: the user is told to switch the robot off.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dysl_vla.errors import DyslError, RobotFault, SafetyStop
 from dysl_vla.types import FloatArray, WorldSpec
 
 clock = time.perf_counter
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
 STOP_S = 30.0
 """A robot's `stop` that has not returned by then is given up, and the user is told to switch the robot off."""
 SAY_S = 2.0

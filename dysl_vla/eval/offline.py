@@ -235,12 +235,12 @@ def summarise(parts: Sequence[Played], names: Sequence[str], spec: PolicySpec) -
     steps = spec.execute_steps
     distances = [np.abs(_compared(part, spec.chunk_length)) for part in parts]
     executed = [np.nanmean(one[:, :, :steps] / std, axis=(2, 3)) for one in distances]  # (ways, moments)
-    blocks = _blocks(executed, max(1, round(BLOCK_S * spec.rate_hz / steps)))
+    blocks, moments = _blocks(executed, max(1, round(BLOCK_S * spec.rate_hz / steps)))
     ways = {}
     for way, name in enumerate(names):
         units = np.concatenate([one[way, :, :steps].reshape(-1, len(std)) for one in distances])
         ways[name] = {
-            "error": _interval([block[way] for block in blocks]),
+            "error": _interval(blocks[:, way], moments),
             "per_dimension": dict(zip(spec.action_names, np.nanmean(units, axis=0).tolist(), strict=True)),
             "horizon": np.nanmean(np.concatenate([one[way] for one in distances]) / std, axis=(0, 2)).tolist(),
             "layers": _mean([part.layers[way] for part in parts]),
@@ -249,7 +249,7 @@ def summarise(parts: Sequence[Played], names: Sequence[str], spec: PolicySpec) -
         }
         if way:
             apart = [np.abs(part.predicted[way] - part.predicted[0])[:, :steps] / std for part in parts]
-            ways[name]["difference"] = _interval([block[way] - block[0] for block in blocks])
+            ways[name]["difference"] = _interval(blocks[:, way] - blocks[:, 0], moments)
             ways[name]["distance"] = _mean([one.mean(axis=(1, 2)) for one in apart])
     repeated = [_compared(_repeating(part, spec.chunk_length), steps)[0] for part in parts]
     return {
@@ -276,17 +276,25 @@ def _repeating(part: Played, chunk: int) -> Played:
     return Played(**{**vars(part), "predicted": np.repeat(last[None, :, None], chunk, axis=2)})
 
 
-def _blocks(values: Sequence[FloatArray], moments: int) -> list[FloatArray]:
-    """Means over blocks of successive moments, each (ways,)."""
-    return [one[:, start : start + moments].mean(axis=1) for one in values for start in range(0, one.shape[1], moments)]
+def _blocks(values: Sequence[FloatArray], moments: int) -> tuple[FloatArray, FloatArray]:
+    """Means over blocks of successive moments, (blocks, ways), and how many moments each has, (blocks,)."""
+    parts = [one[:, start : start + moments] for one in values for start in range(0, one.shape[1], moments)]
+    return (
+        np.array([part.mean(axis=1) for part in parts], np.float32),
+        np.array([part.shape[1] for part in parts], np.float32),
+    )
 
 
-def _interval(values: Sequence[FloatArray]) -> dict[str, Any]:
-    """Mean and 95 % bootstrap interval of blocks."""
-    sample = np.array(values, np.float64)
+def _interval(values: FloatArray, moments: FloatArray) -> dict[str, Any]:
+    """Mean over moments, and its 95 % bootstrap interval over blocks.
+
+    It tells of moments like those of these episodes; how episodes differ from each other, few of them cannot tell.
+    """
     rng = np.random.default_rng(0)
-    means = sample[rng.integers(0, len(sample), (RESAMPLES, len(sample)))].mean(axis=1)
-    return {"mean": float(sample.mean()), "ci95": [float(value) for value in np.quantile(means, (0.025, 0.975))]}
+    drawn = rng.integers(0, len(values), (RESAMPLES, len(values)))
+    means = (values[drawn] * moments[drawn]).sum(axis=1) / moments[drawn].sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {"mean": float(np.average(values, weights=moments)), "ci95": [float(low), float(high)]}
 
 
 def _mean(values: Sequence[NDArray[Any]]) -> float | None:

@@ -26,7 +26,8 @@ def render_offline(result: Mapping[str, Any]) -> str:
         f"{len(result['episodes'])} held-out episodes of {result['data']}, {result['moments']} inferences, each "
         f"executing {result['execute_steps']} actions. Errors are mean distances of executed actions from those "
         "demonstrated, in deviations of the demonstrated actions; repeating the last action would be "
-        f"{result['repeating']:.3f} off.",
+        f"{result['repeating']:.3f} off. Intervals are over seconds of these episodes. What is skipped was chosen on "
+        "held-out episodes (dysl calibrate, distill, tune), which these may be among.",
         "",
         "| | " + " | ".join(ways) + " |",
         "|---|" + "---:|" * len(ways),

@@ -14,7 +14,6 @@ from dysl_vla import provenance
 from dysl_vla.data.encoding import demonstrations_for
 from dysl_vla.data.replay import Replay, Replayed
 from dysl_vla.errors import ConfigError
-from dysl_vla.eval.compare import compare
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies import load_backbone_policy, load_policy
@@ -186,6 +185,8 @@ def choose_by_error(curve: list[Point], target: float) -> Point:
 
 def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
     """The fastest point that loses no more than allowed, by paired episodes."""
+    from dysl_vla.eval.compare import compare
+
     assert config.target_success_drop is not None
     least: tuple[float, Point] | None = None
     with tempfile.TemporaryDirectory() as folder:

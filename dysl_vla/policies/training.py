@@ -40,6 +40,7 @@ CURVE_FILE = "training.jsonl"
 VALIDATION_FRAMES = 2048
 FLOOR = 0.02
 """Share of the range of its kind (all joints, say) that a dimension's deviation counts as at least."""
+POSITION = ".pos"
 STATE_CLIP = 10.0
 """Deviations beyond which a policy is not shown the state: it has not seen any of it."""
 
@@ -126,9 +127,9 @@ def normalisation(values: FloatArray, names: Sequence[str]) -> Normalisation:
     """Mean and deviation a dimension.
 
     A dimension that hardly moves (a parked joint) would make of a small displacement very many deviations, so a
-    deviation is at least `FLOOR` of the largest range among the dimensions of its kind: those whose names end in the
-    same word behind a dot ("shoulder_pan.pos", "gripper.pos"), and those that have no names but numbers. One that never
-    moves, among others that do not either, keeps its scale.
+    deviation is at least `FLOOR` of the largest range among the dimensions of its kind: LeRobot's positions of motors
+    ("shoulder_pan.pos", "gripper.pos"), whose units are alike. Of all others, whose units are not known to be, it is at
+    least that share of their own range. One that never moves, among others that do not either, keeps its scale.
 
     Args:
         values: (frames, dimension).
@@ -136,7 +137,7 @@ def normalisation(values: FloatArray, names: Sequence[str]) -> Normalisation:
     """
     std = values.std(axis=0, dtype=np.float64)
     span = values.max(axis=0).astype(np.float64) - values.min(axis=0)
-    kinds = np.array(["." if name.isdecimal() else name[name.find(".") :] if "." in name else name for name in names])
+    kinds = np.array([POSITION if name.endswith(POSITION) else name for name in names])
     floor = np.array([FLOOR * span[kinds == kind].max() for kind in kinds])
     return Normalisation(
         mean=tuple(map(float, values.mean(axis=0, dtype=np.float64))),

@@ -36,6 +36,8 @@ def test_what_the_policys_training_held_out_counts_also_for_policies_trained_fro
     assert split_for(50, {"data": {}, "init": {"data": {"held_out_every": 10}}}) == Split(10)
     assert split_for(50, {"data": {"held_out_every": 0}, "init": {"data": {"held_out_every": 10}}}) == Split(0)
     assert split_for(50, {"data": {}}) == split_for(50) == Split(EVERY)
+    of_before = {"method": "behaviour cloning", "data": {"episodes": 10}}
+    assert split_for(10, of_before) == Split(EVERY)  # it was trained on all ten
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.51, 1.0, float("nan")])

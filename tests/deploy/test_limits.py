@@ -231,3 +231,9 @@ def test_every_kind_of_gripper_has_a_rate(name: str) -> None:
     sent, breaches = guard.check(np.array([0, 100], np.float32), np.zeros(2, np.float32), 0.0)
     assert sent.tolist() == [0, 2]
     assert breaches == ["change"]
+
+
+def test_a_state_that_is_not_finite_keeps_no_limit_and_is_refused() -> None:
+    guard = Guard(LIMITS, RELATIVE, 20.0)
+    with pytest.raises(SafetyStop, match="state: has a value that is not finite"):
+        guard.observe(np.array([np.nan, 0, 0, 0], np.float32), 0.0)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def make(bus: Bus, cameras: Switches) -> Iterator[Callable[[Path], LeRobotRobot]
     for camera in (FRONT, WRIST):
         cameras.set_fault(camera, "none")
     for robot in robots:
-        robot.stop()
+        with suppress(RobotFault):
+            robot.stop()
 
 
 @pytest.fixture
@@ -107,8 +108,10 @@ def stuck(robot: LeRobotRobot, camera: str) -> Iterator[None]:
 
 
 def timed(call: Callable[[], object]) -> float:
+    """How long it takes, also where it says in the end that motors may still hold torque."""
     began = time.perf_counter()
-    call()
+    with suppress(RobotFault):
+        call()
     return time.perf_counter() - began
 
 
@@ -190,7 +193,8 @@ def test_motors_that_do_not_answer_are_named_and_the_others_let_go(
     robot: LeRobotRobot, bus: Bus, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bus.registers.set_fault("mute", motors=[1, 4])
-    assert timed(robot.stop) < STOP_S
+    with pytest.raises(RobotFault, match="shoulder_pan, wrist_flex may still hold torque"):
+        robot.stop()
     assert bus.registers.torques() == [1, 0, 0, 1, 0, 0]
     assert not robot._robot.bus.is_connected
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("robot:")]

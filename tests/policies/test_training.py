@@ -283,8 +283,8 @@ def test_a_parked_joint_does_not_make_two_degrees_a_hundred_deviations() -> None
     assert np.array(found.std)[[0, 1, 3]] == pytest.approx(values.std(axis=0)[[0, 1, 3]], rel=1e-5)
     alone = normalisation(values[:, 2:3], ("x",))
     assert alone.std[0] == pytest.approx(0.02, rel=0.1)  # in metres, say: nothing of its kind says that it is little
-    unnamed = normalisation(values[:, :3], ("0", "1", "2"))
-    assert unnamed.std == found.std[:3]
+    mixed = normalisation(values[:, :3], ("theta.vel", "1", "x.vel"))  # of different units, for all that is known
+    assert mixed.std[2] == pytest.approx(0.02, rel=0.1)
     still = normalisation(np.ones((5, 2), np.float32), ("a.pos", "b.pos"))
     assert still.std == (1.0, 1.0)
 
