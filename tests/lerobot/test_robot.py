@@ -678,7 +678,8 @@ def test_a_plugins_robot_is_found_and_disconnected_its_own_way_also_with_a_close
     cameras.set_fault(FRONT, "closed")
     robot.stop()
     assert torque.read_text() == "off"
-    assert capfd.readouterr().err == ""
+    [line] = capfd.readouterr().err.splitlines()
+    assert "left to its own driver" in line
 
 
 def test_a_command_that_waited_for_its_turn_is_not_sent_after_stopping(
