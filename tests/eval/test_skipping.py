@@ -245,7 +245,7 @@ def test_tuning_by_success_takes_the_fastest_that_loses_no_more(monkeypatch: pyt
         return [SimpleNamespace(success=SimpleNamespace(difference=-losses[folders[1].name]))]
 
     monkeypatch.setattr(tuning, "_evaluate", measured)
-    monkeypatch.setattr(tuning, "compare", compared)
+    monkeypatch.setattr("dysl_vla.eval.compare.compare", compared)
     curve = [tuning.Point(skip, 4, 1, 2, 0.1, 0) for skip in (1.0, 0.9, 0.5)]
 
     def choose(drop: float) -> float:
