@@ -24,7 +24,7 @@ from dysl_vla import provenance
 from dysl_vla.deploy.account import Account, render_account
 from dysl_vla.deploy.chunks import Plan, Predicted
 from dysl_vla.deploy.limits import Guard, Limits
-from dysl_vla.deploy.logs import CycleLog
+from dysl_vla.deploy.logs import NAP_S, CycleLog
 from dysl_vla.deploy.robot import Reading, Robot, make_robot, open_policy
 from dysl_vla.deploy.stopping import ANSWER_S, CONNECT_S, WatchedRobot, handled_signals, say, stop_robot
 from dysl_vla.errors import ConfigError, DyslError, RobotFault, SafetyStop
@@ -35,7 +35,6 @@ from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, ActionChunk, Float
 clock = time.perf_counter
 HISTORY = 64
 FIRST_CHUNK_S = 10.0
-NAP_S = 0.02
 READINGS = 3
 """Whose ages are measured before anything moves."""
 MOVED = 0.1

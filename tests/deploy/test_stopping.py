@@ -220,7 +220,7 @@ def test_the_motors_are_released_whatever_goes_wrong(call: str, wrong: str, end:
         assert loop.account.stopped.startswith((end.split(maxsplit=1)[0], "the test asks"))
 
 
-@pytest.mark.parametrize("numbers", [("SIGINT",) * 3, ("SIGINT", "SIGTERM"), ("SIGHUP", "SIGQUIT")])
+@pytest.mark.parametrize("numbers", [("SIGINT",) * 3, ("SIGINT", "SIGTERM"), ("SIGHUP", "SIGQUIT", "SIGTSTP")])
 def test_signals_do_not_interrupt_a_stop_that_runs(numbers: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """The thread that runs `stop` is another than the one that signals reach, and that one waits for it."""
     ended: list[bool] = []
