@@ -17,7 +17,7 @@ _PUBLIC = {
     "Observation": "dysl_vla.types",
     "Policy": "dysl_vla.policies",
     "PolicySpec": "dysl_vla.types",
-    "WorldSpec": "dysl_vla.types",
+    "EmbodimentSpec": "dysl_vla.types",
     "evaluate": "dysl_vla.eval.runner",
     "get_suite": "dysl_vla.envs",
     "load_policy": "dysl_vla.policies",

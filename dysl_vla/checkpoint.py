@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import read_json, replacing, sha256, write_json, write_text
+from dysl_vla.files import atomic_write, read_json, sha256, write_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
     config = {"policy_type": checkpoint.policy_type, "config": asdict(checkpoint.config)}
     text = json.dumps(config, indent=2, allow_nan=False)
-    with replacing(folder / WEIGHTS) as temporary:
+    with atomic_write(folder / WEIGHTS) as temporary:
         save_file(checkpoint.tensors, temporary, metadata={"format": "pt", "config": text})
     write_text(folder / CONFIG, text + "\n")
     write_text(folder / TOKENIZER, checkpoint.tokenizer)
@@ -166,6 +166,26 @@ def read_document(path: Path) -> dict[str, Any]:
         return read_json(path)
     except ConfigError as error:
         raise CheckpointError(f"{error} Get the checkpoint again.") from error
+
+
+def canonical(config: Any) -> str:
+    """A configuration as text that its values alone decide: JSON with sorted keys.
+
+    Fields that are None or empty are left out, so that one that is added later, with such a default, leaves the
+    fingerprints of all older checkpoints as they are.
+
+    Args:
+        config: A dataclass.
+    """
+
+    def given(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: given(value) if isinstance(value, dict) else value
+            for name, value in values.items()
+            if value is not None and value not in ((), [], {}, "")
+        }
+
+    return json.dumps(given(asdict(config)), sort_keys=True)
 
 
 def add_to_manifest(folder: Path, names: Sequence[str]) -> None:

@@ -64,7 +64,7 @@ def _demos_import(arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from dysl_vla.data.cloning import TrainConfig, evaluation, train
+    from dysl_vla.training.train import TrainConfig, evaluation, train
 
     config = _parse(TrainConfig, arguments, "dysl train")
     out = train(config)
@@ -73,7 +73,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _calibrate(arguments: Sequence[str]) -> int:
-    from dysl_vla.data.calibrating import CalibrateConfig, calibrate, read_plan
+    from dysl_vla.training.calibrate import CalibrateConfig, calibrate, read_plan
 
     config = _parse(CalibrateConfig, arguments, "dysl calibrate")
     path = calibrate(config)
@@ -84,17 +84,17 @@ def _calibrate(arguments: Sequence[str]) -> int:
 
 
 def _distill(arguments: Sequence[str]) -> int:
-    from dysl_vla.data.cloning import evaluation
-    from dysl_vla.data.distilling import DistillRunConfig, distill
+    from dysl_vla.training.distill import DistillRunConfig, distill
+    from dysl_vla.training.train import evaluation
 
     config = _parse(DistillRunConfig, arguments, "dysl distill")
     out = distill(config)
-    print(f"Distilled: {out}. Full and skipping, side by side: {evaluation(out, config.data)} --skip-config full,dysl")
+    print(f"Distilled: {out}. Full and skipping, side by side: {evaluation(out, config.data)} --variants full,dysl")
     return 0
 
 
 def _tune(arguments: Sequence[str]) -> int:
-    from dysl_vla.eval.tuning import TuneConfig, render_curve, tune
+    from dysl_vla.training.tune import TuneConfig, render_curve, tune
 
     config = _parse(TuneConfig, arguments, "dysl tune")
     curve, chosen = tune(config)
@@ -104,7 +104,7 @@ def _tune(arguments: Sequence[str]) -> int:
 
 
 def _bench_backbone(arguments: Sequence[str]) -> int:
-    from dysl_vla.eval.bench import BackboneBenchConfig, bench_backbone, render_backbone
+    from dysl_vla.eval.bench_backbone import BackboneBenchConfig, bench_backbone, render_backbone
 
     config = _parse(BackboneBenchConfig, arguments, "dysl bench backbone")
     print(render_backbone(config, bench_backbone(config)))
@@ -120,7 +120,7 @@ def _bench_env(arguments: Sequence[str]) -> int:
 
 
 def _bench_bundle(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.bench import BundleBenchConfig, bench_bundle, render_bundle
+    from dysl_vla.deploy.bench_bundle import BundleBenchConfig, bench_bundle, render_bundle
 
     print(render_bundle(bench_bundle(_parse(BundleBenchConfig, arguments, "dysl bench bundle"))))
     return 0
@@ -140,7 +140,7 @@ def _plot(arguments: Sequence[str]) -> int:
         """Draw an evaluation: layers over the task's progress, and the curve of speed and success.
 
         Args:
-            folder: Of `dysl eval`, one run or several (`--skip-config`).
+            folder: Of `dysl eval`, one run or several (`--variants`).
         """
         for path in plot(folder):
             print(path)
@@ -165,10 +165,10 @@ def _eval(arguments: Sequence[str]) -> int:
     from dysl_vla.eval.runner import evaluate
 
     result = evaluate(config)
-    for one in result.get("ways", {"": result}).values():
+    for one in result.get("variants", {"": result}).values():
         print(render_report(one))
-    if len(result.get("ways", ())) > 1:
-        runs = [config.out / name for name in result["ways"]]
+    if len(result.get("variants", ())) > 1:
+        runs = [config.out / name for name in result["variants"]]
         print(render_comparison(runs, compare(runs)))
     print(f"Records: {config.out}")
     return 0
@@ -198,15 +198,15 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def _control(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.account import render_account
     from dysl_vla.deploy.control import ControlConfig, control
+    from dysl_vla.deploy.loop_stats import render_stats
 
-    print(render_account(control(_parse(ControlConfig, arguments, "dysl control"))))
+    print(render_stats(control(_parse(ControlConfig, arguments, "dysl control"))))
     return 0
 
 
 def _control_replay(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.logs import replay
+    from dysl_vla.deploy.cycle_log import replay
 
     def play(folder: tyro.conf.Positional[Path], robot: str = "") -> int:
         """Send the actions of a control log to a robot again, at their times, within the log's limits.
@@ -223,7 +223,7 @@ def _control_replay(arguments: Sequence[str]) -> int:
 
 
 def _control_view(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.logs import view
+    from dysl_vla.deploy.cycle_log import view
 
     def show(folder: tyro.conf.Positional[Path], out: Path | None = None) -> int:
         """Write a log of the control loop as a recording for Rerun's viewer.

@@ -19,7 +19,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; on success it becomes `path`, on failure it is removed.
 
     The temporary name ends in `.tmp`, so that nobody who looks for files of `path`'s kind finds a half-written one.
@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def locked_dir(folder: Path) -> Iterator[None]:
     """Own a folder for as long as the body runs: no other process may claim it, and no temporary file is in it.
 
     The folder is made if it does not exist. The claim ends with the process, however that ends.
@@ -108,7 +108,7 @@ def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -93,7 +93,7 @@ def origins(record: Any) -> Iterator[dict[str, Any]]:
         yield from origins(record.get("skipping"))
 
 
-def home(record: Any, suite: str, tasks: str) -> tuple[str, str]:
+def training_suite(record: Any, suite: str, tasks: str) -> tuple[str, str]:
     """Where a policy is played: what was asked for; when no suite was, where most of its last demonstrations are.
 
     Args:

@@ -49,7 +49,7 @@ def gripper_columns(names: Sequence[str]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class WorldSpec:
+class EmbodimentSpec:
     """What a world (a simulated environment or a robot) shows and accepts.
 
     Attributes:
@@ -150,25 +150,25 @@ class PolicySpec:
             if len(normalisation.mean) != len(names):
                 raise ConfigError(f"{name}: has {len(normalisation.mean)} dimensions, there are {len(names)} names.")
 
-    def check_world(self, world: WorldSpec) -> None:
+    def check_embodiment(self, embodiment: EmbodimentSpec) -> None:
         """Refuse a world that this policy cannot control, before anything moves.
 
         Raises:
             ConfigError: Naming the first field that differs.
         """
         for camera, size in self.cameras.items():
-            if camera not in world.cameras:
-                offered = ", ".join(sorted(world.cameras))
+            if camera not in embodiment.cameras:
+                offered = ", ".join(sorted(embodiment.cameras))
                 raise ConfigError(f"cameras: the policy needs camera {camera!r}; this world offers {offered}.")
-            if tuple(world.cameras[camera]) != tuple(size):
+            if tuple(embodiment.cameras[camera]) != tuple(size):
                 raise ConfigError(
                     f"cameras: the policy was trained on {camera!r} at {size[0]}x{size[1]} pixels, this world gives "
-                    f"{world.cameras[camera][0]}x{world.cameras[camera][1]}; ask it for the policy's size."
+                    f"{embodiment.cameras[camera][0]}x{embodiment.cameras[camera][1]}; ask it for the policy's size."
                 )
         for name, mine, theirs in (
-            ("state_names", self.state_names, world.state_names),
-            ("action_names", self.action_names, world.action_names),
-            ("rate_hz", self.rate_hz, world.rate_hz),
+            ("state_names", self.state_names, embodiment.state_names),
+            ("action_names", self.action_names, embodiment.action_names),
+            ("rate_hz", self.rate_hz, embodiment.rate_hz),
         ):
             if mine != theirs:
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""Reading and writing MP4 files with PyAV: demonstrations, and films of evaluations."""
+"""Reading and writing MP4 files with PyAV: demonstrations, and videos of evaluations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import replacing
+from dysl_vla.files import atomic_write
 from dysl_vla.types import ImageArray
 
 with needs_extra("train"):
@@ -32,9 +32,9 @@ def write_video(path: Path, frames: Sequence[ImageArray], fps: float, *, crf: in
         path: Ends in `.mp4`.
         frames: uint8 (height, width, 3), all of one size. H.264 here takes any size, odd ones included.
         fps: Frames a second.
-        crf: Quality: 0 is lossless, 23 is what films use.
+        crf: Quality: 0 is lossless, 23 is what videos use.
     """
-    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = PIXEL_FORMAT
@@ -61,7 +61,7 @@ def read_video(path: Path) -> Iterator[ImageArray]:
             yield _pixels(frame)
 
 
-class Film:
+class VideoReader:
     """A video, looked into by time. Reading on in the order of time decodes each picture once.
 
     Times are those that the file gives its pictures, in seconds (pts times time base), as LeRobot takes them: what

@@ -15,7 +15,7 @@ steps=${STEPS:-20000}
 skip=${SKIP:-0.997}
 
 "$dysl" eval --policy "$policy" --episodes "$episodes" --workers "$workers" --out "$out/parts" \
-    --skip-config full,dysl,no-guidance,no-verification,controllers,random
+    --variants full,dysl,no-guidance,no-verification,controllers,random
 
 train() {
     variant=$1
@@ -29,6 +29,6 @@ echo '{"plan": {"num_layers": 24, "static_layers": [23]}}' > "$out/no-static-spl
 echo '{"plan": {"num_layers": 24, "static_layers": [0, 12, 23]}}' > "$out/all-exits.json"
 train default
 train one-stage --adapter-steps 0
-train all-exits --plan "$out/all-exits.json" --together 0
+train all-exits --plan "$out/all-exits.json" --joint-exit-prob 0
 train no-static-split --plan "$out/no-static-split.json"
 "$dysl" eval compare "$out/parts/full" "$out"/parts/{dysl,no-guidance,no-verification,controllers,random} "$out"/*-eval

@@ -7,5 +7,5 @@ dysl=${1:-dysl}
 out=runs/demo
 rm -rf "$out"
 "$dysl" doctor
-"$dysl" eval --policy metaworld-mini --episodes 2 --workers 1 --skip-config full,dysl --video 1 --out "$out"
-echo "Films: $out/dysl/videos, and on one picture, with the layers that ran under each frame: $out/dysl/films.png"
+"$dysl" eval --policy metaworld-mini --episodes 2 --workers 1 --variants full,dysl --video 1 --out "$out"
+echo "Films: $out/dysl/videos, and on one picture, with the layers that ran under each frame: $out/dysl/contact_sheet.png"

@@ -37,19 +37,19 @@ collect reached-rest r2-fast 3 door,pick-place-can 50 reached
 collect reached-more r2-fast 4 lift,stack,nut-assembly-square 110 reached
 collect reached-more-rest r2-fast 4 door,pick-place-can 60 reached
 once plan-4 calibrate --policy "$out/r2" --data "$out/reached" --static-ratio 0.17 --longest-block 12 --out "$out/plan-4"
-once r2-fast-2 distill --policy "$out/r2" --data "$out/reached" --plan "$out/plan-4" --frames 80000 --shifted 1 \
-    --adapter-size 256 --together 0.9 --skip-steps 45000 --out "$out/r2-fast-2"
+once r2-fast-2 distill --policy "$out/r2" --data "$out/reached" --plan "$out/plan-4" --frames 80000 --augment-copies 1 \
+    --adapter-size 256 --joint-exit-prob 0.9 --skip-steps 45000 --out "$out/r2-fast-2"
 collect corrected r2-fast-2 5 stack,nut-assembly-square 110 reached
 collect corrected-rest r2-fast-2 5 lift,door,pick-place-can 30 reached
 once plan-3 calibrate --policy "$out/r2" --data "$out/reached" --longest-block 19 --out "$out/plan-3"
 once r3 train --init "$out/r2" --data "$out/reached" --plan "$out/plan-3" --out "$out/r3" --steps 10000 --batch 32 \
     --learning-rate 4e-4 --compile
 once r3-fast distill --policy "$out/r3" --data "$out/reached" --plan "$out/plan-3" --frames 120000 --adapter-size 256 \
-    --together 0.9 --adapter-steps 0 --skip-steps 25000 --learning-rate 3e-3 --out "$out/r3-fast"
+    --joint-exit-prob 0.9 --adapter-steps 0 --skip-steps 25000 --learning-rate 3e-3 --out "$out/r3-fast"
 collect again r3-fast 6 stack,nut-assembly-square 100 reached
 collect again-rest r3-fast 6 lift,door,pick-place-can 20 reached
 once r4 train --init "$out/r3" --data "$out/reached" --plan "$out/plan-3" --out "$out/r4" --steps 4500 --batch 32 \
     --learning-rate 3e-4 --compile
 once r4-fast distill --policy "$out/r4" --data "$out/reached" --plan "$out/plan-3" --frames 130000 --adapter-size 256 \
-    --together 0.9 --adapter-steps 0 --skip-steps 16000 --learning-rate 3e-3 --out "$out/r4-fast"
-"$dysl" eval --policy "$out/r4-fast" --episodes 10 --skip-config full,dysl --out "$out/eval"
+    --joint-exit-prob 0.9 --adapter-steps 0 --skip-steps 16000 --learning-rate 3e-3 --out "$out/r4-fast"
+"$dysl" eval --policy "$out/r4-fast" --episodes 10 --variants full,dysl --out "$out/eval"

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from dysl_vla.deploy.control import ControlLoop, render_account
+from dysl_vla.deploy.control import ControlLoop, render_stats
 from dysl_vla.deploy.limits import Limits
-from dysl_vla.deploy.robot import Reading, hold_action
+from dysl_vla.deploy.robot import TimedObservation, hold_action
 from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.errors import ConfigError, DyslError, RobotFault
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, FloatArray, PolicySpec, WorldSpec
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, EmbodimentSpec, FloatArray, PolicySpec
 
 ANSWER_S = 0.5
 
@@ -54,7 +54,7 @@ class Ros2Robot:
         missing = [camera for camera in (*spec.cameras, "state", "action") if camera not in topics]
         if missing:
             raise ConfigError(f"cameras: no topic is named for {missing[0]!r}.")
-        self.world = WorldSpec(
+        self.embodiment = EmbodimentSpec(
             cameras=spec.cameras,
             state_names=spec.state_names,
             action_names=spec.action_names,
@@ -76,15 +76,15 @@ class Ros2Robot:
 
     def connect(self, rate_hz: float) -> None:
         """Wait for a message of each topic."""
-        if rate_hz != self.world.rate_hz:
+        if rate_hz != self.embodiment.rate_hz:
             raise ConfigError(
-                f"rate_hz: the policy's actions are for {self.world.rate_hz:g} a second, not {rate_hz:g}."
+                f"rate_hz: the policy's actions are for {self.embodiment.rate_hz:g} a second, not {rate_hz:g}."
             )
         self.observe(-math.inf)
 
-    def observe(self, after: float) -> Reading:
+    def observe(self, after: float) -> TimedObservation:
         """See `Robot.observe`; messages were taken when their stamps say."""
-        wanted = [*(IMAGE_PREFIX + camera for camera in self.world.cameras), STATE_KEY]
+        wanted = [*(IMAGE_PREFIX + camera for camera in self.embodiment.cameras), STATE_KEY]
         with self._lock:
             limit = max(time.perf_counter(), after) + ANSWER_S
             while not all(name in self._parts and self._parts[name][1] > after for name in wanted):
@@ -93,7 +93,7 @@ class Ros2Robot:
                     raise RobotFault(f"robot: nothing of {', '.join(late)} for {ANSWER_S:g} s.")
             parts = {name: self._parts[name] for name in wanted}
         observation = {name: value for name, (value, _) in parts.items()}
-        return Reading({**observation, TASK_KEY: ""}, min(taken_at for _, taken_at in parts.values()))
+        return TimedObservation({**observation, TASK_KEY: ""}, min(timestamp for _, timestamp in parts.values()))
 
     def act(self, action: FloatArray) -> None:
         """See `Robot.act`."""
@@ -102,7 +102,7 @@ class Ros2Robot:
 
     def hold(self, last: FloatArray | None) -> FloatArray | None:
         """Zero motion; actions that are positions keep their last command."""
-        return hold_action(self.world, last)
+        return hold_action(self.embodiment, last)
 
     def report(self) -> dict[str, Any]:
         """Nothing."""
@@ -118,7 +118,7 @@ class Ros2Robot:
             print(f"robot: could not publish the last command ({error}).", file=sys.stderr)
 
     def _see(self, camera: str, image: Any) -> None:
-        height, width = self.world.cameras[camera]
+        height, width = self.embodiment.cameras[camera]
         if image.encoding != "rgb8" or (image.height, image.width) != (height, width):
             return  # the loop stops for want of a reading, and names the camera
         rows = np.frombuffer(bytes(image.data), np.uint8).reshape(height, image.step)
@@ -126,8 +126,8 @@ class Ros2Robot:
 
     def _feel(self, joints: Any) -> None:
         positions = dict(zip(joints.name, joints.position, strict=False))  # some messages hold velocities alone
-        if set(self.world.state_names) <= set(positions):
-            state = np.array([positions[name] for name in self.world.state_names], np.float32)
+        if set(self.embodiment.state_names) <= set(positions):
+            state = np.array([positions[name] for name in self.embodiment.state_names], np.float32)
             self._keep(STATE_KEY, state, joints.header.stamp)
 
     def _keep(self, name: str, value: Any, stamp: Any) -> None:
@@ -160,7 +160,7 @@ def main() -> int:
         threading.Thread(target=rclpy.spin, args=(node,), daemon=True).start()
         rate_hz = float(parameter("rate_hz", bundle.spec.rate_hz))
         loop = ControlLoop(bundle, robot, rate_hz, Limits(), instruction=parameter("instruction", ""))
-        print(render_account(loop.run(float(parameter("seconds", 60.0)))))
+        print(render_stats(loop.run(float(parameter("seconds", 60.0)))))
     except DyslError as error:
         print(f"dysl_control: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,10 @@ import torch
 
 from dysl_vla.data.collect import CollectConfig, collect
 from dysl_vla.policies.mini_vla import Crop, MiniVLA, MiniVLAConfig
-from dysl_vla.policies.training import train_tokenizer
+from dysl_vla.skip_controller.heads_trainer import DistillConfig
+from dysl_vla.training.behaviour_cloning import train_tokenizer
+from dysl_vla.training.calibrate import CalibrateConfig, calibrate
+from dysl_vla.training.distill import DistillRunConfig, distill
 from dysl_vla.types import Normalisation, PolicySpec
 
 torch.set_num_threads(1)
@@ -61,3 +64,25 @@ def mock_demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demos") / "mock"
     collect(CollectConfig(out=out, suite="mock", episodes=12))
     return out
+
+
+TRAINING = DistillConfig(adapter_steps=20, skip_steps=40, batch=8, warmup=5, threads=1)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    make_tiny_policy(num_layers=6).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plan(teacher: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plan") / "plan"
+    return calibrate(CalibrateConfig(mock_demos, out, str(teacher), static_ratio=0.5, longest_block=2, frames=20))
+
+
+@pytest.fixture(scope="session")
+def distilled(teacher: Path, plan: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("distilled") / "out"
+    return distill(DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, training=TRAINING))

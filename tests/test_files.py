@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.files import append_line, read_lines, replacing, write_json
+from dysl_vla.files import append_line, atomic_write, read_lines, write_json
 from dysl_vla.registry import Registry
 
 
@@ -31,7 +31,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     write_json(path, 1)
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, float("nan"))
-    with pytest.raises(FileNotFoundError), replacing(path):
+    with pytest.raises(FileNotFoundError), atomic_write(path):
         pass  # nothing was written
     assert path.read_text() == "1\n"
     assert list(tmp_path.iterdir()) == [path]

@@ -12,13 +12,14 @@ import pytest
 import dysl_vla
 
 PACKAGE = Path(dysl_vla.__file__).parent
-ROOMS = ("skip_controller", "envs", "policies", "data", "eval", "deploy")
+SUBPACKAGES = ("skip_controller", "envs", "policies", "data", "training", "eval", "deploy")
 MAY_IMPORT = {
     "skip_controller": set(),
     "envs": {"skip_controller"},
     "policies": {"skip_controller"},
     "data": {"skip_controller", "envs", "policies"},
-    "eval": {"skip_controller", "envs", "policies", "data"},  # tuning replays demonstrations and runs episodes
+    "eval": {"skip_controller", "envs", "policies", "data"},
+    "training": {"skip_controller", "envs", "policies", "data", "eval"},  # tuning runs evaluations
     "deploy": {"skip_controller", "envs", "policies"},
 }
 
@@ -40,8 +41,8 @@ def test_public_names_resolve() -> None:
         dysl_vla.no_such_name  # noqa: B018
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms that a module imports, whatever the form of the import."""
+def imported_subpackages(path: Path) -> set[str]:
+    """Subpackages that a module imports, whatever the form of the import."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -50,20 +51,20 @@ def imported_rooms(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
     for module in modules:
-        assert module.split(".")[0] not in ROOMS, f"{path} imports through a link: {module}"
-    return {m.split(".")[1] for m in modules if m.startswith("dysl_vla.") and m.split(".")[1] in ROOMS}
+        assert module.split(".")[0] not in SUBPACKAGES, f"{path} imports through a link: {module}"
+    return {m.split(".")[1] for m in modules if m.startswith("dysl_vla.") and m.split(".")[1] in SUBPACKAGES}
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_a_room_imports_only_those_below_it(room: str) -> None:
-    for path in (PACKAGE / room).rglob("*.py"):
-        assert imported_rooms(path) - {room} <= MAY_IMPORT[room], path
+@pytest.mark.parametrize("subpackage", MAY_IMPORT)
+def test_a_subpackage_imports_only_those_below_it(subpackage: str) -> None:
+    for path in (PACKAGE / subpackage).rglob("*.py"):
+        assert imported_subpackages(path) - {subpackage} <= MAY_IMPORT[subpackage], path
 
 
-def test_the_foundation_imports_no_room() -> None:
+def test_the_foundation_imports_no_subpackage() -> None:
     for path in PACKAGE.glob("*.py"):
         if path.stem not in ("cli", "doctor"):
-            assert imported_rooms(path) == set(), path
+            assert imported_subpackages(path) == set(), path
 
 
 @pytest.mark.parametrize("name", ["envs", "policies", "skip_controller", "eval"])
@@ -103,8 +104,8 @@ sys.exit(main([*{command!r}.split(), "--out", {str(tmp_path / "d")!r}]))
 def test_a_robot_needs_no_simulator() -> None:
     """From LeRobot's data to a moving arm, what is imported runs without one."""
     modules = (
-        "data.lerobot data.info data.cloning data.calibrating data.distilling eval.config eval.offline eval.tuning "
-        "deploy.export deploy.runtime deploy.control deploy.lerobot_robot deploy.server"
+        "data.lerobot data.info training.train training.calibrate training.distill training.tune eval.config "
+        "eval.offline deploy.export deploy.runtime deploy.control deploy.lerobot_robot deploy.server"
     )
     done = run_python(f"""
 import sys

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dysl_vla.errors import ActionError, ConfigError, ObservationError
-from dysl_vla.types import Normalisation, PolicySpec, WorldSpec, check_actions, gripper_columns
+from dysl_vla.types import EmbodimentSpec, Normalisation, PolicySpec, check_actions, gripper_columns
 
-WORLD = WorldSpec(
+WORLD = EmbodimentSpec(
     cameras={"top": (32, 32)},
     state_names=("x", "y"),
     action_names=("dx", "gripper"),
@@ -41,7 +41,7 @@ def observation(**changes: object) -> dict[str, object]:
 
 
 def test_a_fitting_world_and_observation_pass() -> None:
-    POLICY.check_world(WORLD)
+    POLICY.check_embodiment(WORLD)
     POLICY.check_observation(observation())
 
 
@@ -57,7 +57,7 @@ def test_a_fitting_world_and_observation_pass() -> None:
 )
 def test_a_world_that_does_not_fit_is_refused_by_field(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"^{field}:"):
-        POLICY.check_world(replace(WORLD, **{field: value}))  # type: ignore[arg-type]
+        POLICY.check_embodiment(replace(WORLD, **{field: value}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -24,18 +24,18 @@ from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, 
 from dysl_vla.data.options import SIZE, camera_options
 from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, TaskEnvs, episode_rng, get_suite, with_robot
 from dysl_vla.errors import ConfigError, DatasetError
-from dysl_vla.files import claimed
+from dysl_vla.files import locked_dir
 from dysl_vla.policies import Policy, check_fingerprint, load_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray
 from dysl_vla.workers import use_one_inference_thread, worker_pool
 
 EXPERT = "expert"
 DEFAULT_SUITE = "metaworld-mt10"
-LONGEST_DEMONSTRATION = 250
+MAX_DEMONSTRATION = 250
 """Steps. An expert that needs more was thrown off by the noise, and shows nothing worth learning."""
 TAIL_STEPS = 4
 """Executed after success, so that chunks that begin before it show what comes then."""
-MOST_FAILURES = 20
+MAX_FAILURES = 20
 """Failed episodes for each that succeeded, from which on collecting is hopeless."""
 TAKE_OVER_STEPS = (10, 160)
 """The expert takes over from a policy at a step drawn from here."""
@@ -80,12 +80,12 @@ def collect(config: CollectConfig) -> Demonstrations:
     """
     _check(config)
     policy = load_policy(config.policy) if config.policy is not None else None
-    home, home_tasks = config.suite or DEFAULT_SUITE, config.tasks
+    suite_name, task_names = config.suite or DEFAULT_SUITE, config.tasks
     if policy is not None:
-        home, home_tasks = provenance.home(policy.provenance, config.suite, config.tasks)
-    suite = get_suite(with_robot(home, config.robot))
+        suite_name, task_names = provenance.training_suite(policy.provenance, config.suite, config.tasks)
+    suite = get_suite(with_robot(suite_name, config.robot))
     noise = suite.noise if config.noise is None else config.noise
-    tasks = suite.choose(home_tasks)
+    tasks = suite.choose(task_names)
     if lacking := [task for task in tasks if task in suite.without_expert]:
         having = ",".join(task for task in tasks if task not in suite.without_expert)
         mend = f"take --tasks {having}" if having else "take another --robot or --suite"
@@ -97,12 +97,12 @@ def collect(config: CollectConfig) -> Demonstrations:
     actor = EXPERT
     with closing(suite.make(tasks[0], cameras)) as env:
         if policy is not None and config.policy is not None:
-            policy.spec.check_world(env.world_spec)
+            policy.spec.check_embodiment(env.embodiment)
             actor = f"{Path(config.policy).name}@{policy.fingerprint[:12]}"
         env.reset(seed=0)  # renders: a machine that cannot is found out before anything is written
-        spec = env.world_spec
+        spec = env.embodiment
     check_writable(config.out, spec, suite.robot)
-    with claimed(config.out), worker_pool(config.workers) as pool:
+    with locked_dir(config.out), worker_pool(config.workers) as pool:
         writer = DemonstrationWriter(config.out, spec, suite.robot)
         try:
             for task in tasks:
@@ -152,7 +152,7 @@ def _collect_task(
             if episode is None:
                 failures += 1
                 progress.set_postfix(failures=failures)
-                if failures >= MOST_FAILURES * (have + 1):
+                if failures >= MAX_FAILURES * (have + 1):
                     raise DatasetError(
                         f"{first.task}: {failures} episodes failed, {have} succeeded; lower --noise or mend the expert."
                     )
@@ -196,14 +196,14 @@ def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None) -> 
     """
     rng = episode_rng(origin.task + "/actor", origin.seed, origin.episode_index)
     take_over = int(rng.integers(*TAKE_OVER_STEPS)) if policy else 0
-    disturb = ActionNoise(env.world_spec.action_names, origin.noise, rng)
+    disturb = ActionNoise(env.embodiment.action_names, origin.noise, rng)
     observation, _ = env.reset(seed=origin.seed, options={"episode_index": origin.episode_index})
     state = policy.reset() if policy else None
     plan: deque[FloatArray] = deque()
-    images: dict[str, list[ImageArray]] = {camera: [] for camera in env.world_spec.cameras}
+    images: dict[str, list[ImageArray]] = {camera: [] for camera in env.embodiment.cameras}
     states, actions = [], []
     left = None
-    for step in range(min(env.horizon, LONGEST_DEMONSTRATION)):
+    for step in range(min(env.horizon, MAX_DEMONSTRATION)):
         label = env.expert_action()
         for camera, frames in images.items():
             frames.append(observation[IMAGE_PREFIX + camera])
@@ -215,7 +215,7 @@ def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None) -> 
             if not plan:
                 [chunk] = policy.infer([observation], [state])
                 plan.extend(chunk.actions[: policy.spec.execute_steps])
-            executed = env.world_spec.clip(plan.popleft())
+            executed = env.embodiment.clip(plan.popleft())
             state.executed.append(executed)
         else:
             executed = label + disturb()

@@ -40,7 +40,7 @@ from dysl_vla.data.lerobot_frames import Located, locate, read_images, read_pict
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import is_unused, write_json
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray, WorldSpec
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, EmbodimentSpec, FloatArray, ImageArray
 from dysl_vla.video import CODEC, PIXEL_FORMAT, write_video
 
 with needs_extra("train"):
@@ -178,7 +178,7 @@ class Demonstrations:
         return locate(self.root, self.rows, self.spec.rate_hz)
 
 
-def check_writable(root: Path, spec: WorldSpec, robot: str) -> None:
+def check_writable(root: Path, spec: EmbodimentSpec, robot: str) -> None:
     """Refuse a folder that episodes of a world cannot be appended to.
 
     Raises:
@@ -187,7 +187,7 @@ def check_writable(root: Path, spec: WorldSpec, robot: str) -> None:
     """
     if (root / INFO).exists():
         present = Demonstrations(root)
-        _check_same_world(present, spec, robot)
+        _check_same_embodiment(present, spec, robot)
         expected = _new_info(spec, robot)
         is_ours = all(present.info.get(name) == expected[name] for name in ("data_path", "video_path"))
         is_ours &= _kinds(present.info) == _kinds(expected)
@@ -213,7 +213,7 @@ class DemonstrationWriter:
         DatasetError: See `check_writable`.
     """
 
-    def __init__(self, root: Path, spec: WorldSpec, robot: str) -> None:
+    def __init__(self, root: Path, spec: EmbodimentSpec, robot: str) -> None:
         self._root = root
         self._spec = spec
         self._tasks: list[str] = []
@@ -316,7 +316,7 @@ class DemonstrationWriter:
         write_json(self._root / "meta/stats.json", statistics.merged(episodes, exact))
 
 
-def _new_info(spec: WorldSpec, robot: str) -> dict[str, Any]:
+def _new_info(spec: EmbodimentSpec, robot: str) -> dict[str, Any]:
     if not float(spec.rate_hz).is_integer():
         raise DatasetError(f"fps: LeRobot's format needs a whole number, the world runs at {spec.rate_hz} Hz.")
     features: dict[str, Any] = {}
@@ -363,7 +363,7 @@ def _kinds(info: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
     return {key: (feature["dtype"], list(feature["shape"])) for key, feature in info["features"].items()}
 
 
-def _check_same_world(present: Demonstrations, spec: WorldSpec, robot: str) -> None:
+def _check_same_embodiment(present: Demonstrations, spec: EmbodimentSpec, robot: str) -> None:
     compared = {"robot": (robot, present.info.get("robot_type"))}
     for name in ("cameras", "state_names", "action_names", "rate_hz"):
         compared[name] = getattr(spec, name), getattr(present.spec, name)

@@ -17,8 +17,8 @@ import numpy as np
 
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import replacing
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray, WorldSpec
+from dysl_vla.files import atomic_write
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, EmbodimentSpec, FloatArray, ImageArray
 
 with needs_extra("train"):
     import pyarrow as pa
@@ -99,7 +99,7 @@ class Declared:
         has_action_names: And those of the action.
     """
 
-    spec: WorldSpec
+    spec: EmbodimentSpec
     storage: dict[str, str]
     left_out: dict[str, str]
     has_state_names: bool
@@ -172,7 +172,7 @@ def read_declared(
     storage = {name: features[IMAGE_PREFIX + name]["dtype"] for name in chosen}
     if "video" in storage.values() and info.get("video_path") is None:
         raise DatasetError(f"{INFO}: has no video_path, although cameras are kept as videos; mend it.")
-    spec = WorldSpec(
+    spec = EmbodimentSpec(
         cameras=chosen,
         state_names=states,
         action_names=actions,
@@ -356,7 +356,7 @@ def read_table(path: Path, names: Sequence[str] | None = None, optional: Sequenc
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file whole."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         pq.write_table(table, temporary)
 
 

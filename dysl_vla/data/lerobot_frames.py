@@ -21,7 +21,7 @@ from dysl_vla.data.lerobot_format import EpisodeRow, read_table
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.types import ImageArray
-from dysl_vla.video import Film
+from dysl_vla.video import VideoReader
 
 with needs_extra("train"):
     import pyarrow as pa
@@ -193,14 +193,14 @@ def read_pictures(
     Raises:
         DatasetError: The video is damaged, or has no picture at a frame's time.
     """
-    with closing(Film(path)) as film:
+    with closing(VideoReader(path)) as video:
         for number, times in zip(numbers, times_s, strict=True):
             for frame, wanted in enumerate(times.tolist()):
-                time, image = film.nearest(wanted)
+                time, image = video.nearest(wanted)
                 if abs(time - wanted) > TOLERANCE / rate_hz:
                     raise DatasetError(
                         f"{path}: has no picture for frame {frame} of episode {number}, at {wanted:.4f} s; the nearest "
-                        f"is at {time:.4f} s. It has {film.rate_hz:.4g} pictures a second, fps of meta/info.json is "
+                        f"is at {time:.4f} s. It has {video.rate_hz:.4g} pictures a second, fps of meta/info.json is "
                         f"{rate_hz:g}. If that is the rate of the data, too, mend fps; else the video is of another "
                         "recording or was cut off: restore it."
                     )

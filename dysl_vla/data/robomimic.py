@@ -25,7 +25,7 @@ from dysl_vla.envs import get_suite, with_robot
 from dysl_vla.envs.robosuite import ACTION_NAMES, FIVE, INSTRUCTIONS, RATE_HZ, ROBOTS, RobosuiteEnv, controllers
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import claimed, sha256
+from dysl_vla.files import locked_dir, sha256
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY
 
 HUMAN = "human"
@@ -83,14 +83,14 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
         if not numbers:
             raise DatasetError(f"{config.file}: holds no demonstrations (groups data/demo_0 and so on).")
         with closing(RobosuiteEnv(task, cameras, robot=robot)) as env:
-            check_writable(config.out, env.world_spec, robot)
+            check_writable(config.out, env.embodiment, robot)
             with _naming(config.file, data[f"demo_{numbers[0]}"]) as first:
                 env.load_recorded(_scene(first))
             for number in numbers:  # before anything is written; scenes alone, which take long, as their turn comes
                 with _naming(config.file, data[f"demo_{number}"]) as recorded:
                     _check(recorded, env)
-            with claimed(config.out):
-                writer = DemonstrationWriter(config.out, env.world_spec, robot)
+            with locked_dir(config.out):
+                writer = DemonstrationWriter(config.out, env.embodiment, robot)
                 try:
                     done = {row.origin for row in writer.rows}
                     failed = 0
@@ -217,7 +217,7 @@ def _numbers(recorded: Any, name: str, width: int) -> NDArray[np.float64]:
 def _play(recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episode | None:
     """The episode that a recording shows; None when the task is never done in it."""
     env.load_recorded(_scene(recorded))
-    images: dict[str, list[Any]] = {camera: [] for camera in env.world_spec.cameras}
+    images: dict[str, list[Any]] = {camera: [] for camera in env.embodiment.cameras}
     shown = []
     is_done = "rewards" in recorded and np.max(recorded["rewards"], initial=0) > 0  # maybe by the very last action
     for state in np.asarray(recorded["states"]):
@@ -231,7 +231,7 @@ def _play(recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episode | None:
     return Episode(
         images={camera: np.stack(frames) for camera, frames in images.items()},
         states=np.stack(shown),
-        actions=env.world_spec.clip(np.asarray(recorded["actions"], np.float32)),
+        actions=env.embodiment.clip(np.asarray(recorded["actions"], np.float32)),
         instruction=env.instruction,
         origin=origin,
     )

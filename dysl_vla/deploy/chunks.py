@@ -18,13 +18,13 @@ class Predicted:
     Attributes:
         number: Counts the chunks of a run.
         chunk: The policy's answer.
-        taken_at: When its reading was so.
+        timestamp: When its reading was so.
         seconds: What the inference took.
     """
 
     number: int
     chunk: ActionChunk
-    taken_at: float
+    timestamp: float
     seconds: float
 
     def told(self) -> dict[str, Any]:
@@ -47,26 +47,26 @@ class Plan:
 
     number: int
     actions: FloatArray
-    taken_at: float
+    timestamp: float
 
     def index(self, now: float, period: float) -> int:
         """Of the action that is for now."""
-        return max(0, math.floor((now - self.taken_at) / period))
+        return max(0, math.floor((now - self.timestamp) / period))
 
-    def joined(self, index: int, rest: FloatArray, last: FloatArray, blend: int) -> Plan:
+    def blended(self, index: int, rest: FloatArray, last: FloatArray, blend_steps: int) -> Plan:
         """This plan, taking over in equal parts over so many cycles.
 
         Args:
             index: Of the action that is for now.
             rest: What the plan before has for now and then, (actions, action).
             last: What was sent last, to go on from where `rest` ends.
-            blend: Cycles.
+            blend_steps: Cycles.
         """
-        steps = min(blend, len(self.actions) - index)
+        steps = min(blend_steps, len(self.actions) - index)
         if steps < 1:
             return self
         old = np.concatenate([rest[:steps], np.repeat(last[None], max(0, steps - len(rest)), axis=0)])
-        share = (np.arange(1, steps + 1, dtype=np.float32) / (blend + 1))[:, None]
+        share = (np.arange(1, steps + 1, dtype=np.float32) / (blend_steps + 1))[:, None]
         actions = self.actions.copy()
         actions[index : index + steps] = share * actions[index : index + steps] + (1 - share) * old
         return replace(self, actions=actions)

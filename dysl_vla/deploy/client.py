@@ -27,7 +27,7 @@ with needs_extra("serve"):
     from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
     from websockets.sync.client import ClientConnection, connect
 
-LONGEST_S = 86400.0
+MAX_WAIT_S = 86400.0
 GOODBYE_S = 0.2
 """For a server to answer a goodbye; then the connection is cut."""
 _quiet = logging.getLogger("dysl.client")
@@ -54,8 +54,8 @@ class Client:
     """
 
     def __init__(self, uri: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> None:
-        if not 0 < timeout_s <= LONGEST_S:
-            raise ConfigError(f"timeout_s must be above 0 and at most {LONGEST_S:g} seconds, got {timeout_s}.")
+        if not 0 < timeout_s <= MAX_WAIT_S:
+            raise ConfigError(f"timeout_s must be above 0 and at most {MAX_WAIT_S:g} seconds, got {timeout_s}.")
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("api_key must be printable ASCII without a line break; strip what was read from a file.")
         deadline = time.monotonic() + timeout_s

@@ -21,11 +21,11 @@ from typing import Any, Literal
 import numpy as np
 
 from dysl_vla import provenance
-from dysl_vla.deploy.account import Account, render_account
 from dysl_vla.deploy.chunks import Plan, Predicted
-from dysl_vla.deploy.limits import Guard, Limits
-from dysl_vla.deploy.logs import NAP_S, CycleLog
-from dysl_vla.deploy.robot import Reading, Robot, make_robot, open_policy
+from dysl_vla.deploy.cycle_log import NAP_S, CycleLog
+from dysl_vla.deploy.limits import ActionLimiter, Limits
+from dysl_vla.deploy.loop_stats import LoopStats, render_stats
+from dysl_vla.deploy.robot import Robot, TimedObservation, make_robot, open_policy
 from dysl_vla.deploy.stopping import ANSWER_S, CONNECT_S, WatchedRobot, handled_signals, say, stop_robot
 from dysl_vla.errors import ConfigError, DyslError, RobotFault, SafetyStop
 from dysl_vla.files import is_unused
@@ -41,7 +41,7 @@ MOVED = 0.1
 """Change of the state, in deviations of the demonstrated states, that a camera must show."""
 LATE = 0.1
 """A cycle that sends this share of a period after its time is late; a whole period after it, missed."""
-FORGETS = 0.95
+SLOWEST_DECAY = 0.95
 """How the slowest inference is forgotten, an inference."""
 
 
@@ -55,7 +55,7 @@ class LoopConfig:
     """Missed cycles in a row after which the robot is stopped; with `--on-miss stop` the first one does."""
     max_age_s: float = 0.4
     """Age of a reading, of its oldest part, beyond which no action that was predicted from it is sent."""
-    blend: int = 2
+    blend_steps: int = 2
     """Cycles in which a new chunk takes over from the one before; 0: at once."""
     frozen_s: float = 1.0
     """A camera that shows the very same image for so long, although the robot has moved, stops it."""
@@ -74,15 +74,15 @@ class LoopConfig:
             raise ConfigError(f"on_miss: {self.on_miss!r} is none of hold, continue, stop.")
         if self.far_start not in ("approach", "refuse"):
             raise ConfigError(f"far_start: {self.far_start!r} is none of approach, refuse.")
-        if self.stop_after < 1 or self.warm_up < 1 or self.blend < 0:
-            raise ConfigError("stop_after and warm_up must be at least 1, blend not negative.")
+        if self.stop_after < 1 or self.warm_up < 1 or self.blend_steps < 0:
+            raise ConfigError("stop_after and warm_up must be at least 1, blend_steps not negative.")
         for name in ("max_age_s", "frozen_s", "connect_s", "answer_s"):
             if not 0 < getattr(self, name) < np.inf:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be above zero and finite.")
 
 
 @dataclass(frozen=True)
-class _Seen:
+class LastFrame:
     """When a camera's image was first the present one, and the normalised state then."""
 
     image: ImageArray
@@ -126,8 +126,10 @@ class ControlLoop:
         self._config = config or LoopConfig()
         if self._config.max_age_s < 1 / rate_hz:
             raise ConfigError(f"max_age_s: {self._config.max_age_s} is shorter than a period, {1 / rate_hz:g} s.")
-        policy.spec.check_world(robot.world)
-        self._guard = Guard(limits, robot.world, rate_hz, provenance.demonstrated_change(policy.provenance))
+        policy.spec.check_embodiment(robot.embodiment)
+        self._limiter = ActionLimiter(
+            limits, robot.embodiment, rate_hz, provenance.demonstrated_change(policy.provenance)
+        )
         self._policy = policy
         self._robot = WatchedRobot(robot, self._config.connect_s, self._config.answer_s)
         self._rate_hz, self._period = rate_hz, 1 / rate_hz
@@ -140,15 +142,15 @@ class ControlLoop:
         self._sends_plan = False
         self._has_arrived = False
         self._start: float | None = None
-        self._images: dict[str, _Seen] = {}
-        self._inference = threading.Thread(target=self._look, name="inference", daemon=True)
-        self.account = Account()
+        self._images: dict[str, LastFrame] = {}
+        self._inference = threading.Thread(target=self._inference_loop, name="inference", daemon=True)
+        self.account = LoopStats()
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end, from any thread or signal handler: takes no lock."""
         self._robot.stop(reason)
 
-    def run(self, seconds: float) -> Account:
+    def run(self, seconds: float) -> LoopStats:
         """Connect, warm up, control for so long, stop. The robot is stopped and its motors are released in any case.
 
         Args:
@@ -199,15 +201,15 @@ class ControlLoop:
 
     def _described(self) -> dict[str, Any]:
         """What a log must know to be read and played back."""
-        world = self._robot.world
+        embodiment = self._robot.embodiment
         return {
             "rate_hz": self._rate_hz,
             "robot_name": self._robot_name,
-            "action_names": world.action_names,
-            "state_names": world.state_names,
+            "action_names": embodiment.action_names,
+            "state_names": embodiment.state_names,
             "cameras": self._policy.spec.cameras,
             "config": asdict(self._config),
-            "limits": asdict(self._guard.limits),
+            "limits": asdict(self._limiter.limits),
             "policy": self._policy.fingerprint,
             **provenance.record(),
         }
@@ -217,8 +219,8 @@ class ControlLoop:
         ages, after = [], -math.inf
         for _ in range(1 + READINGS):
             reading = self._robot.observe(after)
-            ages.append(clock() - reading.taken_at)
-            after = reading.taken_at
+            ages.append(clock() - reading.timestamp)
+            after = reading.timestamp
         age_s = float(np.median(ages[1:]))  # the first may be from before the cameras ran
         if age_s > self._config.max_age_s:
             raise RobotFault(
@@ -271,7 +273,7 @@ class ControlLoop:
         spec = self._policy.spec
         return min(spec.execute_steps + 1, spec.chunk_length)
 
-    def _look(self) -> None:
+    def _inference_loop(self) -> None:
         """The inference thread."""
         robot = self._robot
         after = -math.inf
@@ -281,10 +283,10 @@ class ControlLoop:
                 # Look
                 reading = robot.observe(after)
                 observation = self._seen(reading)
-                self._guard.observe(observation[STATE_KEY], reading.taken_at)
+                self._limiter.observe(observation[STATE_KEY], reading.timestamp)
                 self._watch(reading)
                 # Infer
-                executed = [action for sent_at, action in list(self._history) if sent_at < reading.taken_at]
+                executed = [action for sent_at, action in list(self._history) if sent_at < reading.timestamp]
                 state.executed.clear()
                 state.executed.extend(executed)
                 state.needed_at = self._needed_at()
@@ -298,9 +300,9 @@ class ControlLoop:
                 # Put it down, and wait until the next one is wanted
                 self._record(chunk, ready_at - started)
                 number = self._predicted.number + 1 if self._predicted else 0
-                self._predicted = Predicted(number, chunk, reading.taken_at, ready_at - started)
-                self._slowest_s = max(ready_at - reading.taken_at, FORGETS * self._slowest_s)
-                after = reading.taken_at + self._pause_s()
+                self._predicted = Predicted(number, chunk, reading.timestamp, ready_at - started)
+                self._slowest_s = max(ready_at - reading.timestamp, SLOWEST_DECAY * self._slowest_s)
+                after = reading.timestamp + self._pause_s()
         except DyslError as error:
             robot.fail(error)
         except Exception as error:  # whatever it is, the robot must stop, and the caller of `run` is told
@@ -316,10 +318,10 @@ class ControlLoop:
         before, start = self._predicted, self._start
         if before is None or start is None:
             return None
-        stale_at = before.taken_at + self._fresh_periods * self._period
+        stale_at = before.timestamp + self._fresh_periods * self._period
         return start + math.ceil((stale_at - start) / self._period) * self._period
 
-    def _seen(self, reading: Reading) -> Observation:
+    def _seen(self, reading: TimedObservation) -> Observation:
         observation = reading.observation
         if self._instruction is not None:
             observation = {**observation, TASK_KEY: self._instruction}
@@ -328,16 +330,16 @@ class ControlLoop:
             raise ConfigError("instruction: this robot does not say what to do; give an --instruction.")
         return observation
 
-    def _watch(self, reading: Reading) -> None:
+    def _watch(self, reading: TimedObservation) -> None:
         """A camera that shows the same, while the robot has moved, is broken."""
         state = self._policy.spec.state_normalisation.apply(reading.observation[STATE_KEY])
         for camera in self._policy.spec.cameras:
             image = reading.observation[IMAGE_PREFIX + camera]
             seen = self._images.get(camera)
             if seen is None or not np.array_equal(seen.image, image):
-                self._images[camera] = _Seen(image, state, reading.taken_at)
+                self._images[camera] = LastFrame(image, state, reading.timestamp)
                 continue
-            seconds = reading.taken_at - seen.since
+            seconds = reading.timestamp - seen.since
             if seconds >= self._config.frozen_s and np.abs(state - seen.state).max() > MOVED:
                 raise SafetyStop(
                     f"{camera}: the camera has shown the very same image for {seconds:.1f} s, and the robot has moved "
@@ -380,18 +382,18 @@ class ControlLoop:
             predicted = self._predicted
             assert predicted is not None
             if plan is None or plan.number != predicted.number:
-                plan = self._joined(predicted, plan, now)
+                plan = self._blend_chunks(predicted, plan, now)
                 line["inference"] = predicted.told()
             is_passed = now - due >= period  # the machine had no time for us: this cycle's time is over
             is_fresh = not is_passed and self._send(plan, now, line)
-            # Account for it
+            # LoopStats for it
             jitter = clock() - due
             status = "missed" if not is_fresh else "late" if jitter > LATE * period else "on_time"
             account.cycles += 1
             account.jitter_ms.append(1e3 * jitter)
             setattr(account, status, getattr(account, status) + 1)
             if log is not None:
-                log.write({**line, "status": status, "jitter_ms": round(1e3 * jitter, 3), "state": self._guard.state})
+                log.write({**line, "status": status, "jitter_ms": round(1e3 * jitter, 3), "state": self._limiter.state})
             misses = 0 if is_fresh else misses + 1
             if misses and (self._config.on_miss == "stop" or misses >= self._config.stop_after):
                 raise SafetyStop(f"deadline: {misses} cycles in a row were missed, {self._why(is_passed, now, plan)}.")
@@ -402,52 +404,52 @@ class ControlLoop:
         Raises:
             SafetyStop: It does not say where it stands, it stands outside of what it accepts, or too far away.
         """
-        world, held, predicted = self._robot.world, self._last, self._predicted
+        embodiment, held, predicted = self._robot.embodiment, self._last, self._predicted
         if held is None:
-            if self._guard.positions:
+            if self._limiter.positions:
                 raise SafetyStop(
                     "robot: does not say where it holds, so that its first command could be a jump; its hold(None) "
                     "must answer the present position."
                 )
             self._has_arrived = True
             return
-        if (held != world.clip(held)).any():
+        if (held != embodiment.clip(held)).any():
             raise SafetyStop(f"robot: stands at {held.tolist()}, outside of what it accepts; move it by hand.")
         if predicted is None:  # the robot is being stopped
             return
-        actions = world.clip(predicted.chunk.actions)
-        index = min(len(actions) - 1, max(0, math.floor((start - predicted.taken_at) / self._period)))
-        far = np.abs(actions[index] - held) * (self._guard.towards(actions[index], held) != actions[index])
+        actions = embodiment.clip(predicted.chunk.actions)
+        index = min(len(actions) - 1, max(0, math.floor((start - predicted.timestamp) / self._period)))
+        far = np.abs(actions[index] - held) * (self._limiter.towards(actions[index], held) != actions[index])
         self._has_arrived = not far.any()
         if self._has_arrived:
             return
         worst = int(far.argmax())
         where = (
-            f"{world.action_names[worst]} stands at {held[worst]:.4g}, the policy's first action is "
-            f"{actions[index][worst]:.4g}, and {self._guard.limits.max_change[worst]:.4g} a step are allowed"
+            f"{embodiment.action_names[worst]} stands at {held[worst]:.4g}, the policy's first action is "
+            f"{actions[index][worst]:.4g}, and {self._limiter.limits.max_change[worst]:.4g} a step are allowed"
         )
         if self._config.far_start == "refuse":
             raise SafetyStop(f"far_start: {where}; move the robot nearer, or let it --far-start approach.")
         self._tell(f"The robot goes to where the policy begins first: {where}.")
 
-    def _joined(self, predicted: Predicted, before: Plan | None, now: float) -> Plan:
+    def _blend_chunks(self, predicted: Predicted, before: Plan | None, now: float) -> Plan:
         """A new chunk takes over in equal parts from what would have been sent, so that no action jumps.
 
         The first one takes over from the position that the robot holds.
         """
-        plan = Plan(predicted.number, predicted.chunk.actions, predicted.taken_at)
+        plan = Plan(predicted.number, predicted.chunk.actions, predicted.timestamp)
         if self._last is None:
             return plan
         rest = plan.actions[:0]
         if before is not None and self._sends_plan:
             rest = before.actions[before.index(now, self._period) :]
-            expires_at = before.taken_at + self._config.max_age_s
+            expires_at = before.timestamp + self._config.max_age_s
             rest = rest[: max(0, math.floor((expires_at - now) / self._period) + 1)]
-        return plan.joined(plan.index(now, self._period), rest, self._last, self._config.blend)
+        return plan.blended(plan.index(now, self._period), rest, self._last, self._config.blend_steps)
 
     def _send(self, plan: Plan, now: float, line: dict[str, Any]) -> bool:
         """Send what is for now, or what was declared for want of it; was it fresh?"""
-        index, age = plan.index(now, self._period), now - plan.taken_at
+        index, age = plan.index(now, self._period), now - plan.timestamp
         is_usable = index < len(plan.actions) and age <= self._config.max_age_s
         is_fresh = is_usable and index <= self._policy.spec.execute_steps
         action: FloatArray | None
@@ -461,7 +463,7 @@ class ControlLoop:
             self._sends_plan = False
             line["sent"] = "hold"
         if action is not None:
-            action, breaches = self._guard.check(np.asarray(action, np.float32), self._last, now)
+            action, breaches = self._limiter.check(np.asarray(action, np.float32), self._last, now)
             self._robot.act(action)
             self._history.append((clock(), action))
             self._last = action
@@ -473,8 +475,8 @@ class ControlLoop:
         """What is sent on the way to an action, until the robot has come to where the policy wants it once."""
         if self._has_arrived or self._last is None:
             return action
-        action = self._robot.world.clip(action)
-        near = self._guard.towards(action, self._last)
+        action = self._robot.embodiment.clip(action)
+        near = self._limiter.towards(action, self._last)
         self._has_arrived = bool((near == action).all())
         self.account.approaching += not self._has_arrived
         line["approaching"] = not self._has_arrived
@@ -485,7 +487,7 @@ class ControlLoop:
         if is_passed:
             return "the last one because this process was not run in time"
         hanging = "".join(f"; the robot's {name} has not returned yet" for name in self._robot.hanging if name != "act")
-        return f"the latest prediction is of a reading that is {now - plan.taken_at:.2f} s old{hanging}"
+        return f"the latest prediction is of a reading that is {now - plan.timestamp:.2f} s old{hanging}"
 
 
 @dataclass(frozen=True)
@@ -512,7 +514,7 @@ class ControlConfig:
     limits: Limits = field(default_factory=Limits)
 
 
-def control(config: ControlConfig) -> Account:
+def control(config: ControlConfig) -> LoopStats:
     """Load, connect, run.
 
     Raises:
@@ -542,5 +544,5 @@ def control(config: ControlConfig) -> Account:
         return loop.run(config.seconds)
     except DyslError:
         if loop.account.cycles:
-            print(render_account(replace(loop.account, stopped="")))  # why, follows
+            print(render_stats(replace(loop.account, stopped="")))  # why, follows
         raise

@@ -32,7 +32,7 @@ from dysl_vla.deploy.runtime import (
 )
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import TEMPORARY, claimed, is_unused, read_json, replacing, sha256, write_json, write_text
+from dysl_vla.files import TEMPORARY, atomic_write, is_unused, locked_dir, read_json, sha256, write_json, write_text
 from dysl_vla.images import looked_at
 from dysl_vla.policies import ExportablePolicy, load_backbone_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
@@ -94,7 +94,7 @@ def export(config: ExportConfig) -> Path:
     folder = find_checkpoint(config.policy)
     if not has_skips(folder):
         raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
-    with claimed(config.out), tempfile.TemporaryDirectory(dir=config.out, prefix=".", suffix=TEMPORARY) as name:
+    with locked_dir(config.out), tempfile.TemporaryDirectory(dir=config.out, prefix=".", suffix=TEMPORARY) as name:
         _check_room(config, policy)  # after `claimed` has removed what an export that was killed left behind
         made = Path(name)
         _write(config, policy, folder, made)
@@ -214,8 +214,8 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
                 "skipping": {
                     "plan": asdict(settings.plan),
                     "statistics": asdict(settings.statistics),
-                    "foresight": settings.foresight,
-                    "signal": settings.signal,
+                    "lookahead": settings.lookahead,
+                    "importance": settings.importance,
                     "skip": settings.skip if config.skip is None else config.skip,
                 },
                 "provenance": {
@@ -234,7 +234,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
             exact, answers = answers, _own_answers(out, example, policy, len(settings.plan.blocks))
             distances = [float(np.abs(answers[name] - exact[name]).max()) for name in exact]
             print(f"{config.precision}: actions differ from PyTorch's by at most {max(distances):.2g} deviations.")
-        with replacing(out / EXAMPLE) as temporary, temporary.open("wb") as file:
+        with atomic_write(out / EXAMPLE) as temporary, temporary.open("wb") as file:
             np.savez(file, **example, **answers)
         write_json(out / MANIFEST, {name: sha256(out / name) for name in _files(out)})
         progress.update()
@@ -243,7 +243,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
 def robot_to_try(bundle: Path) -> str:
     """What `dysl control --robot` takes for a bundle: where its policy was trained, simulated, or a real arm."""
     try:
-        suite, tasks = provenance.home(read_json(bundle / DOCUMENT)["provenance"], "", "")
+        suite, tasks = provenance.training_suite(read_json(bundle / DOCUMENT)["provenance"], "", "")
     except ConfigError:  # trained on data that say of no suite: a real arm's
         return "lerobot:FILE.json --instruction TEXT"
     suite, _, arm = suite.partition("@")
@@ -348,7 +348,7 @@ def _placing(path: Path) -> Iterator[Path]:
         yield Path(name)
         path.with_name(path.name + DATA).unlink(missing_ok=True)
         for file in Path(name).iterdir():
-            with replacing(path.with_name(file.name)) as temporary:
+            with atomic_write(path.with_name(file.name)) as temporary:
                 file.replace(temporary)
 
 

@@ -55,10 +55,10 @@ from typing import Any
 
 import numpy as np
 
-from dysl_vla.deploy.robot import Reading, robots
+from dysl_vla.deploy.robot import TimedObservation, robots
 from dysl_vla.errors import ConfigError, DyslError, MissingExtraError, RobotFault
 from dysl_vla.files import read_json
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, FloatArray, WorldSpec
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, EmbodimentSpec, FloatArray
 
 TURN_S = 0.2
 """How long a call waits for the one that LeRobot is busy with; stopping goes on without it then."""
@@ -114,7 +114,7 @@ class LeRobotRobot:
         self._actions = tuple(robot.action_features)
         names = _renamed({} if rename is None else rename, (*sizes, *self._states), self._actions)
         low, high = _bounds(self._actions, action_low, action_high)
-        self.world = WorldSpec(
+        self.embodiment = EmbodimentSpec(
             cameras={names[name]: size for name, size in sizes.items()},
             state_names=tuple(names[name] for name in self._states),
             action_names=tuple(names[name] for name in self._actions),
@@ -137,8 +137,8 @@ class LeRobotRobot:
 
     def connect(self, rate_hz: float) -> None:
         """See `Robot.connect`. Where it fails, the robot is stopped."""
-        if not math.isclose(rate_hz, self.world.rate_hz):
-            raise ConfigError(f"rate: this robot takes {self.world.rate_hz:g} actions a second, not {rate_hz:g}.")
+        if not math.isclose(rate_hz, self.embodiment.rate_hz):
+            raise ConfigError(f"rate: this robot takes {self.embodiment.rate_hz:g} actions a second, not {rate_hz:g}.")
         try:
             with self._alone("connect"):
                 self._is_used = True
@@ -162,17 +162,17 @@ class LeRobotRobot:
                 f"wrong; calibrate it with: {self._calibrate}"
             )
 
-    def observe(self, after: float) -> Reading:
+    def observe(self, after: float) -> TimedObservation:
         """See `Robot.observe`; cameras without time stamps of their own are read now."""
         self._await_frames(after)
         with self._alone("read"):
             stamps = [getattr(camera, "latest_timestamp", None) for camera in self._seen().values()]
-            taken_at = min([time.perf_counter(), *(stamp for stamp in stamps if stamp is not None)])
+            timestamp = min([time.perf_counter(), *(stamp for stamp in stamps if stamp is not None)])
             shown: Mapping[str, Any] = self._robot.get_observation()
             state = np.array([shown[name] for name in self._states], np.float32)
             images = {IMAGE_PREFIX + name: np.asarray(shown[theirs]) for theirs, name in self._images.items()}
-        self._latest = dict(zip(self.world.state_names, state.tolist(), strict=True))
-        return Reading({**images, STATE_KEY: state, TASK_KEY: ""}, taken_at)
+        self._latest = dict(zip(self.embodiment.state_names, state.tolist(), strict=True))
+        return TimedObservation({**images, STATE_KEY: state, TASK_KEY: ""}, timestamp)
 
     def act(self, action: FloatArray) -> None:
         """See `Robot.act`."""
@@ -186,9 +186,9 @@ class LeRobotRobot:
             held[[name.endswith(".vel") for name in self._actions]] = 0.0
             return held
         latest = self._latest
-        if not set(self.world.action_names) <= set(latest):
+        if not set(self.embodiment.action_names) <= set(latest):
             return None
-        return np.array([latest[name] for name in self.world.action_names], np.float32)
+        return np.array([latest[name] for name in self.embodiment.action_names], np.float32)
 
     def report(self) -> dict[str, Any]:
         """Nothing."""

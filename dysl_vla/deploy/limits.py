@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from dysl_vla.errors import ConfigError, SafetyStop
-from dysl_vla.types import RELATIVE, FloatArray, WorldSpec, gripper_columns
+from dysl_vla.types import RELATIVE, EmbodimentSpec, FloatArray, gripper_columns
 
 AXES = ("x", "y", "z")
 SAFE_CHANGE = 0.5
@@ -73,19 +73,19 @@ class _Motion:
     state: FloatArray
     position: FloatArray
     velocity: FloatArray
-    taken_at: float
+    timestamp: float
 
     def at(self, now: float) -> FloatArray:
         """Where it is by now, if it went on as it did."""
-        return self.position + self.velocity * max(0.0, now - self.taken_at)
+        return self.position + self.velocity * max(0.0, now - self.timestamp)
 
 
-class Guard:
+class ActionLimiter:
     """Applies limits to the actions of one run.
 
     Args:
         limits: What is allowed.
-        world: The robot's.
+        embodiment: The robot's.
         rate_hz: Actions a second.
         demonstrated_change: Largest change from one demonstrated action to the next, a value a dimension; None: not
             known.
@@ -99,36 +99,40 @@ class Guard:
     """
 
     def __init__(
-        self, limits: Limits, world: WorldSpec, rate_hz: float, demonstrated_change: Sequence[float] | None = None
+        self,
+        limits: Limits,
+        embodiment: EmbodimentSpec,
+        rate_hz: float,
+        demonstrated_change: Sequence[float] | None = None,
     ) -> None:
-        dim = len(world.action_names)
+        dim = len(embodiment.action_names)
         for name in ("low", "high", "max_change"):
             if len(getattr(limits, name)) not in (0, dim):
                 raise ConfigError(
                     f"{name}: {len(getattr(limits, name))} values, the robot has {dim} actions: "
-                    f"{', '.join(world.action_names)}."
+                    f"{', '.join(embodiment.action_names)}."
                 )
-        self._grippers = list(gripper_columns(world.action_names))
+        self._grippers = list(gripper_columns(embodiment.action_names))
         if limits.gripper_rate is not None and not self._grippers:
             raise ConfigError(
-                f"gripper_rate: none of the actions is a gripper's; they are {', '.join(world.action_names)}."
+                f"gripper_rate: none of the actions is a gripper's; they are {', '.join(embodiment.action_names)}."
             )
-        names = world.action_names
+        names = embodiment.action_names
         moved = set(AXES) <= set(names) or {f"d{axis}" for axis in AXES} <= set(names)
         if (limits.workspace_low or limits.max_speed is not None) and not (
-            moved and set(AXES) <= set(world.state_names)
+            moved and set(AXES) <= set(embodiment.state_names)
         ):
             raise ConfigError(
                 "workspace, max_speed: state and actions must have x, y and z (actions: or dx, dy, dz); this robot has "
-                f"{', '.join(world.state_names)} and {', '.join(names)}."
+                f"{', '.join(embodiment.state_names)} and {', '.join(names)}."
             )
-        self._world = world
+        self._embodiment = embodiment
         self._dim = dim
         self.positions = [
             index for index, name in enumerate(names) if name not in RELATIVE and index not in self._grippers
         ]
-        self._low = np.maximum(world.action_low, limits.low or world.action_low).astype(np.float32)
-        self._high = np.minimum(world.action_high, limits.high or world.action_high).astype(np.float32)
+        self._low = np.maximum(embodiment.action_low, limits.low or embodiment.action_low).astype(np.float32)
+        self._high = np.minimum(embodiment.action_high, limits.high or embodiment.action_high).astype(np.float32)
         if (self._low > self._high).any():
             raise ConfigError("low, high: leave no action that the robot accepts.")
         self.limits = self._limits = replace(
@@ -139,8 +143,8 @@ class Guard:
             self._change[self._grippers] = np.minimum(self._change[self._grippers], limits.gripper_rate / rate_hz)
         self._band = limits.gripper_hysteresis * (self._high - self._low)
         self._turned = np.zeros(dim, np.float32)  # the way that each gripper's action last went, -1 or 1
-        has_position = set(AXES) <= set(world.state_names)
-        self._positions = [world.state_names.index(axis) for axis in AXES if has_position]
+        has_position = set(AXES) <= set(embodiment.state_names)
+        self._positions = [embodiment.state_names.index(axis) for axis in AXES if has_position]
         self._absolute = [(number, names.index(axis)) for number, axis in enumerate(AXES) if axis in names]
         self._relative = [(number, names.index(f"d{axis}")) for number, axis in enumerate(AXES) if f"d{axis}" in names]
         self._period = 1 / rate_hz
@@ -148,7 +152,7 @@ class Guard:
 
     def _safe_change(self, rate_hz: float, demonstrated: Sequence[float] | None) -> tuple[float, ...]:
         """The largest change that holds where the user gave none; of what is not a position, its whole range."""
-        span = np.asarray(self._world.action_high, np.float64) - self._world.action_low
+        span = np.asarray(self._embodiment.action_high, np.float64) - self._embodiment.action_low
         if not np.isfinite(span).all():
             raise ConfigError("action_low, action_high: the robot's range must be finite.")
         safe = SAFE_CHANGE * span / rate_hz
@@ -167,12 +171,12 @@ class Guard:
         """The robot's latest, (state,); None: not known yet."""
         return None if self._reading is None else self._reading.state
 
-    def observe(self, state: FloatArray, taken_at: float) -> None:
+    def observe(self, state: FloatArray, timestamp: float) -> None:
         """Take in where the robot is.
 
         Args:
             state: (state,).
-            taken_at: When, in seconds.
+            timestamp: When, in seconds.
 
         Raises:
             SafetyStop: It is not finite: no limit could be kept.
@@ -182,9 +186,9 @@ class Guard:
         position = state[self._positions]
         velocity = np.zeros_like(position)
         before = self._reading
-        if before is not None and taken_at > before.taken_at:
-            velocity = (position - before.position) / (taken_at - before.taken_at)
-        self._reading = _Motion(state, position, velocity, taken_at)  # at once: another thread reads it
+        if before is not None and timestamp > before.timestamp:
+            velocity = (position - before.position) / (timestamp - before.timestamp)
+        self._reading = _Motion(state, position, velocity, timestamp)  # at once: another thread reads it
 
     def check(self, action: FloatArray, last: FloatArray | None, now: float) -> tuple[FloatArray, list[str]]:
         """The action that may be sent.
@@ -205,7 +209,9 @@ class Guard:
         if not np.isfinite(action).all():
             raise SafetyStop(f"action: has a value that is not finite: {action.tolist()}.")
         breaches: list[str] = []
-        accepted = self._world.clip(action)  # as in evaluation: policies answer somewhat beyond it, and mean its end
+        accepted = self._embodiment.clip(
+            action
+        )  # as in evaluation: policies answer somewhat beyond it, and mean its end
         allowed = self._apply(accepted, np.clip(accepted, self._low, self._high), "bounds", breaches)
         if self._limits.max_speed is not None and self._reading is not None:
             allowed = self._apply(allowed, self._slow(allowed, self._reading, now), "speed", breaches)

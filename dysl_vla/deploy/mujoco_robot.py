@@ -25,11 +25,11 @@ from urllib.parse import parse_qsl
 import numpy as np
 from numpy.typing import NDArray
 
-from dysl_vla.deploy.robot import Reading, hold_action, robots
+from dysl_vla.deploy.robot import TimedObservation, hold_action, robots
 from dysl_vla.envs.base import ManipulationEnv
 from dysl_vla.envs.suites import get_suite, suites, with_robot
 from dysl_vla.errors import ConfigError, DyslError, RobotFault
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, FloatArray, Observation, WorldSpec
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, EmbodimentSpec, FloatArray, Observation
 from dysl_vla.workers import begin_worker
 
 clock = time.perf_counter
@@ -111,32 +111,32 @@ class MujocoRobot:
     def __init__(self, simulation: Simulation, cameras: Mapping[str, tuple[int, int]] | None = None) -> None:
         self._simulation, self._cameras = simulation, cameras
         self._process: BaseProcess | None = None
-        self._world: WorldSpec | None = None
+        self._embodiment: EmbodimentSpec | None = None
         self._using = threading.Lock()
         self._shared: _Shared | None = None
         self._counts = np.zeros(len(COUNTS), np.int64)
 
     @property
-    def world(self) -> WorldSpec:
+    def embodiment(self) -> EmbodimentSpec:
         """Of the suite."""
-        if self._world is None:
+        if self._embodiment is None:
             self._start()
-        assert self._world is not None
-        return self._world
+        assert self._embodiment is not None
+        return self._embodiment
 
     def connect(self, rate_hz: float) -> None:
         """Start the clock. Each action lasts one simulated period, so at another rate time runs slower or faster."""
-        assert self.world is not None
+        assert self.embodiment is not None
         self._pipe.send(1 / rate_hz)
 
-    def observe(self, after: float) -> Reading:
+    def observe(self, after: float) -> TimedObservation:
         """See `Robot.observe`."""
         limit = max(clock(), after) + self._simulation.answer_s
         while True:
             with self._using:
                 reading = self._connected().read(after, self._simulation.answer_s)
             if reading is not None:
-                return Reading({**reading[0], TASK_KEY: self._instruction}, reading[1])
+                return TimedObservation({**reading[0], TASK_KEY: self._instruction}, reading[1])
             if clock() > limit:
                 assert self._process is not None
                 what = "is alive" if self._process.is_alive() else f"ended with code {self._process.exitcode}"
@@ -149,7 +149,7 @@ class MujocoRobot:
 
     def hold(self, last: FloatArray | None) -> FloatArray | None:
         """No motion, the gripper as it is."""
-        return hold_action(self.world, last)
+        return hold_action(self.embodiment, last)
 
     def stop(self) -> None:
         """End the process; a stalled one is killed."""
@@ -199,8 +199,8 @@ class MujocoRobot:
             if isinstance(answer, DyslError):
                 raise answer
             raise RobotFault("robot: the simulator did not start; try dysl doctor.")
-        self._world, self._instruction = answer
-        self._shared = _Shared(self._world, lock)
+        self._embodiment, self._instruction = answer
+        self._shared = _Shared(self._embodiment, lock)
         self._pipe.send(self._shared.name)
 
 
@@ -208,21 +208,21 @@ class _Shared:
     """Memory that both processes see: the latest reading, the latest command, counts.
 
     Args:
-        world: Decides the sizes.
+        embodiment: Decides the sizes.
         lock: Held while reading or command are copied.
         name: Of memory that exists; empty: make it.
     """
 
-    def __init__(self, world: WorldSpec, lock: LockType, name: str = "") -> None:
-        images = [(IMAGE_PREFIX + camera, np.uint8, (*size, 3)) for camera, size in world.cameras.items()]
+    def __init__(self, embodiment: EmbodimentSpec, lock: LockType, name: str = "") -> None:
+        images = [(IMAGE_PREFIX + camera, np.uint8, (*size, 3)) for camera, size in embodiment.cameras.items()]
         kind = np.dtype(
             [
                 ("is_over", np.int64),
                 ("counts", np.int64, (len(COUNTS),)),
-                ("taken_at", np.float64),
+                ("timestamp", np.float64),
                 ("commanded_at", np.float64),
-                ("command", np.float32, (len(world.action_names),)),
-                (STATE_KEY, np.float32, (len(world.state_names),)),
+                ("command", np.float32, (len(embodiment.action_names),)),
+                (STATE_KEY, np.float32, (len(embodiment.state_names),)),
                 *images,
             ]
         )
@@ -234,7 +234,7 @@ class _Shared:
         if not name:
             self._values["is_over"] = 0
             self._values["counts"] = 0
-            self._values["taken_at"] = self._values["commanded_at"] = -math.inf
+            self._values["timestamp"] = self._values["commanded_at"] = -math.inf
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -251,20 +251,20 @@ class _Shared:
         """Tell the robot to end."""
         self._values["is_over"] = 1
 
-    def show(self, observation: Observation, taken_at: float) -> None:
+    def show(self, observation: Observation, timestamp: float) -> None:
         """Publish a reading."""
         with self._lock:
             for name in self._shown:
                 self._values[name][...] = observation[name]
-            self._values["taken_at"] = taken_at
+            self._values["timestamp"] = timestamp
 
     def read(self, after: float, wait_s: float) -> tuple[dict[str, Any], float] | None:
         """The reading, if it was taken later than that."""
         if not self._lock.acquire(timeout=wait_s):
             return None
         try:
-            taken_at = float(self._values["taken_at"])
-            return ({name: self._values[name].copy() for name in self._shown}, taken_at) if taken_at > after else None
+            timestamp = float(self._values["timestamp"])
+            return ({name: self._values[name].copy() for name in self._shown}, timestamp) if timestamp > after else None
         finally:
             self._lock.release()
 
@@ -308,10 +308,10 @@ def _simulate(
     except DyslError as error:
         pipe.send(error)
         return
-    world = env.world_spec
-    pipe.send((world, env.instruction))
+    embodiment = env.embodiment
+    pipe.send((embodiment, env.instruction))
     try:
-        shared = _Shared(world, lock, pipe.recv())
+        shared = _Shared(embodiment, lock, pipe.recv())
         while not pipe.poll(0.01):
             if shared.is_over:
                 return
@@ -339,8 +339,8 @@ def _tick(simulation: Simulation, env: ManipulationEnv, shared: _Shared, period:
             os.kill(os.getpid(), signal.SIGSTOP)
         if count[PERIODS]:
             arm.move(*shared.commanded(), now)
-        for observation, taken_at in eyes.look(env.observe(), now):
-            shared.show(observation, taken_at)
+        for observation, timestamp in eyes.look(env.observe(), now):
+            shared.show(observation, timestamp)
         count[PERIODS] += 1
         shared.counts[:] = list(count.values())
         due += period
@@ -359,7 +359,7 @@ class _Arm:
         if now - commanded_at > COMMAND_AGE_S:
             count[HELD] += 1
             action = self._held()
-        elif not np.isfinite(action).all() or (action != env.world_spec.clip(action)).any():
+        elif not np.isfinite(action).all() or (action != env.embodiment.clip(action)).any():
             count[UNSAFE] += 1
             action = self._held()
         else:
@@ -375,8 +375,8 @@ class _Arm:
             self._has_succeeded = False
 
     def _held(self) -> FloatArray:
-        held = hold_action(self._env.world_spec, self._last)
-        return np.zeros(len(self._env.world_spec.action_names), np.float32) if held is None else held
+        held = hold_action(self._env.embodiment, self._last)
+        return np.zeros(len(self._env.embodiment.action_names), np.float32) if held is None else held
 
 
 class _Eyes:

@@ -14,21 +14,21 @@ from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies.base import Policy
 from dysl_vla.registry import Registry
-from dysl_vla.types import RELATIVE, FloatArray, Observation, WorldSpec, is_gripper
+from dysl_vla.types import RELATIVE, EmbodimentSpec, FloatArray, Observation, is_gripper
 
 
 @dataclass(frozen=True)
-class Reading:
+class TimedObservation:
     """What a robot saw, and when.
 
     Attributes:
         observation: Under LeRobot's keys.
-        taken_at: When its oldest part was so, in seconds of `time.perf_counter`. A time that is ahead of that clock, or
-            before the last reading's, stops the robot.
+        timestamp: When its oldest part was so, in seconds of `time.perf_counter`. A time that is ahead of that clock,
+            or before the last observation's, stops the robot.
     """
 
     observation: Observation
-    taken_at: float
+    timestamp: float
 
 
 class Robot(Protocol):
@@ -40,7 +40,7 @@ class Robot(Protocol):
     """
 
     @property
-    def world(self) -> WorldSpec:
+    def embodiment(self) -> EmbodimentSpec:
         """Cameras, state and actions; positions are in metres, angles in radians where their names say nothing else."""
 
     def connect(self, rate_hz: float) -> None:
@@ -54,7 +54,7 @@ class Robot(Protocol):
             RobotFault: It does not answer.
         """
 
-    def observe(self, after: float) -> Reading:
+    def observe(self, after: float) -> TimedObservation:
         """The latest reading.
 
         Args:
@@ -93,22 +93,22 @@ class Robot(Protocol):
         """
 
 
-def hold_action(world: WorldSpec, last: FloatArray | None) -> FloatArray | None:
+def hold_action(embodiment: EmbodimentSpec, last: FloatArray | None) -> FloatArray | None:
     """No motion where actions are relative; positions, and the gripper, as they were sent last.
 
     Args:
-        world: The robot's.
+        embodiment: The robot's.
         last: The action that was sent last; None: none yet.
 
     Returns:
         (action,); None: there is no last position to keep.
     """
-    others = [name for name in world.action_names if name not in RELATIVE and not is_gripper(name)]
+    others = [name for name in embodiment.action_names if name not in RELATIVE and not is_gripper(name)]
     if last is None and others:
         return None
-    action = np.zeros(len(world.action_names), np.float32) if last is None else last.copy()
-    action[[name in RELATIVE for name in world.action_names]] = 0.0
-    return world.clip(action)
+    action = np.zeros(len(embodiment.action_names), np.float32) if last is None else last.copy()
+    action[[name in RELATIVE for name in embodiment.action_names]] = 0.0
+    return embodiment.clip(action)
 
 
 RobotMaker = Callable[[str, Mapping[str, tuple[int, int]]], Robot]

@@ -28,8 +28,8 @@ from dysl_vla.errors import CheckpointError, ConfigError, MissingExtraError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import sha256
 from dysl_vla.images import Place, looked_at
-from dysl_vla.skip_controller.guidance import FORGETS, DyslState, Guide, GuideState
-from dysl_vla.skip_controller.operating import SkipStatistics
+from dysl_vla.skip_controller.guidance import VERIFY_TIME_DECAY, DyslState, GuidanceState, SkipGuidance
+from dysl_vla.skip_controller.operating import SkipStatistics, with_present_names
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.types import (
     IMAGE_PREFIX,
@@ -49,15 +49,15 @@ from dysl_vla.types import (
 with needs_extra("robot"):
     import onnxruntime
 
-POLICY_TYPE, FORMAT = "dysl-bundle", 2
-READABLE = (1, 2)
-"""Formats: 2 may resize images, which a runtime of before would not do."""
+POLICY_TYPE, FORMAT = "dysl-bundle", 3
+READABLE = (1, 2, 3)
+"""Formats: 2 may resize images, which a runtime of before would not do; 3 has other names for settings of skipping."""
 ENCODER, BACKBONE, EXAMPLE = "encoder.onnx", "backbone.onnx", "example.npz"
 FILES = (DOCUMENT, ENCODER, BACKBONE, TOKENIZER, EXAMPLE)
 TOLERANCES = {"fp32": 1e-4, "int8": 2e-2}
 """How far from the recorded actions a machine may be, in deviations of the demonstrated actions."""
 EMBEDS = "inputs_embeds"
-MOST_INSTRUCTIONS = 1000
+MAX_INSTRUCTIONS = 1000
 """Whose token ids are kept."""
 
 
@@ -95,7 +95,7 @@ class Bundle:
             self._resizes = {name: (int(size[0]), int(size[1])) for name, size in document.get("resizes", {}).items()}
             self._text_tokens = int(document["text_tokens"])
             self._token_ids = {text: _ids(ids) for text, ids in document["instructions"].items()}
-            skipping = document["skipping"]
+            skipping = with_present_names(document["skipping"])
             self._plan = SkipPlan(
                 skipping["plan"]["num_layers"],
                 tuple(skipping["plan"]["static_layers"]),
@@ -103,10 +103,10 @@ class Bundle:
             )
             self._statistics = SkipStatistics(**{name: tuple(v) for name, v in skipping["statistics"].items()})
             self._exported_skip = float(skipping["skip"])
-            self._foresight, self._signal = int(skipping["foresight"]), str(skipping["signal"])
+            self._lookahead, self._importance = int(skipping["lookahead"]), str(skipping["importance"])
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{folder / DOCUMENT}: {type(error).__name__}: {error}; export it again.") from error
-        self._landings = {e: block.landing for block in self._plan.blocks for e in self._plan.exits_of(block)}
+        self._target_of = {e: block.target for block in self._plan.blocks for e in self._plan.exits_of(block)}
         self._lengths = np.array([block.length for block in self._plan.blocks], np.int64)
         self._encoder = _session(folder / ENCODER, threads)
         self._backbone = _session(folder / BACKBONE, threads)
@@ -139,12 +139,12 @@ class Bundle:
         point = self._statistics.point(1.0 if self._is_full else skip)
         self.skip = skip
         self._threshold = np.array(_log_odds(point.threshold), np.float32)
-        self._guide = Guide(
+        self._guide = SkipGuidance(
             self._lengths.tolist(),
             len(self.spec.action_names),
             point.thresholds,
-            foresight=self._foresight,
-            signal=self._signal,
+            lookahead=self._lookahead,
+            importance=self._importance,
             grippers=gripper_columns(self.spec.action_names),
         )
 
@@ -196,7 +196,7 @@ class Bundle:
         clock = time.perf_counter
         spec = self.spec
         guide = getattr(state, "guide", None)
-        if not isinstance(state, DyslState) or not isinstance(guide, GuideState):
+        if not isinstance(state, DyslState) or not isinstance(guide, GuidanceState):
             raise TypeError("states: must be made by this policy's reset().")
         started = clock()
         spec.check_observation(observation)
@@ -209,10 +209,10 @@ class Bundle:
         thought = clock()
         actions: FloatArray = answer[0]
         skips = self._skips(lefts)
-        wanted = self._guide.verify(guide, actions, spec.execute_steps) and bool(skips)
+        wanted = self._guide.update_and_check(guide, actions, spec.execute_steps) and bool(skips)
         is_verified = wanted and state.has_time(self._verify_s)
         if wanted and not is_verified:
-            self._verify_s *= FORGETS  # one that was slow by chance must not forbid all that follow
+            self._verify_s *= VERIFY_TIME_DECAY  # one that was slow by chance must not forbid all that follow
         verify_s = 0.0
         resumed_from = None
         judged = clock()
@@ -221,8 +221,8 @@ class Bundle:
             exact = self._run({**encoded, EMBEDS: first}, self._lengths, self._threshold, np.array(resumed_from))
             actions = exact[0][0]
             verify_s = clock() - judged
-            self._verify_s = max(verify_s, FORGETS * self._verify_s)
-            self._guide.verify(guide, actions, spec.execute_steps)
+            self._verify_s = max(verify_s, VERIFY_TIME_DECAY * self._verify_s)
+            self._guide.update_and_check(guide, actions, spec.execute_steps)
         world = spec.action_normalisation.undo(actions)
         ended = clock()
         return ActionChunk(
@@ -238,7 +238,7 @@ class Bundle:
                 skips=skips,
                 outputs={
                     layer: 1 / (1 + math.exp(-float(np.clip(logit, -50, 50))))
-                    for layer, is_asked, logit in zip(self._landings, asked, logits, strict=True)
+                    for layer, is_asked, logit in zip(self._target_of, asked, logits, strict=True)
                     if is_asked
                 },
                 allow_points=tuple(points.tolist()),
@@ -291,19 +291,19 @@ class Bundle:
             self._tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
             self._tokenizer.enable_padding(length=self._text_tokens)
             self._tokenizer.enable_truncation(self._text_tokens)
-        if len(self._token_ids) > MOST_INSTRUCTIONS:
+        if len(self._token_ids) > MAX_INSTRUCTIONS:
             self._token_ids.clear()
         self._token_ids[instruction] = _ids(self._tokenizer.encode(instruction).ids)
         return self._token_ids[instruction]
 
     def _skips(self, lefts: NDArray[np.bool_]) -> dict[int, int]:
-        exits = zip(self._landings.items(), lefts.tolist(), strict=True)
-        return {layer: landing for (layer, landing), left in exits if left}
+        exits = zip(self._target_of.items(), lefts.tolist(), strict=True)
+        return {layer: target for (layer, target), left in exits if left}
 
     def _layers_run(self, skips: Mapping[int, int]) -> NDArray[np.bool_]:
         run = np.ones(self._plan.num_layers, np.bool_)
-        for layer, landing in skips.items():
-            run[layer:landing] = False
+        for layer, target in skips.items():
+            run[layer:target] = False
         return run
 
 

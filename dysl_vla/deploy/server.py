@@ -51,7 +51,7 @@ SEND_S = 10.0
 """A client that takes no answer for so long is let go."""
 DRAIN_S, CLOSE_S = 3.0, 0.5
 """For what runs when the server is told to end; for goodbyes."""
-LONGEST_PROMPT, LONGEST_ERROR = 2000, 1000
+MAX_PROMPT, MAX_ERROR = 2000, 1000
 """Characters."""
 LARGEST_FRAME = 64 * 2**20
 """Bytes; or four times what the policy expects, where that is more. A frame up to here is read whole, so that the
@@ -63,11 +63,11 @@ wait, one arrives. Many connections can hold much, but only clients on this mach
 """
 WAITING = 1
 """Frames of a connection that wait for another to be answered, before no more is read: clients ask one at a time."""
-MOST_EXECUTED = 64
+MAX_EXECUTED = 64
 """Actions since the last request: guidance looks back on less."""
-MOST_CONNECTIONS = 1024
+MAX_CONNECTIONS = 1024
 BATCHES = (2, 4, 8)
-WORTH = 0.9
+MIN_BATCH_GAIN = 0.9
 """A batch must take less than this share of its rows one by one."""
 BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 log = logging.getLogger("dysl.serve")
@@ -234,7 +234,7 @@ class PolicyServer:
         one = seconds(1)
         best = 1
         for rows in BATCHES:
-            if seconds(rows) > WORTH * rows * one:
+            if seconds(rows) > MIN_BATCH_GAIN * rows * one:
                 break
             best = rows
         return best
@@ -250,7 +250,7 @@ class PolicyServer:
                 return connection.respond(401, "Send the header 'Authorization: Api-Key KEY'.\n")
         if path == "/metrics":
             return Response(200, "OK", Headers({"Content-Type": CONTENT_TYPE_LATEST}), generate_latest(self._registry))
-        if self._is_ending or len(self._connections) >= MOST_CONNECTIONS:
+        if self._is_ending or len(self._connections) >= MAX_CONNECTIONS:
             return connection.respond(503, "ending\n" if self._is_ending else "too many connections\n")
         return None
 
@@ -279,10 +279,10 @@ class PolicyServer:
                     answer: bytes | str = pack(self._answer(chunk, previous_s))
                     outcome = "ok"
                 except DyslError as error:
-                    answer, outcome = str(error)[:LONGEST_ERROR], "refused"
+                    answer, outcome = str(error)[:MAX_ERROR], "refused"
                 except Exception as error:  # what a client sent must never end the server
                     log.exception("a request failed")
-                    answer, outcome = f"The server failed, {type(error).__name__}: {error}"[:LONGEST_ERROR], "failed"
+                    answer, outcome = f"The server failed, {type(error).__name__}: {error}"[:MAX_ERROR], "failed"
                 finally:
                     self._running -= 1
                 self._requests.labels(outcome).inc()
@@ -330,10 +330,10 @@ class PolicyServer:
                 f"{PROMPT} is missing; it holds the instruction (which datasets call {TASK_KEY!r}), such as "
                 f"{self._instruction!r:.200}."
             )
-        if not isinstance(prompt, str) or len(prompt) > LONGEST_PROMPT:
+        if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
             kind = f"{len(prompt)} characters" if isinstance(prompt, str) else type(prompt).__name__
             raise ObservationError(
-                f"{PROMPT} must be the instruction as text of at most {LONGEST_PROMPT} characters, got {kind}."
+                f"{PROMPT} must be the instruction as text of at most {MAX_PROMPT} characters, got {kind}."
             )
         if not prompt.strip():
             raise ObservationError(
@@ -348,9 +348,9 @@ class PolicyServer:
             return None
         dim = len(self._spec.action_names)
         is_array = isinstance(executed, np.ndarray)
-        if not is_array or executed.ndim != 2 or len(executed) > MOST_EXECUTED or executed.shape[1] != dim:
+        if not is_array or executed.ndim != 2 or len(executed) > MAX_EXECUTED or executed.shape[1] != dim:
             kind = f"{executed.dtype} {executed.shape}" if is_array else type(executed).__name__
-            raise ObservationError(f"{EXECUTED} must be an array (at most {MOST_EXECUTED}, {dim}), got {kind}.")
+            raise ObservationError(f"{EXECUTED} must be an array (at most {MAX_EXECUTED}, {dim}), got {kind}.")
         executed = _float32(executed)
         if not np.isfinite(executed).all():
             raise ObservationError(f"{EXECUTED} has a value that is not finite; send actions as they were executed.")

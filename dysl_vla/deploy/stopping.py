@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from dysl_vla.deploy.robot import Reading, Robot
+from dysl_vla.deploy.robot import Robot, TimedObservation
 from dysl_vla.errors import DyslError, RobotFault, SafetyStop
-from dysl_vla.types import FloatArray, WorldSpec
+from dysl_vla.types import EmbodimentSpec, FloatArray
 
 clock = time.perf_counter
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
@@ -146,16 +146,16 @@ class WatchedRobot:
         self.fault: Exception | None = None
 
     @property
-    def world(self) -> WorldSpec:
+    def embodiment(self) -> EmbodimentSpec:
         """The robot's."""
-        return self._robot.world
+        return self._robot.embodiment
 
     def connect(self, rate_hz: float) -> None:
         """See `Robot.connect`."""
         with self._call("connect", self._connect_s):
             self._robot.connect(rate_hz)
 
-    def observe(self, after: float) -> Reading:
+    def observe(self, after: float) -> TimedObservation:
         """See `Robot.observe`.
 
         Raises:
@@ -163,18 +163,18 @@ class WatchedRobot:
         """
         with self._call("observe", max(0.0, after - clock()) + self._answer_s):
             reading = self._robot.observe(after)
-        ahead = reading.taken_at - clock()
+        ahead = reading.timestamp - clock()
         if not ahead <= AHEAD_S:  # also where it is no number
             raise RobotFault(
                 f"robot: the reading's time is {ahead:.2f} s ahead of this machine's clock, so its age cannot be told; "
                 "stamp readings with time.perf_counter."
             )
-        if reading.taken_at < self._latest:
+        if reading.timestamp < self._latest:
             raise RobotFault(
-                f"robot: the reading's time is {self._latest - reading.taken_at:.2f} s before the last one's: its "
+                f"robot: the reading's time is {self._latest - reading.timestamp:.2f} s before the last one's: its "
                 "clock was set back, or it hands out old frames; stamp readings with time.perf_counter."
             )
-        self._latest = reading.taken_at
+        self._latest = reading.timestamp
         return reading
 
     def act(self, action: FloatArray) -> None:
@@ -190,10 +190,10 @@ class WatchedRobot:
         """
         with self._call("hold", self._answer_s):
             held = self._robot.hold(last)
-        if held is not None and (np.shape(held) != (len(self.world.action_names),) or not np.isfinite(held).all()):
+        if held is not None and (np.shape(held) != (len(self.embodiment.action_names),) or not np.isfinite(held).all()):
             raise RobotFault(
-                f"robot: hold answers {np.asarray(held).tolist()}, not {len(self.world.action_names)} finite numbers; "
-                "see to its sensors."
+                f"robot: hold answers {np.asarray(held).tolist()}, not {len(self.embodiment.action_names)} finite "
+                "numbers; see to its sensors."
             )
         return held
 

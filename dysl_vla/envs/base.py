@@ -19,9 +19,9 @@ from dysl_vla.types import (
     IMAGE_PREFIX,
     STATE_KEY,
     TASK_KEY,
+    EmbodimentSpec,
     FloatArray,
     ImageArray,
-    WorldSpec,
     check_actions,
 )
 
@@ -55,14 +55,14 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 # Gymnasium declares it so
 
     def __init__(
-        self, task: str, instruction: str, spec: WorldSpec, horizon: int, render_mode: str = "rgb_array"
+        self, task: str, instruction: str, spec: EmbodimentSpec, horizon: int, render_mode: str = "rgb_array"
     ) -> None:
         if render_mode != "rgb_array":
             raise ConfigError(f"render_mode: {render_mode!r} is not offered; there is 'rgb_array'.")
         self.render_mode = render_mode
         self.task = task
         self.instruction = instruction
-        self.world_spec = spec
+        self.embodiment = spec
         self.horizon = horizon
         self._seed = int(np.random.SeedSequence().generate_state(1)[0])
         self._episode_index = -1
@@ -111,8 +111,8 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         Raises:
             ActionError: Another dimension, NaN or infinity. Nothing has moved.
         """
-        check_actions(np.asarray(action), len(self.world_spec.action_names))
-        reward, success = self._step_world(self.world_spec.clip(np.asarray(action, np.float32)))
+        check_actions(np.asarray(action), len(self.embodiment.action_names))
+        reward, success = self._step_world(self.embodiment.clip(np.asarray(action, np.float32)))
         self._step += 1
         return reward, self._step >= self.horizon, {"success": success}
 
@@ -121,7 +121,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         return {
             **{
                 IMAGE_PREFIX + camera: self._render_camera(camera, height, width)
-                for camera, (height, width) in self.world_spec.cameras.items()
+                for camera, (height, width) in self.embodiment.cameras.items()
             },
             STATE_KEY: self._state(),
             TASK_KEY: self.instruction,
@@ -129,7 +129,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
 
     def render(self) -> ImageArray:
         """A frame for people: the first camera at 256 pixels, (256, 256, 3) uint8."""
-        return self._render_camera(next(iter(self.world_spec.cameras)), VIDEO_PIXELS, VIDEO_PIXELS)
+        return self._render_camera(next(iter(self.embodiment.cameras)), VIDEO_PIXELS, VIDEO_PIXELS)
 
     @abstractmethod
     def _reset_world(self, rng: np.random.Generator) -> None:

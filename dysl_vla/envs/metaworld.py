@@ -15,7 +15,7 @@ from dysl_vla.envs.base import ManipulationEnv, check_cameras
 from dysl_vla.envs.metaworld_experts import make_metaworld_expert
 from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
 from dysl_vla.errors import ConfigError
-from dysl_vla.types import FloatArray, ImageArray, WorldSpec
+from dysl_vla.types import EmbodimentSpec, FloatArray, ImageArray
 
 INSTRUCTIONS: dict[str, str] = {
     "assembly": "put the ring on the peg",
@@ -133,7 +133,7 @@ class MetaWorldEnv(ManipulationEnv):
         self._full_state = np.zeros(39)
         self._unchanged_model = {name: getattr(sawyer.model, name).copy() for name in MODEL_FIELDS_CHANGED_BY_RESET}
         self._renderer = SceneRenderer(sawyer.model, full_quality=full_quality)
-        spec = WorldSpec(
+        spec = EmbodimentSpec(
             cameras=sizes,
             state_names=("x", "y", "z", "gripper"),
             action_names=("dx", "dy", "dz", "gripper"),

@@ -12,7 +12,7 @@ import numpy as np
 
 from dysl_vla.envs.base import ManipulationEnv, check_cameras
 from dysl_vla.errors import ConfigError
-from dysl_vla.types import FloatArray, ImageArray, WorldSpec
+from dysl_vla.types import EmbodimentSpec, FloatArray, ImageArray
 
 TASKS = {"reach": "move the dot to the mark", "linger": "move the dot to the mark and stay there"}
 HORIZON = 40
@@ -38,7 +38,7 @@ class MockEnv(ManipulationEnv):
             raise ConfigError(f"unknown mock task {task!r}; there are: {', '.join(TASKS)}.")
         sizes = dict(cameras or DEFAULT_CAMERAS)
         check_cameras(sizes, tuple(DEFAULT_CAMERAS))
-        spec = WorldSpec(
+        spec = EmbodimentSpec(
             cameras=sizes,
             state_names=("x", "y"),
             action_names=("dx", "dy", "gripper"),

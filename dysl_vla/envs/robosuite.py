@@ -20,7 +20,7 @@ from dysl_vla.envs.base import ManipulationEnv, check_cameras
 from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.types import FloatArray, ImageArray, WorldSpec
+from dysl_vla.types import EmbodimentSpec, FloatArray, ImageArray
 
 if TYPE_CHECKING:
     from dysl_vla.envs.robosuite_experts import Expert
@@ -47,7 +47,7 @@ EXPERT_ROBOTS: dict[str, tuple[str, ...]] = {
     "pick-place-can": ("Panda", "IIWA", "Kinova3", "UR5e"),
     "nut-assembly-square": ("Panda", "UR5e"),
 }
-"""Task to the robots whose scripted expert was seen to succeed 16 times in 20: eval/results/env/experts.md."""
+"""Task to the robots whose scripted expert was seen to succeed 16 times in 20: results/env/experts.md."""
 FIVE = tuple(EXPERT_ROBOTS)
 ROBOTS = ("Panda", "Sawyer", "IIWA", "Jaco", "Kinova3", "UR5e")
 HORIZON = 400
@@ -158,7 +158,7 @@ class RobosuiteEnv(ManipulationEnv):
         self._bind()
         self._expert: Expert | None = None
         self._is_recorded = False
-        spec = WorldSpec(
+        spec = EmbodimentSpec(
             cameras=sizes,
             state_names=STATE_NAMES,
             action_names=ACTION_NAMES,

@@ -82,7 +82,7 @@ def _measure(env: ManipulationEnv, make_s: float, steps: int, has_expert: bool) 
         spent[name].append(time.perf_counter() - started)
 
     env.reset(seed=0)  # whatever is compiled or allocated once
-    action = env.world_spec.clip(np.zeros(len(env.world_spec.action_names), np.float32))
+    action = env.embodiment.clip(np.zeros(len(env.embodiment.action_names), np.float32))
     env.advance(action)
     for index in range(RESETS):
         with timed("reset"):

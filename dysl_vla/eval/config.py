@@ -8,7 +8,7 @@ from pathlib import Path
 from dysl_vla.errors import ConfigError
 from dysl_vla.policies import Policy, load_policy
 from dysl_vla.provenance import FIRST_EVALUATION_SEED
-from dysl_vla.skip_controller.operating import VARIANTS, Switches
+from dysl_vla.skip_controller.operating import ABLATIONS, Ablation
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class EvalConfig:
     data: Path | None = None
     """Folder of demonstrations, a LeRobotDataset v3: no simulator, but the distance of the policy's actions from those
     demonstrated in held-out episodes, of the full model and of the one that skips layers, where it can. Of the other
-    options, `--out`, `--policy`, `--skip`, `--skip-config`, `--episodes` (in all) and `--held-out` count then."""
+    options, `--out`, `--policy`, `--skip`, `--variants`, `--episodes` (in all) and `--held-out` count then."""
     held_out: float | None = None
     """With `--data`: share of its episodes that are held out; when not given, as the policy was trained; 1: all of
     them, for demonstrations that the policy was not trained on."""
@@ -41,13 +41,14 @@ class EvalConfig:
     workers: int = 1
     """Processes that run episodes side by side, one inference thread each. Latencies are only comparable with 1."""
     video: int = 0
-    """Film this many episodes of each task."""
+    """Record videos of this many episodes of each task."""
     skip: float | None = None
     """How much a policy with adapters and controllers skips, from 0 (the full model, exactly) to 1; its checkpoint's
     operating point when not given."""
-    skip_config: str = ""
-    """Comma-separated: run each episode once in each of these ways, in turn, each into its own folder under `out`, and
-    compare them with the first: full, dysl, no-guidance, no-verification, controllers (neither), random."""
+    variants: str = ""
+    """Comma-separated: run each episode once with each of these variants of the policy, in turn, each into its own
+    folder under `out`, and compare them with the first: full, dysl, no-guidance, no-verification, controllers
+    (neither), random."""
 
     def __post_init__(self) -> None:
         for name in ("episodes", "workers"):
@@ -58,37 +59,37 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of running a policy."""
+class Variant:
+    """One variant of the policy that is evaluated."""
 
     name: str
     skip: float | None
-    switches: Switches | None
+    ablation: Ablation | None
 
     def load(self, policy: str) -> Policy:
-        """The policy of a name, to be run so."""
-        return load_policy(policy, skip=self.skip, switches=self.switches)
+        """This variant of the policy of a name."""
+        return load_policy(policy, skip=self.skip, ablation=self.ablation)
 
     def folder(self, out: Path) -> Path:
         """Where its records are."""
         return out / self.name
 
 
-def ways_of(config: EvalConfig) -> list[Way]:
-    """The ways in which a policy is run: one, into `out` itself, unless `skip_config` names several.
+def variants_of(config: EvalConfig) -> list[Variant]:
+    """The variants that are run: one, into `out` itself, unless `variants` names several.
 
     Raises:
         ConfigError: A name that means nothing, or is there twice.
     """
-    if not config.skip_config:
-        return [Way("", config.skip, None)]
-    ways = []
-    for name in map(str.strip, config.skip_config.split(",")):
-        if name != "full" and name not in VARIANTS:
-            raise ConfigError(f"skip_config: unknown {name!r}; there are: full, {', '.join(VARIANTS)}.")
-        ways.append(Way(name, 0.0, None) if name == "full" else Way(name, config.skip, VARIANTS[name]))
-    if config.skip == 0 and any(way.name != "full" for way in ways):
-        raise ConfigError(f"skip: 0 is the full model; leave {config.skip_config!r} out, or take a skip above 0.")
-    if len({way.name for way in ways}) < len(ways):
-        raise ConfigError(f"skip_config: {config.skip_config!r} names one twice.")
-    return ways
+    if not config.variants:
+        return [Variant("", config.skip, None)]
+    variants = []
+    for name in map(str.strip, config.variants.split(",")):
+        if name != "full" and name not in ABLATIONS:
+            raise ConfigError(f"variants: unknown {name!r}; there are: full, {', '.join(ABLATIONS)}.")
+        variants.append(Variant(name, 0.0, None) if name == "full" else Variant(name, config.skip, ABLATIONS[name]))
+    if config.skip == 0 and any(variant.name != "full" for variant in variants):
+        raise ConfigError(f"skip: 0 is the full model; leave {config.variants!r} out, or take a skip above 0.")
+    if len({variant.name for variant in variants}) < len(variants):
+        raise ConfigError(f"variants: {config.variants!r} names one twice.")
+    return variants

@@ -1,9 +1,9 @@
 """`dysl eval --data`: how far a policy's actions are from those demonstrated, for those who have no simulator.
 
 The policy is shown held-out episodes at each moment at which it would look, and the actions that it would execute are
-compared with those that were demonstrated then. Several ways of running it (the full model, the one that skips layers)
-take turns at every moment, so that they are paired by frame and their latencies are of the same minutes. As executed
-count the first way's actions, in all ways: what guidance compares with, the last chunk's plan, is a model's too.
+compared with those that were demonstrated then. Several variants of it (the full model, the one that skips layers)
+take turns at every moment, so that they are paired by frame and their latencies are of the same minutes. For all
+variants the first one's actions count as executed: what guidance compares with, the last chunk's plan, is a model's too.
 
 A small distance is no success rate: errors add up when the policy acts by itself. What it tells is whether training
 learned anything, in which dimension it did not, and what skipping changes.
@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.data.encoding import demonstrations_for, evenly, observations
 from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.selection import demonstrations_for, evenly, observations
 from dysl_vla.data.split import Split, split_for
 from dysl_vla.errors import ConfigError, DatasetError
-from dysl_vla.eval.config import EvalConfig, Way, ways_of
+from dysl_vla.eval.config import EvalConfig, Variant, variants_of
 from dysl_vla.eval.offline_report import draw_actions, draw_horizon, render_offline
-from dysl_vla.files import check_same_run, claimed, is_unused, replacing, write_json, write_text
+from dysl_vla.files import atomic_write, check_same_run, is_unused, locked_dir, write_json, write_text
 from dysl_vla.policies import Policy
 from dysl_vla.types import ActionChunk, FloatArray, PolicySpec, check_actions
 from dysl_vla.workers import use_one_inference_thread
@@ -45,16 +45,16 @@ PICTURES = 3
 
 @dataclass(frozen=True)
 class Played:
-    """One episode as it was demonstrated, and as each way would have acted.
+    """One episode as it was demonstrated, and as each variant would have acted.
 
     Attributes:
         frames: (moments,), of the episode, at which the policy looked.
         demonstrated: (length, action), in the world's units.
-        predicted: (ways, moments, chunk, action), in the world's units.
-        llm_ms: (ways, moments), of the backbone.
-        total_ms: (ways, moments), of the whole policy.
-        layers: (ways, moments), NaN for a policy that skips nothing.
-        verified: (ways, moments): the full model predicted again.
+        predicted: (variants, moments, chunk, action), in the world's units.
+        llm_ms: (variants, moments), of the backbone.
+        total_ms: (variants, moments), of the whole policy.
+        layers: (variants, moments), NaN for a policy that skips nothing.
+        verified: (variants, moments): the full model predicted again.
     """
 
     frames: NDArray[np.int64]
@@ -73,7 +73,7 @@ def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
         config: With `data`.
 
     Returns:
-        `result.json`; the figures of each way under "ways".
+        `result.json`; the figures of each variant under "variants".
 
     Raises:
         ConfigError: A value cannot work, the policy does not fit the demonstrations, or `out` holds another run.
@@ -84,8 +84,8 @@ def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
     use_one_inference_thread()
     if not is_unused(config.out) and not (config.out / RUN).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no such evaluation; give a new folder.")
-    ways = _ways(config)
-    policies = [way.load(config.policy) for way in ways]
+    variants = _variants(config)
+    policies = [variant.load(config.policy) for variant in variants]
     spec = policies[0].spec
     demonstrations = demonstrations_for(config.data, spec)
     split = _split(config, len(demonstrations.rows), policies[0])
@@ -97,16 +97,16 @@ def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
         "data": str(config.data),
         "frames": demonstrations.total_frames,
         "episodes": episodes,
-        "ways": [way.name for way in ways],
+        "variants": [variant.name for variant in variants],
         "policies": [policy.fingerprint for policy in policies],
     }
-    with claimed(config.out):
+    with locked_dir(config.out):
         if (config.out / RUN).exists():
             check_same_run(config.out / RUN, identity)
         write_json(config.out / RUN, identity)
         _play(config.out, policies, demonstrations, episodes)
         parts = [_read(_part(config.out, episode)) for episode in episodes]
-        names = [way.name or "policy" for way in ways]
+        names = [variant.name or "policy" for variant in variants]
         result = {
             **summarise(parts, names, spec),
             "data": str(config.data),
@@ -126,14 +126,14 @@ def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
     return result
 
 
-def _ways(config: EvalConfig) -> list[Way]:
+def _variants(config: EvalConfig) -> list[Variant]:
     """As asked for; where nothing is, the full model and, where the policy can, the one that skips layers."""
-    if config.skip_config or config.skip == 0:
-        return ways_of(config)
-    [way] = ways_of(config)
-    if not hasattr(way.load(config.policy), "set_skip"):
-        return [way]
-    return [Way("full", 0.0, None), Way("dysl", config.skip, None)]
+    if config.variants or config.skip == 0:
+        return variants_of(config)
+    [variant] = variants_of(config)
+    if not hasattr(variant.load(config.policy), "set_skip"):
+        return [variant]
+    return [Variant("full", 0.0, None), Variant("dysl", config.skip, None)]
 
 
 def _split(config: EvalConfig, episodes: int, policy: Policy) -> Split:
@@ -165,7 +165,7 @@ def _play(out: Path, policies: Sequence[Policy], demonstrations: Demonstrations,
             demonstrated = columns["actions"][row.start : row.start + row.length]
             played = _play_episode(policies, demonstrations, row.start, demonstrated, is_warm=is_warm)
             is_warm = True
-            with replacing(_part(out, episode)) as temporary, temporary.open("wb") as file:
+            with atomic_write(_part(out, episode)) as temporary, temporary.open("wb") as file:
                 np.savez(file, **vars(played))
             progress.update()
 
@@ -185,12 +185,12 @@ def _play_episode(
                     policy.infer([observation], [policy.reset()])
         chunks: dict[int, ActionChunk] = {}
         for turn in range(len(policies)):
-            way = (index + turn) % len(policies)
-            [chunks[way]] = policies[way].infer([observation], [states[way]])
-            check_actions(chunks[way].actions, len(spec.action_names))
+            variant = (index + turn) % len(policies)
+            [chunks[variant]] = policies[variant].infer([observation], [states[variant]])
+            check_actions(chunks[variant].actions, len(spec.action_names))
         for state in states:
             state.executed.extend(chunks[0].actions[: spec.execute_steps])
-        answers.append([chunks[way] for way in range(len(policies))])
+        answers.append([chunks[variant] for variant in range(len(policies))])
     skips = [[chunk.skips for chunk in chunks] for chunks in answers]
     return Played(
         frames=frames,
@@ -204,7 +204,7 @@ def _play_episode(
 
 
 def _by_way(values: Sequence[Sequence[Any]]) -> FloatArray:
-    """(moments, ways, ...) to (ways, moments, ...)."""
+    """(moments, variants, ...) to (variants, moments, ...)."""
     return np.swapaxes(np.array(values, np.float32), 0, 1)
 
 
@@ -221,36 +221,36 @@ def summarise(parts: Sequence[Played], names: Sequence[str], spec: PolicySpec) -
 
     Args:
         parts: Its episodes.
-        names: Of the ways, in the order of the parts' first dimension.
+        names: Of the variants, in the order of the parts' first dimension.
         spec: The policy's.
 
     Returns:
-        For each way under "ways": `error`, the mean distance of the executed actions from those demonstrated, in
-        deviations of the demonstrated actions; `per_dimension`, in the world's units; `horizon`, by the action's place
-        in the chunk; layers, latencies and, but for the first, `difference`, paired by frame with the first, and
+        For each variant under "variants": `error`, the mean distance of the executed actions from those demonstrated,
+        in deviations of the demonstrated actions; `per_dimension`, in the world's units; `horizon`, by the action's
+        place in the chunk; layers, latencies and, but for the first, `difference`, paired by frame with the first, and
         `distance`, of the executed actions from the first's. `repeating` is the error of repeating the last
         demonstrated action, which is what a policy must do better than.
     """
     std = np.array(spec.action_normalisation.std, np.float32)
     steps = spec.execute_steps
     distances = [np.abs(_compared(part, spec.chunk_length)) for part in parts]
-    executed = [np.nanmean(one[:, :, :steps] / std, axis=(2, 3)) for one in distances]  # (ways, moments)
+    executed = [np.nanmean(one[:, :, :steps] / std, axis=(2, 3)) for one in distances]  # (variants, moments)
     blocks, moments = _blocks(executed, max(1, round(BLOCK_S * spec.rate_hz / steps)))
-    ways = {}
-    for way, name in enumerate(names):
-        units = np.concatenate([one[way, :, :steps].reshape(-1, len(std)) for one in distances])
-        ways[name] = {
-            "error": _interval(blocks[:, way], moments),
+    variants = {}
+    for variant, name in enumerate(names):
+        units = np.concatenate([one[variant, :, :steps].reshape(-1, len(std)) for one in distances])
+        variants[name] = {
+            "error": _interval(blocks[:, variant], moments),
             "per_dimension": dict(zip(spec.action_names, np.nanmean(units, axis=0).tolist(), strict=True)),
-            "horizon": np.nanmean(np.concatenate([one[way] for one in distances]) / std, axis=(0, 2)).tolist(),
-            "layers": _mean([part.layers[way] for part in parts]),
-            "verified": _mean([part.verified[way] for part in parts]),
-            **{key: _quantiles([getattr(part, key)[way] for part in parts]) for key in ("llm_ms", "total_ms")},
+            "horizon": np.nanmean(np.concatenate([one[variant] for one in distances]) / std, axis=(0, 2)).tolist(),
+            "layers": _mean([part.layers[variant] for part in parts]),
+            "verified": _mean([part.verified[variant] for part in parts]),
+            **{key: _quantiles([getattr(part, key)[variant] for part in parts]) for key in ("llm_ms", "total_ms")},
         }
-        if way:
-            apart = [np.abs(part.predicted[way] - part.predicted[0])[:, :steps] / std for part in parts]
-            ways[name]["difference"] = _interval(blocks[:, way] - blocks[:, 0], moments)
-            ways[name]["distance"] = _mean([one.mean(axis=(1, 2)) for one in apart])
+        if variant:
+            apart = [np.abs(part.predicted[variant] - part.predicted[0])[:, :steps] / std for part in parts]
+            variants[name]["difference"] = _interval(blocks[:, variant] - blocks[:, 0], moments)
+            variants[name]["distance"] = _mean([one.mean(axis=(1, 2)) for one in apart])
     repeated = [_compared(_repeating(part, spec.chunk_length), steps)[0] for part in parts]
     return {
         "moments": sum(len(part.frames) for part in parts),
@@ -258,12 +258,12 @@ def summarise(parts: Sequence[Played], names: Sequence[str], spec: PolicySpec) -
         "rate_hz": spec.rate_hz,
         "action_std": dict(zip(spec.action_names, std.tolist(), strict=True)),
         "repeating": _mean([np.nanmean(np.abs(one) / std, axis=(1, 2)) for one in repeated]),
-        "ways": ways,
+        "variants": variants,
     }
 
 
 def _compared(part: Played, steps: int) -> FloatArray:
-    """Predicted minus demonstrated, (ways, moments, steps, action); NaN behind the episode's end."""
+    """Predicted minus demonstrated, (variants, moments, steps, action); NaN behind the episode's end."""
     places = part.frames[:, None] + np.arange(steps)
     exists = places < len(part.demonstrated)
     wanted = np.where(exists[..., None], part.demonstrated[np.minimum(places, len(part.demonstrated) - 1)], np.nan)
@@ -277,7 +277,7 @@ def _repeating(part: Played, chunk: int) -> Played:
 
 
 def _blocks(values: Sequence[FloatArray], moments: int) -> tuple[FloatArray, FloatArray]:
-    """Means over blocks of successive moments, (blocks, ways), and how many moments each has, (blocks,)."""
+    """Means over blocks of successive moments, (blocks, variants), and how many moments each has, (blocks,)."""
     parts = [one[:, start : start + moments] for one in values for start in range(0, one.shape[1], moments)]
     return (
         np.array([part.mean(axis=1) for part in parts], np.float32),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import replacing
+from dysl_vla.files import atomic_write
 from dysl_vla.types import PolicySpec
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ COLUMNS = 3
 
 def render_offline(result: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
-    ways: Mapping[str, Any] = result["ways"]
-    first = next(iter(ways))
+    variants: Mapping[str, Any] = result["variants"]
+    first = next(iter(variants))
     lines = [
         f"{len(result['episodes'])} held-out episodes of {result['data']}, {result['moments']} inferences, each "
         f"executing {result['execute_steps']} actions. Errors are mean distances of executed actions from those "
@@ -29,36 +29,40 @@ def render_offline(result: Mapping[str, Any]) -> str:
         f"{result['repeating']:.3f} off. Intervals are over seconds of these episodes. What is skipped was chosen on "
         "held-out episodes (dysl calibrate, distill, tune), which these may be among.",
         "",
-        "| | " + " | ".join(ways) + " |",
-        "|---|" + "---:|" * len(ways),
-        _row("action error (95 %)", [_with_interval(way["error"], "{:.3f}") for way in ways.values()]),
+        "| | " + " | ".join(variants) + " |",
+        "|---|" + "---:|" * len(variants),
+        _row("action error (95 %)", [_with_interval(variant["error"], "{:.3f}") for variant in variants.values()]),
     ]
-    if len(ways) > 1:
-        differences = [_with_interval(w["difference"], "{:+.3f}") if "difference" in w else "" for w in ways.values()]
+    if len(variants) > 1:
+        differences = [
+            _with_interval(w["difference"], "{:+.3f}") if "difference" in w else "" for w in variants.values()
+        ]
         lines.append(_row(f"minus {first}'s, paired by frame", differences))
-        apart = [f"{way['distance']:.3f}" if "distance" in way else "" for way in ways.values()]
+        apart = [f"{variant['distance']:.3f}" if "distance" in variant else "" for variant in variants.values()]
         lines.append(_row(f"distance from {first}'s actions", apart))
-    lines.append(_row("layers", ["all" if w["layers"] is None else f"{w['layers']:.2f}" for w in ways.values()]))
-    lines.append(_row("predicted again", [f"{100 * way['verified']:.1f} %" for way in ways.values()]))
+    lines.append(_row("layers", ["all" if w["layers"] is None else f"{w['layers']:.2f}" for w in variants.values()]))
+    lines.append(_row("predicted again", [f"{100 * variant['verified']:.1f} %" for variant in variants.values()]))
     for key, name in (("llm_ms", "LLM ms: mean, p50, p99"), ("total_ms", "policy ms: mean, p50, p99")):
-        numbers = [", ".join(f"{way[key][part]:.2f}" for part in ("mean", "p50", "p99")) for way in ways.values()]
+        numbers = [
+            ", ".join(f"{variant[key][part]:.2f}" for part in ("mean", "p50", "p99")) for variant in variants.values()
+        ]
         lines.append(_row(name, numbers))
-    heads = " | ".join(f"{name}: error" for name in ways)
+    heads = " | ".join(f"{name}: error" for name in variants)
     lines += ["", f"| dimension | deviation of the demonstrated | {heads} |"]
-    lines.append("|---|---:|" + "---:|" * len(ways))
+    lines.append("|---|---:|" + "---:|" * len(variants))
     for name, std in result["action_std"].items():
-        errors = [f"{way['per_dimension'][name]:.4g}" for way in ways.values()]
+        errors = [f"{variant['per_dimension'][name]:.4g}" for variant in variants.values()]
         lines.append(_row(f"{name} | {std:.4g}", errors))
     lines += ["", f"| action of the chunk | {heads} |"]
-    lines.append("|---|" + "---:|" * len(ways))
-    for place in range(1, 1 + len(ways[first]["horizon"])):
+    lines.append("|---|" + "---:|" * len(variants))
+    for place in range(1, 1 + len(variants[first]["horizon"])):
         mark = " (executed)" if place <= result["execute_steps"] else ""
-        lines.append(_row(f"{place}{mark}", [f"{way['horizon'][place - 1]:.3f}" for way in ways.values()]))
+        lines.append(_row(f"{place}{mark}", [f"{variant['horizon'][place - 1]:.3f}" for variant in variants.values()]))
     return "\n".join(lines)
 
 
 def draw_actions(part: Played, names: Sequence[str], spec: PolicySpec, path: Path) -> None:
-    """One episode: in each dimension what was demonstrated, and what each way would have executed."""
+    """One episode: in each dimension what was demonstrated, and what each variant would have executed."""
     with needs_extra("train"):
         from matplotlib.figure import Figure
     rows = -(-len(spec.action_names) // COLUMNS)
@@ -69,15 +73,15 @@ def draw_actions(part: Played, names: Sequence[str], spec: PolicySpec, path: Pat
     inside = places < len(part.demonstrated)
     for dimension, (axes, name) in enumerate(zip(panels, spec.action_names, strict=False)):
         axes.plot(seconds, part.demonstrated[:, dimension], color="black", linewidth=2, label="demonstrated")
-        for way, label in enumerate(names):
-            values = part.predicted[way, :, : spec.execute_steps, dimension].ravel()
+        for variant, label in enumerate(names):
+            values = part.predicted[variant, :, : spec.execute_steps, dimension].ravel()
             axes.plot(places[inside] / spec.rate_hz, values[inside], linewidth=1, label=label)
         axes.set_title(name, fontsize=9)
     for axes in panels[len(spec.action_names) :]:
         axes.set_visible(False)
     panels[0].legend(fontsize=8)
     figure.supxlabel("seconds")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
@@ -87,12 +91,12 @@ def draw_horizon(result: Mapping[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    for name, way in result["ways"].items():
-        axes.plot(np.arange(1, len(way["horizon"]) + 1), way["horizon"], marker=".", label=name)
+    for name, variant in result["variants"].items():
+        axes.plot(np.arange(1, len(variant["horizon"]) + 1), variant["horizon"], marker=".", label=name)
     axes.axvspan(0.5, result["execute_steps"] + 0.5, alpha=0.15, color="tab:gray", label="executed")
     axes.set(xlabel="action of the chunk", ylabel="error, deviations", ylim=(0, None))
     axes.legend(fontsize=8)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.records import RESULT, STEPS, read_result
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import replacing
+from dysl_vla.files import atomic_write
 
 with needs_extra("train"):
     import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ def plot(folder: Path) -> list[Path]:
     """Draw what a folder of `dysl eval` holds, into it.
 
     Args:
-        folder: One run, or the several of `--skip-config`.
+        folder: One run, or the several of `--variants`.
 
     Returns:
         The pictures.
@@ -67,7 +67,7 @@ def _draw_layers(runs: Sequence[tuple[Path, dict[str, Any]]], path: Path) -> Non
             axes.plot((np.arange(BINS) + 0.5) / BINS * 100, means, label=task, linewidth=1.2)
         axes.set(title=run.name, xlabel="progress of the episode (%)", ylabel="layers an inference", ylim=(0, None))
         axes.legend(fontsize=6, ncols=2)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
@@ -82,5 +82,5 @@ def _draw_speed(runs: Sequence[Path], results: Sequence[dict[str, Any]], path: P
     axes.set(xlabel="LLM, mean ms an inference", ylabel="success (%)", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

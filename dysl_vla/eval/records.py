@@ -6,8 +6,8 @@ parts/            one Parquet file an episode, written before its line; merged w
 steps.parquet     one row a step
 result.json       the figures
 report.md         the figures for people
-videos/           films of episodes, if asked for
-films.png         frames of the first film of each task
+videos/           videos of episodes, if asked for
+contact_sheet.png         frames of the first video of each task
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.eval.film import write_contact_sheet
+from dysl_vla.eval.contact_sheet import write_contact_sheet
 from dysl_vla.eval.rollout import EpisodeKey
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
     append_line,
+    atomic_write,
     check_same_run,
-    claimed,
     is_unused,
+    locked_dir,
     read_json,
     read_lines,
-    replacing,
     write_json,
     write_text,
 )
@@ -39,7 +39,7 @@ with needs_extra("train"):
     import pyarrow.parquet as pq
 
 RUN, EPISODES, PARTS, STEPS = "run.json", "episodes.jsonl", "parts", "steps.parquet"
-RESULT, REPORT, VIDEOS, FILMS = "result.json", "report.md", "videos", "films.png"
+RESULT, REPORT, VIDEOS, CONTACT_SHEET = "result.json", "report.md", "videos", "contact_sheet.png"
 
 TIMES = ("physics_ms", "render_ms", "encode_ms", "llm_ms", "decode_ms", "guidance_ms", "total_ms")
 SKIP_TIMES = ("controllers_ms", "adapters_ms", "verify_ms")
@@ -87,13 +87,13 @@ class RunFolder:
             raise ConfigError(f"out: {root} is not empty and holds no run; give a new folder.")
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def locked_dir(self) -> Iterator[None]:
         """Own the folder while the run goes on.
 
         Raises:
             ConfigError: Another process has it.
         """
-        with claimed(self.root):
+        with locked_dir(self.root):
             write_json(self.root / RUN, self._identity)
             yield
 
@@ -107,7 +107,7 @@ class RunFolder:
 
     def write_part(self, key: EpisodeKey, steps: list[dict[str, Any]]) -> None:
         """Write an episode's steps; called in the process that ran it."""
-        with replacing(self._part(key.task, key.index)) as temporary:
+        with atomic_write(self._part(key.task, key.index)) as temporary:
             pq.write_table(pa.Table.from_pylist(steps, STEP_SCHEMA), temporary)
 
     def append(self, record: dict[str, Any]) -> None:
@@ -120,17 +120,17 @@ class RunFolder:
 
     def finish(self, steps: pa.Table, result: Mapping[str, Any], report: str) -> None:
         """Write everything that summarises the run."""
-        with replacing(self.root / STEPS) as temporary:
+        with atomic_write(self.root / STEPS) as temporary:
             pq.write_table(steps, temporary, compression="zstd")
-        films = sorted((self.root / VIDEOS).glob("*-000-*.mp4"))
-        if films:
-            write_contact_sheet(films, self.root / FILMS)
+        videos = sorted((self.root / VIDEOS).glob("*-000-*.mp4"))
+        if videos:
+            write_contact_sheet(videos, self.root / CONTACT_SHEET)
         write_text(self.root / REPORT, report)
         write_json(self.root / RESULT, result)
         shutil.rmtree(self.root / PARTS, ignore_errors=True)
 
     def video(self, key: EpisodeKey, success: bool) -> Path:
-        """Where an episode's film belongs."""
+        """Where an episode's video belongs."""
         return self.root / VIDEOS / f"{key.task}-{key.index:03d}-{'success' if success else 'failure'}.mp4"
 
     def _part(self, task: str, index: int) -> Path:
@@ -146,8 +146,10 @@ def read_result(root: Path) -> dict[str, Any]:
     if not (root / RESULT).is_file():
         if not root.is_dir():
             raise ConfigError(f"{root}: does not exist.")
-        ways = sorted(path.parent.name for path in root.glob(f"*/{RESULT}"))
-        if ways:
-            raise ConfigError(f"{root}: holds several runs; name one: {', '.join(str(root / way) for way in ways)}.")
+        variants = sorted(path.parent.name for path in root.glob(f"*/{RESULT}"))
+        if variants:
+            raise ConfigError(
+                f"{root}: holds several runs; name one: {', '.join(str(root / variant) for variant in variants)}."
+            )
         raise ConfigError(f"{root}: holds no finished evaluation; if it is one, the same `dysl eval` finishes it.")
     return read_json(root / RESULT)

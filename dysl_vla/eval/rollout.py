@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dysl_vla.envs import ManipulationEnv
-from dysl_vla.eval.film import draw_skipping
+from dysl_vla.eval.contact_sheet import draw_skipping
 from dysl_vla.policies import Policy
 from dysl_vla.types import ImageArray, SkipTrace, check_actions
 
@@ -37,14 +37,14 @@ class Rollout:
         steps: One row a step, for `steps.parquet`. Times are in milliseconds; those of the policy are None at steps
             that executed a chunk predicted before. What was skipped is None likewise, and for
             policies that skip nothing.
-        film: Frames for people, uint8 (256, 256, 3), higher with a strip of what was skipped; empty unless asked for.
-        film_fps: Their rate in real time.
+        video: Frames for people, uint8 (256, 256, 3), higher with a strip of what was skipped; empty unless asked for.
+        video_fps: Their rate in real time.
     """
 
     success: bool = False
     steps: list[dict[str, Any]] = field(default_factory=list)
-    film: list[ImageArray] = field(default_factory=list)
-    film_fps: float = FILM_FPS
+    video: list[ImageArray] = field(default_factory=list)
+    video_fps: float = FILM_FPS
 
 
 def warm_up(policy: Policy, env: ManipulationEnv) -> None:
@@ -54,14 +54,14 @@ def warm_up(policy: Policy, env: ManipulationEnv) -> None:
         policy.infer([observation], [policy.reset()])
 
 
-def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: bool = False) -> Rollout:
+def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, video: bool = False) -> Rollout:
     """Run one episode to its first success or to the horizon.
 
     Args:
         env: Of the key's task.
         policy: Checked against the environment before.
         key: The episode.
-        film: Also render frames for people.
+        video: Also render frames for people.
 
     Returns:
         Its records.
@@ -70,25 +70,25 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
         ActionError: The policy's action has NaN or infinity.
     """
     clock = time.perf_counter
-    every = max(1, round(env.world_spec.rate_hz / FILM_FPS))
-    rollout = Rollout(film_fps=env.world_spec.rate_hz / every)
+    every = max(1, round(env.embodiment.rate_hz / FILM_FPS))
+    rollout = Rollout(video_fps=env.embodiment.rate_hz / every)
     started = clock()
     observation, _ = env.reset(seed=key.seed, options={"episode_index": key.index})
     render_s = clock() - started
     state = policy.reset()
     continuities: list[float | None] = []
-    busiest: SkipTrace | None = None  # since the last frame: a film shows one inference in several
+    busiest: SkipTrace | None = None  # since the last frame: a video shows one inference in several
     while True:
         [chunk] = policy.infer([observation], [state])
         timing = chunk.timing
         if chunk.skips is not None:
             continuities.append(chunk.skips.continuity)
             busiest = chunk.skips if busiest is None or chunk.skips.layers >= busiest.layers else busiest
-        check_actions(chunk.actions, len(env.world_spec.action_names))
-        executed = env.world_spec.clip(chunk.actions[: policy.spec.execute_steps])
+        check_actions(chunk.actions, len(env.embodiment.action_names))
+        executed = env.embodiment.clip(chunk.actions[: policy.spec.execute_steps])
         for offset, action in enumerate(executed):
-            if film and len(rollout.steps) % every == 0:
-                rollout.film.append(_frame(env, busiest or chunk.skips, continuities))
+            if video and len(rollout.steps) % every == 0:
+                rollout.video.append(_frame(env, busiest or chunk.skips, continuities))
                 busiest = None
             started = clock()
             reward, truncated, info = env.advance(action)
@@ -115,8 +115,8 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, film: 
             )
             if info["success"] or truncated:
                 rollout.success = info["success"]
-                if film:
-                    rollout.film.append(_frame(env, busiest or chunk.skips, continuities))
+                if video:
+                    rollout.video.append(_frame(env, busiest or chunk.skips, continuities))
                 return rollout
         started = clock()
         observation = env.observe()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dysl_vla import provenance
 from dysl_vla.envs import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite, with_robot
 from dysl_vla.errors import ConfigError
-from dysl_vla.eval.config import EvalConfig, Way, ways_of
+from dysl_vla.eval.config import EvalConfig, Variant, variants_of
 from dysl_vla.eval.offline import evaluate_offline
 from dysl_vla.eval.records import RUN, RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
@@ -25,14 +25,15 @@ from dysl_vla.types import check_actions
 from dysl_vla.video import write_video
 from dysl_vla.workers import use_one_inference_thread, worker_pool
 
-FILM_CRF = 18
+VIDEO_CRF = 18
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run what is missing of an evaluation, and write its figures.
 
     Returns:
-        `result.json`; with `skip_config`, {"ways": name to `result.json`}. With `data`, see `offline.evaluate_offline`.
+        `result.json`; with `variants`, {"variants": name to `result.json`}. With `data`, see
+        `offline.evaluate_offline`.
 
     Raises:
         ConfigError: A value cannot work, the policy does not fit the suite, or `out` holds another run. Nothing was
@@ -40,42 +41,46 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     if config.data is not None:
         return evaluate_offline(config)
-    ways = ways_of(config)
-    if config.skip_config and (config.out / RUN).exists():
+    variants = variants_of(config)
+    if config.variants and (config.out / RUN).exists():
         raise ConfigError(f"out: {config.out} holds another run; give a new folder.")
     if config.suite:  # loading takes longer than finding that there is none such
-        playground(config, None)
-    policies = [way.load(config.policy) for way in ways]
-    suite, tasks = playground(config, max((policy.provenance for policy in policies), key=len))  # one says of its heads
+        resolve_tasks(config, None)
+    policies = [variant.load(config.policy) for variant in variants]
+    suite, tasks = resolve_tasks(
+        config, max((policy.provenance for policy in policies), key=len)
+    )  # one says of its heads
     config = replace(config, suite=suite.name, robot="", tasks=",".join(tasks))
     for policy in policies:
         check_seed(config.seed, policy)
     with closing(suite.make(tasks[0], policies[0].spec.cameras)) as env:
-        policies[0].spec.check_world(env.world_spec)
+        policies[0].spec.check_embodiment(env.embodiment)
         if env.horizon != suite.horizon:
             raise ConfigError(f"horizon: suite {suite.name} says {suite.horizon}, its environment {env.horizon}.")
         # A machine that cannot render, or a policy that answers NaN, is found out before anything is written.
         observation, _ = env.reset(seed=0)
         for policy in policies:
             [chunk] = policy.infer([observation], [policy.reset()])
-            check_actions(chunk.actions, len(env.world_spec.action_names))
-    entrants = [
-        _Entrant(way, policy, RunFolder(way.folder(config.out), _identity(config, way, suite, tasks, policy)))
-        for way, policy in zip(ways, policies, strict=True)
+            check_actions(chunk.actions, len(env.embodiment.action_names))
+    runs = [
+        VariantRun(
+            variant, policy, RunFolder(variant.folder(config.out), _identity(config, variant, suite, tasks, policy))
+        )
+        for variant, policy in zip(variants, policies, strict=True)
     ]
-    if not all(entrant.folder.is_finished() for entrant in entrants):
+    if not all(run.folder.is_finished() for run in runs):
         keys = [EpisodeKey(task, config.seed, index) for task in tasks for index in range(config.episodes)]
         with ExitStack() as claims:
-            for entrant in entrants:
-                claims.enter_context(entrant.folder.claimed())
-            _run(config, entrants, keys)
-            for entrant in entrants:
-                _finish(config, entrant, suite, tasks, keys)
-    results = {entrant.way.name: read_result(entrant.folder.root) for entrant in entrants}
-    return {"ways": results} if config.skip_config else results[""]
+            for run in runs:
+                claims.enter_context(run.folder.locked_dir())
+            _run(config, runs, keys)
+            for run in runs:
+                _finish(config, run, suite, tasks, keys)
+    results = {run.variant.name: read_result(run.folder.root) for run in runs}
+    return {"variants": results} if config.variants else results[""]
 
 
-def playground(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ...]]:
+def resolve_tasks(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ...]]:
     """Suite and tasks that an evaluation is of.
 
     Args:
@@ -85,31 +90,33 @@ def playground(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ...]]
     Raises:
         ConfigError: They, the robot or the numbers of episodes or workers cannot be.
     """
-    home, tasks = provenance.home(record, config.suite, config.tasks)
-    suite = get_suite(with_robot(home, config.robot))
+    suite_name, tasks = provenance.training_suite(record, config.suite, config.tasks)
+    suite = get_suite(with_robot(suite_name, config.robot))
     return suite, suite.choose(tasks)
 
 
 @dataclass(frozen=True)
-class _Entrant:
-    way: Way
+class VariantRun:
+    """A variant of the policy that takes part in an evaluation, and the folder of its records."""
+
+    variant: Variant
     policy: Policy
     folder: RunFolder
 
 
 def _finish(
-    config: EvalConfig, entrant: _Entrant, suite: Suite, tasks: tuple[str, ...], keys: Sequence[EpisodeKey]
+    config: EvalConfig, run: VariantRun, suite: Suite, tasks: tuple[str, ...], keys: Sequence[EpisodeKey]
 ) -> None:
-    folder = entrant.folder
+    folder = run.folder
     if folder.is_finished():
         return
     order = {(key.task, key.index): position for position, key in enumerate(keys)}
     episodes = sorted(folder.episodes(), key=lambda e: order[e["task"], e["episode_index"]])
     steps = folder.steps(episodes)
-    spec = entrant.policy.spec
+    spec = run.policy.spec
     result = {
         "policy": config.policy,
-        "way": entrant.way.name or None,
+        "variant": run.variant.name or None,
         "suite": config.suite,
         "seed": config.seed,
         **summarise(episodes, steps, tasks, spec),
@@ -140,12 +147,14 @@ def check_seed(seed: int, policy: Policy) -> None:
         raise ConfigError(f"seed: how much the policy skips was chosen on seed {seed}; take another.")
 
 
-def _identity(config: EvalConfig, way: Way, suite: Suite, tasks: tuple[str, ...], policy: Policy) -> dict[str, Any]:
+def _identity(
+    config: EvalConfig, variant: Variant, suite: Suite, tasks: tuple[str, ...], policy: Policy
+) -> dict[str, Any]:
     return {
         "policy": config.policy,
         "weights": policy.fingerprint,
-        "skip_config": config.skip_config,
-        "way": way.name,
+        "variants": config.variants,
+        "variant": variant.name,
         "suite": config.suite,
         "tasks": list(tasks),
         "episodes": config.episodes,
@@ -158,16 +167,16 @@ def _identity(config: EvalConfig, way: Way, suite: Suite, tasks: tuple[str, ...]
     }
 
 
-def _run(config: EvalConfig, entrants: Sequence[_Entrant], keys: Sequence[EpisodeKey]) -> None:
-    """Run the episodes that have not ended; every entrant runs one before any runs the next."""
-    records = {entrant.way.name: entrant.folder.episodes() for entrant in entrants}
+def _run(config: EvalConfig, runs: Sequence[VariantRun], keys: Sequence[EpisodeKey]) -> None:
+    """Run the episodes that have not ended; every variant runs one before any runs the next."""
+    records = {run.variant.name: run.folder.episodes() for run in runs}
     ended = {(name, e["task"], e["episode_index"]) for name, ends in records.items() for e in ends}
-    todo = [(e, key) for key in keys for e in entrants if (e.way.name, key.task, key.index) not in ended]
-    total = len(keys) * len(entrants)
+    todo = [(e, key) for key in keys for e in runs if (e.variant.name, key.task, key.index) not in ended]
+    total = len(keys) * len(runs)
     with tqdm(total=total, initial=total - len(todo), desc="evaluating", unit="episode") as progress:
-        for entrant, record in _episodes(config, todo):
-            entrant.folder.append(record)
-            ends = records[entrant.way.name]
+        for run, record in _episodes(config, todo):
+            run.folder.append(record)
+            ends = records[run.variant.name]
             ends.append(record)
             progress.update()
             rates = {
@@ -177,22 +186,20 @@ def _run(config: EvalConfig, entrants: Sequence[_Entrant], keys: Sequence[Episod
 
 
 def _episodes(
-    config: EvalConfig, todo: Sequence[tuple[_Entrant, EpisodeKey]]
-) -> Iterator[tuple[_Entrant, dict[str, Any]]]:
+    config: EvalConfig, todo: Sequence[tuple[VariantRun, EpisodeKey]]
+) -> Iterator[tuple[VariantRun, dict[str, Any]]]:
     """Records of episodes, in the order in which they end."""
     if config.workers == 1:
         use_one_inference_thread()
         with closing(_Bench(get_suite(config.suite))) as bench:
-            for entrant, key in todo:
-                yield entrant, bench.run(entrant.policy, entrant.folder, key, film=key.index < config.video)
+            for run, key in todo:
+                yield run, bench.run(run.policy, run.folder, key, video=key.index < config.video)
         return
-    fingerprints = {entrant.way.name: entrant.policy.fingerprint for entrant, _ in todo}  # hashes all weights: once
+    fingerprints = {run.variant.name: run.policy.fingerprint for run, _ in todo}  # hashes all weights: once
     with worker_pool(config.workers) as pool:
         futures = {
-            pool.submit(
-                _run_in_worker, config, entrant.way, fingerprints[entrant.way.name], entrant.folder, key
-            ): entrant
-            for entrant, key in todo
+            pool.submit(_run_in_worker, config, run.variant, fingerprints[run.variant.name], run.folder, key): run
+            for run, key in todo
         }
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -206,18 +213,18 @@ class _Bench:
         self._envs: TaskEnvs | None = None
         self._warm: list[Policy] = []
 
-    def run(self, policy: Policy, folder: RunFolder, key: EpisodeKey, *, film: bool) -> dict[str, Any]:
-        """Run one episode and write its steps and film; the caller counts it as ended."""
+    def run(self, policy: Policy, folder: RunFolder, key: EpisodeKey, *, video: bool) -> dict[str, Any]:
+        """Run one episode and write its steps and video; the caller counts it as ended."""
         if self._envs is None:
             self._envs = TaskEnvs(self._suite, policy.spec.cameras)
         env = self._envs.env(key.task)
         if policy not in self._warm:
             warm_up(policy, env)
             self._warm.append(policy)
-        rollout = run_episode(env, policy, key, film=film)
+        rollout = run_episode(env, policy, key, video=video)
         folder.write_part(key, rollout.steps)
-        if film:
-            write_video(folder.video(key, rollout.success), rollout.film, rollout.film_fps, crf=FILM_CRF)
+        if video:
+            write_video(folder.video(key, rollout.success), rollout.video, rollout.video_fps, crf=VIDEO_CRF)
         return {
             "task": key.task,
             "seed": key.seed,
@@ -240,15 +247,15 @@ def _worker_bench(suite: str) -> _Bench:
 
 
 @lru_cache(maxsize=16)
-def _worker_policy(name: str, way: Way, fingerprint: str) -> Policy:
-    policy = way.load(name)
+def _worker_policy(name: str, variant: Variant, fingerprint: str) -> Policy:
+    policy = variant.load(name)
     check_fingerprint(policy, name, fingerprint)
     use_one_inference_thread()
     return policy
 
 
 def _run_in_worker(
-    config: EvalConfig, way: Way, fingerprint: str, folder: RunFolder, key: EpisodeKey
+    config: EvalConfig, variant: Variant, fingerprint: str, folder: RunFolder, key: EpisodeKey
 ) -> dict[str, Any]:
-    policy = _worker_policy(config.policy, way, fingerprint)
-    return _worker_bench(config.suite).run(policy, folder, key, film=key.index < config.video)
+    policy = _worker_policy(config.policy, variant, fingerprint)
+    return _worker_bench(config.suite).run(policy, folder, key, video=key.index < config.video)

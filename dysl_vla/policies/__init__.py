@@ -11,27 +11,28 @@ from typing import cast
 from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_policy_type
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.policies.base import BackbonePolicy, ExportablePolicy, Policy, check_fingerprint, policies
-from dysl_vla.skip_controller.operating import Switches
+from dysl_vla.policies.base import BackbonePolicy, ExportablePolicy, Policy, check_fingerprint, is_known_as, policies
+from dysl_vla.skip_controller.operating import Ablation
 
 __all__ = [
     "BackbonePolicy",
     "ExportablePolicy",
     "Policy",
     "check_fingerprint",
+    "is_known_as",
     "load_backbone_policy",
     "load_policy",
     "policies",
 ]
 
 
-def load_policy(name: str, *, skip: float | None = None, switches: Switches | None = None) -> Policy:
+def load_policy(name: str, *, skip: float | None = None, ablation: Ablation | None = None) -> Policy:
     """Load a policy, ready to infer. One whose checkpoint has adapters and controllers skips layers.
 
     Args:
         name: A shipped name ("metaworld-mini"), a checkpoint's folder, a Hugging Face hub id, or "mock".
         skip: How much to skip, from 0, the full model, exactly, to 1; None: the checkpoint's operating point.
-        switches: Parts of the method to leave out.
+        ablation: Parts of the method to leave out.
 
     Raises:
         ConfigError: There is none of that name, or it cannot skip.
@@ -41,11 +42,11 @@ def load_policy(name: str, *, skip: float | None = None, switches: Switches | No
     if name == "mock":
         from dysl_vla.policies.mock import MockPolicy
 
-        _check_full(name, skip, switches)
+        _check_full(name, skip, ablation)
         return MockPolicy()
     policy, folder = _load(name)
     if hasattr(policy, "set_skip"):  # a bundle, which skips by itself
-        if switches not in (None, Switches()):
+        if ablation not in (None, Ablation()):
             raise ConfigError(f"skip: no part of {name!r} can be left out; take the checkpoint that it was made from.")
         if skip is not None:
             policy.set_skip(skip)
@@ -55,9 +56,9 @@ def load_policy(name: str, *, skip: float | None = None, switches: Switches | No
     from dysl_vla.policies.dysl import has_skips, load_dysl
 
     if not has_skips(folder):
-        _check_full(name, skip, switches)
+        _check_full(name, skip, ablation)
         return policy
-    return load_dysl(_with_backbone(name, policy), folder, skip, switches)
+    return load_dysl(_with_backbone(name, policy), folder, skip, ablation)
 
 
 def load_backbone_policy(name: str) -> BackbonePolicy:
@@ -70,8 +71,8 @@ def load_backbone_policy(name: str) -> BackbonePolicy:
     return _with_backbone(name, load_policy(name, skip=0))
 
 
-def _check_full(name: str, skip: float | None, switches: Switches | None) -> None:
-    if skip or switches is not None:
+def _check_full(name: str, skip: float | None, ablation: Ablation | None) -> None:
+    if skip or ablation is not None:
         raise ConfigError(f"skip: policy {name!r} has no adapters and controllers; train them with dysl distill.")
 
 

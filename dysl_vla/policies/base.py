@@ -111,6 +111,11 @@ class ExportablePolicy(BackbonePolicy, Protocol):
         """An instruction's token ids, `text_tokens` of them."""
 
 
+def is_known_as(policy: Policy, fingerprint: str) -> bool:
+    """Whether a fingerprint is a policy's, as it is made now or as version 0.1 made it."""
+    return fingerprint in (policy.fingerprint, getattr(policy, "former_fingerprint", None))
+
+
 class PolicyClass(Protocol):
     """What a policy offers so that checkpoints of its type can be loaded."""
 

@@ -22,13 +22,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dysl_vla.checkpoint import add_to_manifest, read_document, validated
+from dysl_vla.checkpoint import add_to_manifest, canonical, read_document, validated
 from dysl_vla.errors import CheckpointError, ConfigError
-from dysl_vla.files import replacing, write_json
-from dysl_vla.policies.base import BackbonePolicy
-from dysl_vla.skip_controller.guidance import FORGETS, DyslState, Guide, GuideState, signals
+from dysl_vla.files import atomic_write, write_json
+from dysl_vla.policies.base import BackbonePolicy, is_known_as
+from dysl_vla.skip_controller.guidance import (
+    VERIFY_TIME_DECAY,
+    DyslState,
+    GuidanceState,
+    SkipGuidance,
+    importance_measures,
+)
 from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
-from dysl_vla.skip_controller.operating import RandomExits, SkipStatistics, Switches
+from dysl_vla.skip_controller.operating import Ablation, RandomExits, SkipStatistics, with_present_names
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.skip_controller.skipping import Step, attach
 from dysl_vla.types import (
@@ -43,7 +49,7 @@ from dysl_vla.types import (
 )
 
 SETTINGS, HEADS = "skip.json", "skip.safetensors"
-FORESIGHT = 4
+LOOKAHEAD = 4
 """Planned actions that continuity looks ahead."""
 
 
@@ -57,7 +63,7 @@ class SkipSettings:
         teacher: Fingerprint of the policy that they were trained for.
         action_dim: Dimensions of the actions that guidance was measured on.
         statistics: From which the knob gets its thresholds.
-        foresight: Planned actions that continuity looks ahead.
+        lookahead: Planned actions that continuity looks ahead.
         signal: Name of the importance signal.
         skip: The operating point.
         mean_layers: Layers run an inference at the operating point, on held-out demonstrations.
@@ -70,15 +76,15 @@ class SkipSettings:
     teacher: str
     action_dim: int
     statistics: SkipStatistics
-    foresight: int = FORESIGHT
-    signal: str = "continuity"
+    lookahead: int = LOOKAHEAD
+    importance: str = "continuity"
     skip: float = 0.997
     mean_layers: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.skip <= 1:
             raise ConfigError(f"skip: {self.skip} must be above 0 and at most 1.")
-        signals.get(self.signal)
+        importance_measures.get(self.importance)
 
 
 class DyslPolicy:
@@ -89,7 +95,7 @@ class DyslPolicy:
         heads: Adapters and controllers.
         settings: The checkpoint's.
         skip: The knob, above 0 to 1; None: the checkpoint's operating point.
-        switches: Parts to leave out.
+        ablation: Parts to leave out.
         provenance: How the heads were made.
 
     Raises:
@@ -104,10 +110,10 @@ class DyslPolicy:
         settings: SkipSettings,
         *,
         skip: float | None = None,
-        switches: Switches | None = None,
+        ablation: Ablation | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        if settings.teacher != policy.fingerprint:
+        if not is_known_as(policy, settings.teacher):
             raise CheckpointError(
                 f"teacher: the heads were trained for a policy of fingerprint {settings.teacher[:12]}, this one's is "
                 f"{policy.fingerprint[:12]}; distill it again."
@@ -121,11 +127,11 @@ class DyslPolicy:
         self._policy = policy
         self._provenance = dict(provenance or {})
         self._settings = settings
-        self._switches = switches or Switches()
+        self._ablation = ablation or Ablation()
         self._verify_s = 0.0  # what verification took, at most lately
         self._lengths = np.array([block.length for block in settings.plan.blocks], np.int64)
         self.set_skip(settings.skip if skip is None else skip)
-        if self._switches.random:
+        if self._ablation.random:
             if settings.mean_layers is None:
                 raise ConfigError("random: the checkpoint does not say how many layers to run; tune it first.")
             self._random = RandomExits(settings.plan, settings.mean_layers)
@@ -154,8 +160,10 @@ class DyslPolicy:
 
     @property
     def fingerprint(self) -> str:
-        """Of weights, settings and switches."""
-        digest = hashlib.sha256(f"{self._settings}{self.skip}{self._switches}".encode())  # holds the teacher's
+        """Of weights, settings and ablation."""
+        digest = hashlib.sha256()
+        for part in (replace(self._settings, skip=self.skip), self._ablation):  # the settings name the teacher
+            digest.update(canonical(part).encode())
         for name, value in sorted(self.heads.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().numpy().tobytes())
@@ -167,16 +175,16 @@ class DyslPolicy:
         Raises:
             ConfigError: Not above 0, or above 1, or not the stored setting where skips are random.
         """
-        if self._switches.random and skip != self._settings.skip:
+        if self._ablation.random and skip != self._settings.skip:
             raise ConfigError(f"skip: random runs as many layers as the stored setting does, {self._settings.skip}.")
         self._point = self._settings.statistics.point(skip)
         self.skip = skip
-        self._guide = Guide(
+        self._guide = SkipGuidance(
             self._lengths.tolist(),
             self._settings.action_dim,
             self._point.thresholds,
-            foresight=self._settings.foresight,
-            signal=self._settings.signal,
+            lookahead=self._settings.lookahead,
+            importance=self._settings.importance,
             grippers=gripper_columns(self._policy.spec.action_names),
         )
 
@@ -211,28 +219,28 @@ class DyslPolicy:
         started = clock()
         guides = [self._observe(state) for state in states]
         points = np.stack([self._points(guide) for guide in guides])
-        if self._switches.random:
+        if self._ablation.random:
             points = self._random_points(inputs)
         observed = clock()
         with self._skipper.step(
             points,
             threshold=self._point.threshold,
             mask=inputs.get("attention_mask"),
-            is_decreed=self._switches.random,
+            force_skip=self._ablation.random,
         ) as step:
             hidden = self._policy.backbone(**inputs).last_hidden_state
         thought = clock()
         actions: FloatArray = self._policy.decode(hidden).float().cpu().numpy()
         decoded = clock()
         wanted = [
-            self._guide.verify(guide, row, spec.execute_steps)
-            and bool(step.landings[index])
-            and self._switches.verification
+            self._guide.update_and_check(guide, row, spec.execute_steps)
+            and bool(step.targets[index])
+            and self._ablation.verification
             for index, (guide, row) in enumerate(zip(guides, actions, strict=True))
         ]
         verified = [ask and state.has_time(self._verify_s) for ask, state in zip(wanted, states, strict=True)]
         if any(wanted) and not any(verified):
-            self._verify_s *= FORGETS  # one that was slow by chance must not forbid all that follow
+            self._verify_s *= VERIFY_TIME_DECAY  # one that was slow by chance must not forbid all that follow
         judged = clock()
         verify_s = again_s = 0.0
         first_skip = step.first_skip
@@ -240,14 +248,14 @@ class DyslPolicy:
             with self._skipper.verify(step):
                 exact = self._policy.backbone(**inputs).last_hidden_state
             verify_s = clock() - judged
-            self._verify_s = max(verify_s, FORGETS * self._verify_s)
+            self._verify_s = max(verify_s, VERIFY_TIME_DECAY * self._verify_s)
             actions = np.where(
                 np.array(verified)[:, None, None], self._policy.decode(exact).float().cpu().numpy(), actions
             )
             again_s = clock() - judged - verify_s
             for guide, row, is_verified in zip(guides, actions, verified, strict=True):
                 if is_verified:
-                    self._guide.verify(guide, row, spec.execute_steps)
+                    self._guide.update_and_check(guide, row, spec.execute_steps)
         world = spec.action_normalisation.undo(actions)
         ended = clock()
         timing = InferenceTiming(
@@ -272,15 +280,15 @@ class DyslPolicy:
             for row, guide in enumerate(guides)
         ]
 
-    def _observe(self, state: EpisodeState) -> GuideState:
+    def _observe(self, state: EpisodeState) -> GuidanceState:
         guide = getattr(state, "guide", None)
-        if not isinstance(state, DyslState) or not isinstance(guide, GuideState):
+        if not isinstance(state, DyslState) or not isinstance(guide, GuidanceState):
             raise TypeError("states: must be made by this policy's reset().")
         self._guide.observe(guide, state.latest(self._policy.spec.action_normalisation, self._settings.action_dim))
         return guide
 
-    def _points(self, guide: GuideState) -> NDArray[np.int64]:
-        return guide.allow_points if self._switches.guidance else np.zeros_like(self._lengths)
+    def _points(self, guide: GuidanceState) -> NDArray[np.int64]:
+        return guide.allow_points if self._ablation.guidance else np.zeros_like(self._lengths)
 
     def _random_points(self, inputs: Mapping[str, Tensor]) -> NDArray[np.int64]:
         """Drawn by what each row sees, so that they can be repeated, and no episode is another's."""
@@ -289,11 +297,11 @@ class DyslPolicy:
 
 
 def _trace(
-    step: Step, row: int, guide: GuideState, *, resumed_from: int | None, is_late: bool, verify_s: float
+    step: Step, row: int, guide: GuidanceState, *, resumed_from: int | None, is_late: bool, verify_s: float
 ) -> SkipTrace:
     return SkipTrace(
         layers_run=step.layers_run[row],
-        skips=step.landings[row],
+        skips=step.targets[row],
         outputs=step.outputs[row],
         allow_points=tuple(step.allow_points[row].tolist()),
         continuity=guide.continuity,
@@ -315,7 +323,7 @@ def save_skips(folder: Path, heads: SkipHeads, settings: SkipSettings, provenanc
     """Add skipping to the checkpoint of a policy."""
     made_for = {"plan": asdict(settings.plan), "heads": asdict(settings.heads), "teacher": settings.teacher}
     tensors = {name: value.detach().half().contiguous() for name, value in heads.state_dict().items()}
-    with replacing(folder / HEADS) as temporary:
+    with atomic_write(folder / HEADS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "made_for": json.dumps(made_for)})
     write_json(folder / SETTINGS, {**asdict(settings), "provenance": dict(provenance)})
     add_to_manifest(folder, (HEADS,))  # the settings are checked against what stands in there
@@ -345,7 +353,7 @@ def read_skips(folder: Path) -> tuple[SkipSettings, dict[str, Any]]:
     """
     document = read_document(folder / SETTINGS)
     values = {key: value for key, value in document.items() if key != "provenance"}
-    settings = validated(SkipSettings, values, folder / SETTINGS)
+    settings = validated(SkipSettings, with_present_names(values), folder / SETTINGS)
     return settings, document
 
 
@@ -377,7 +385,7 @@ def load_heads(folder: Path) -> tuple[SkipHeads, SkipSettings, dict[str, Any]]:
 
 
 def load_dysl(
-    policy: BackbonePolicy, folder: Path, skip: float | None = None, switches: Switches | None = None
+    policy: BackbonePolicy, folder: Path, skip: float | None = None, ablation: Ablation | None = None
 ) -> DyslPolicy:
     """Give a policy the skipping of its checkpoint.
 
@@ -385,7 +393,7 @@ def load_dysl(
         policy: Loaded from the folder.
         folder: The checkpoint.
         skip: See `DyslPolicy`.
-        switches: See `DyslPolicy`.
+        ablation: See `DyslPolicy`.
 
     Raises:
         CheckpointError: Damaged, edited, or made for another policy.
@@ -394,4 +402,4 @@ def load_dysl(
     heads, settings, provenance = load_heads(folder)
     like = next(policy.backbone.parameters())
     heads.to(like.device, like.dtype)
-    return DyslPolicy(policy, heads.eval(), settings, skip=skip, switches=switches, provenance=provenance)
+    return DyslPolicy(policy, heads.eval(), settings, skip=skip, ablation=ablation, provenance=provenance)

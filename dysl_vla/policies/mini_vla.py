@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from dysl_vla.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from dysl_vla.checkpoint import Checkpoint, canonical, find_checkpoint, load_checkpoint, save_checkpoint
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.images import Place, looked_at
 from dysl_vla.policies.base import policies
@@ -89,7 +89,6 @@ class MiniVLAConfig:
     intermediate_size: int = 256
     keypoints: int = 32
     head_size: int = 256
-    # Not in repr, which fingerprints are made of: policies of before have neither, and keep theirs
     resizes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     state_clip: float | None = field(default=None, repr=False)
 
@@ -318,12 +317,23 @@ class MiniVLA(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the actions: configuration, tokenizer and weights."""
+        return self._digest(canonical(self.config))
+
+    @property
+    def former_fingerprint(self) -> str:
+        """What version 0.1 called the fingerprint, by which its heads know their policy: of the configuration's repr.
+
+        The fields that came last are not part of that repr, and were added where they are used.
+        """
         config = self.config
-        added = f"{dict(config.resizes)}{config.state_clip}" if config.resizes or config.state_clip is not None else ""
+        is_new = config.resizes or config.state_clip is not None
+        return self._digest(f"{config}", f"{dict(config.resizes)}{config.state_clip}" if is_new else "")
+
+    def _digest(self, config: str, added: str = "") -> str:
         digest = hashlib.sha256(f"{config}{self.tokenizer.to_str()}{added}".encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(value.numpy().tobytes())
+            digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def reset(self) -> EpisodeState:

@@ -11,7 +11,7 @@ from typing import Any
 
 _PUBLIC = {
     "Guide": "guidance",
-    "GuideState": "guidance",
+    "GuidanceState": "guidance",
     "HeadsConfig": "heads",
     "SkipHeads": "heads",
     "SkipPlan": "plan",

@@ -47,7 +47,7 @@ class ConditionalDecoder(nn.Module):
         self._block_of = {
             layer: (number, layer - block.first)
             for number, block in enumerate(plan.blocks)
-            for layer in range(block.first, block.landing)
+            for layer in range(block.first, block.target)
         }
         self.exits = [layer for block in plan.blocks for layer in plan.exits_of(block)]
         if not self.exits:

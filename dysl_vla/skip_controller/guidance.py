@@ -1,13 +1,13 @@
 """How important is the coming action? Continuity of the executed trajectory decides how much may be skipped.
 
 NumPy alone: the same code guides training's replay, evaluation and the torch-free robot runtime. Everything that is
-remembered of an episode is one `GuideState`, which the caller owns.
+remembered of an episode is one `GuidanceState`, which the caller owns.
 
 Section 3 of DySL-VLA (arXiv 2602.22896), with three changes. Its release ("one layer back when continuity rises by
 more than eta") leaves a steady trajectory without skipping for ever once continuity has fallen: here every inference at
 which continuity does not fall gives one layer back. Its continuity runs over one action an inference: here over all
 that were executed. And it knows the past alone: here the window may end in the actions that the last chunk plans
-(`Guide.foresight`), so that a grasp is protected before it begins.
+(`SkipGuidance.lookahead`), so that a grasp is protected before it begins.
 
 How smooth a trajectory is, is an interchangeable part: any function of a window of actions can be registered in
 `signals`, and everything below calls its value continuity. `dysl distill` takes the gripper's movement where there is a
@@ -28,16 +28,16 @@ from dysl_vla.errors import ActionError, ConfigError
 from dysl_vla.registry import Registry
 from dysl_vla.types import EpisodeState, FloatArray, Normalisation
 
-Signal = Callable[[NDArray[np.float32] | NDArray[np.float64]], float | None]
+ImportanceMeasure = Callable[[NDArray[np.float32] | NDArray[np.float64]], float | None]
 """Normalised successive actions, (time, action), to a number that falls where they get important; None: too few."""
-signals: Registry[Signal] = Registry("importance signal", "dysl_vla.signals")
+importance_measures: Registry[ImportanceMeasure] = Registry("importance signal", "dysl_vla.importance")
 """Importance signals by name."""
 
 WINDOW = 5
 """Actions that continuity looks back on: k of the paper, which finds 1 and 9 worse."""
 
 
-FORGETS = 0.95
+VERIFY_TIME_DECAY = 0.95
 """Per verification that was asked for: how the largest time that one took is forgotten."""
 
 
@@ -60,7 +60,7 @@ class Thresholds:
 
 
 @dataclass
-class GuideState:
+class GuidanceState:
     """What guidance remembers of one running episode.
 
     Attributes:
@@ -69,8 +69,8 @@ class GuideState:
         planned: Actions of the last chunk that were not executed yet, normalised, (actions, action).
         continuity: C at the last inference; None before two actions are known.
         change: C minus that of the inference before; None before there are two.
-        fell: The last inference's actions made continuity fall: its successors need no verification.
-        falls: This inference's do.
+        previous_drop: The last inference's actions made continuity fall: its successors need no verification.
+        drop: This inference's do.
     """
 
     allow_points: NDArray[np.int64]
@@ -78,8 +78,8 @@ class GuideState:
     planned: NDArray[np.float64]
     continuity: float | None = None
     change: float | None = None
-    fell: bool = False
-    falls: bool = False
+    previous_drop: bool = False
+    drop: bool = False
 
 
 @dataclass
@@ -90,7 +90,7 @@ class DyslState(EpisodeState):
         guide: Of guidance.
     """
 
-    guide: GuideState | None = None
+    guide: GuidanceState | None = None
 
     def latest(self, normalisation: Normalisation, action_dim: int) -> FloatArray:
         """The executed actions that guidance looks back on, normalised, (at most WINDOW + 1, action)."""
@@ -98,19 +98,19 @@ class DyslState(EpisodeState):
         return normalisation.apply(np.array(actions, np.float32) if actions else np.empty((0, action_dim), np.float32))
 
 
-class Guide:
+class SkipGuidance:
     """Moves the allow points of episodes; holds no episode itself.
 
     Args:
         block_lengths: Dynamic layers of each block.
         action_dim: Dimensions of an action.
         thresholds: What counts as a fall.
-        foresight: Planned actions at which the window of continuity ends; 0: it ends with the last executed one.
+        lookahead: Planned actions at which the window of continuity ends; 0: it ends with the last executed one.
         signal: The importance signal's name.
         grippers: Which dimensions of an action are grippers': all that the signal "gripper" sees; empty: the last.
 
     Raises:
-        ConfigError: A negative length or foresight, no dimension, or an unknown signal.
+        ConfigError: A negative length or lookahead, no dimension, or an unknown signal.
     """
 
     def __init__(
@@ -119,30 +119,30 @@ class Guide:
         action_dim: int,
         thresholds: Thresholds,
         *,
-        foresight: int = 0,
-        signal: str = "continuity",
+        lookahead: int = 0,
+        importance: str = "continuity",
         grippers: Sequence[int] = (),
     ) -> None:
         if action_dim < 1:
             raise ConfigError(f"action_dim: {action_dim} must be at least 1.")
         if any(length < 0 for length in block_lengths):
             raise ConfigError(f"block_lengths: {list(block_lengths)} must not be negative.")
-        if foresight < 0:
-            raise ConfigError(f"foresight: {foresight} must not be negative.")
+        if lookahead < 0:
+            raise ConfigError(f"lookahead: {lookahead} must not be negative.")
         self._lengths = np.asarray(block_lengths, np.int64)
         self._longest = max(block_lengths, default=0)
         self._action_dim = action_dim
         self._thresholds = thresholds
-        self._foresight = foresight
-        self._signal = signals.get(signal)
-        self._columns = list(grippers or [action_dim - 1]) if signal == "gripper" else None
+        self._lookahead = lookahead
+        self._importance_of = importance_measures.get(importance)
+        self._columns = list(grippers or [action_dim - 1]) if importance == "gripper" else None
 
-    def reset(self) -> GuideState:
+    def reset(self) -> GuidanceState:
         """An episode that begins: at rest, so that skipping is allowed until continuity falls."""
         nothing = np.empty((0, self._action_dim))
-        return GuideState(np.zeros_like(self._lengths), nothing, nothing)
+        return GuidanceState(np.zeros_like(self._lengths), nothing, nothing)
 
-    def observe(self, state: GuideState, executed: NDArray[np.float32] | NDArray[np.float64]) -> None:
+    def observe(self, state: GuidanceState, executed: NDArray[np.float32] | NDArray[np.float64]) -> None:
         """Before an inference: take in what has been executed, and move the allow points.
 
         Args:
@@ -154,7 +154,7 @@ class Guide:
             ActionError: Another dimension, NaN or infinity; the state is unchanged.
         """
         self._check(executed)
-        state.fell, state.falls = state.falls, False
+        state.previous_drop, state.drop = state.drop, False
         state.recent = np.asarray(executed[-WINDOW - 1 :], np.float64)
         before, state.continuity = state.continuity, self._continuity(state.recent, state.planned)
         state.change = None if state.continuity is None or before is None else state.continuity - before
@@ -166,8 +166,8 @@ class Guide:
         elif state.change >= 0:
             state.allow_points = np.maximum(state.allow_points - 1, 0)
 
-    def verify(
-        self, state: GuideState, predicted: NDArray[np.float32] | NDArray[np.float64], execute_steps: int
+    def update_and_check(
+        self, state: GuidanceState, predicted: NDArray[np.float32] | NDArray[np.float64], execute_steps: int
     ) -> bool:
         """After every inference: if it skipped, must its actions be predicted again without skipping?
 
@@ -185,25 +185,25 @@ class Guide:
         """
         self._check(predicted)
         state.planned = np.asarray(predicted[execute_steps:], np.float64)
-        fall = self.fall(state, predicted, execute_steps)
-        state.falls = fall is not None and fall > self._thresholds.eta_verify
-        return state.falls and not state.fell
+        fall = self.predicted_drop(state, predicted, execute_steps)
+        state.drop = fall is not None and fall > self._thresholds.eta_verify
+        return state.drop and not state.previous_drop
 
-    def fall(
-        self, state: GuideState, predicted: NDArray[np.float32] | NDArray[np.float64], execute_steps: int
+    def predicted_drop(
+        self, state: GuidanceState, predicted: NDArray[np.float32] | NDArray[np.float64], execute_steps: int
     ) -> float | None:
         """By how much predicted actions make continuity fall; None before it is known. Arguments as of `verify`."""
-        seen = max(self._foresight, execute_steps)
+        seen = max(self._lookahead, execute_steps)
         after = self._importance(np.concatenate([state.recent, predicted[:seen]]))
         return None if after is None or state.continuity is None else state.continuity - after
 
     def _continuity(self, recent: NDArray[np.float64], planned: NDArray[np.float64]) -> float | None:
-        return self._importance(np.concatenate([recent, planned[: self._foresight]]))
+        return self._importance(np.concatenate([recent, planned[: self._lookahead]]))
 
     def _importance(self, actions: NDArray[np.float64]) -> float | None:
         """The signal of the window at the end of some actions."""
         window = actions[-WINDOW - 1 :]
-        return self._signal(window if self._columns is None else window[:, self._columns])
+        return self._importance_of(window if self._columns is None else window[:, self._columns])
 
     def _check(self, actions: NDArray[np.float32] | NDArray[np.float64]) -> None:
         if actions.ndim != 2 or actions.shape[1] != self._action_dim:
@@ -214,7 +214,7 @@ class Guide:
             raise ActionError(f"action: has a value that is not finite: {actions.tolist()}.")
 
 
-@signals.register("continuity")
+@importance_measures.register("continuity")
 def continuity(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | None:
     """Minus the mean distance between successive actions: higher is smoother, and less important.
 
@@ -230,12 +230,12 @@ def continuity(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | No
     return -float(np.sqrt((change * change).sum(axis=1)).sum()) / len(change)
 
 
-@signals.register("gripper")
+@importance_measures.register("gripper")
 def gripper(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | None:
     """Minus the mean change of the grippers, summed over them.
 
     Args:
-        actions: (time, grippers): `Guide` hands on no other dimension.
+        actions: (time, grippers): `SkipGuidance` hands on no other dimension.
 
     Returns:
         It; None when there are not two actions yet.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,31 +36,31 @@ class SkipStatistics:
 
     Attributes:
         outputs: Of controllers, at the first dynamic layer of each block; later ones are held to the same threshold.
-        falls: Of continuity from one inference to the next, where it fell.
+        drops: Of continuity from one inference to the next, where it fell.
         surprises: Of continuity by newly predicted actions; at or below zero where it did not fall.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     outputs: tuple[float, ...]
-    falls: tuple[float, ...]
+    drops: tuple[float, ...]
     surprises: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        for name in ("outputs", "falls", "surprises"):
+        for name in ("outputs", "drops", "surprises"):
             values = getattr(self, name)
             if len(values) < 2 or not np.isfinite(values).all() or (np.diff(values) < 0).any():
                 raise ConfigError(f"statistics.{name}: must be at least two finite values that do not fall.")
 
     @classmethod
-    def measured(cls, outputs: Sequence[float], falls: Sequence[float], surprises: Sequence[float]) -> SkipStatistics:
+    def measured(cls, outputs: Sequence[float], drops: Sequence[float], surprises: Sequence[float]) -> SkipStatistics:
         """From single values.
 
         Raises:
             ConfigError: One of them has none.
         """
         tables = []
-        for name, values in (("outputs", outputs), ("falls", falls), ("surprises", surprises)):
+        for name, values in (("outputs", outputs), ("drops", drops), ("surprises", surprises)):
             if not len(values):
                 raise ConfigError(f"statistics.{name}: no values; give longer demonstrations.")
             tables.append(tuple(map(float, np.quantile(np.asarray(values, np.float64), np.linspace(0, 1, 1001)))))
@@ -82,10 +82,21 @@ class SkipStatistics:
         return OperatingPoint(
             threshold=-1.0 if everything else _at(self.outputs, 1 - skip),
             thresholds=Thresholds(
-                eta=LARGEST if everything else max(SMALLEST, _at(self.falls, skip)),
+                eta=LARGEST if everything else max(SMALLEST, _at(self.drops, skip)),
                 eta_verify=LARGEST if everything else max(SMALLEST, _at(self.surprises, 1 - VERIFIED)),
             ),
         )
+
+
+FORMER_NAMES = {"foresight": "lookahead", "signal": "importance", "falls": "drops"}
+
+
+def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of skipping from a file, under the names that they have now; version 0.1 called some otherwise."""
+    return {
+        FORMER_NAMES.get(name, name): with_present_names(value) if name == "statistics" else value
+        for name, value in values.items()
+    }
 
 
 def _at(quantiles: Sequence[float], share: float) -> float:
@@ -93,8 +104,8 @@ def _at(quantiles: Sequence[float], share: float) -> float:
 
 
 @dataclass(frozen=True)
-class Switches:
-    """Parts of the method, each of which can be left out to see what it is worth.
+class Ablation:
+    """Which parts of the method are on: each can be left out to see what it is worth.
 
     Attributes:
         guidance: Allow points move; off: controllers are always asked, from each block's first layer on.
@@ -107,12 +118,12 @@ class Switches:
     random: bool = False
 
 
-VARIANTS = {
-    "dysl": Switches(),
-    "no-guidance": Switches(guidance=False),
-    "no-verification": Switches(verification=False),
-    "controllers": Switches(guidance=False, verification=False),
-    "random": Switches(guidance=False, verification=False, random=True),
+ABLATIONS = {
+    "dysl": Ablation(),
+    "no-guidance": Ablation(guidance=False),
+    "no-verification": Ablation(verification=False),
+    "controllers": Ablation(guidance=False, verification=False),
+    "random": Ablation(guidance=False, verification=False, random=True),
 }
 """Names for the command line."""
 
@@ -132,7 +143,7 @@ class RandomExits:
         exits_before = [
             sum(left <= layer for left in plan.exits_of(block))
             for block in plan.blocks
-            for layer in range(block.first, block.landing)
+            for layer in range(block.first, block.target)
         ]
         dynamic_layers = mean_layers - (plan.num_layers - len(plan.dynamic_layers))
         low, high = 0.0, 1.0  # leave at an exit with probability p: a layer runs with (1 - p) ** exits_before

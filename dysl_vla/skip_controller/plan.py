@@ -9,15 +9,15 @@ from dysl_vla.errors import ConfigError
 
 @dataclass(frozen=True)
 class Block:
-    """Dynamic layers `first` to `landing - 1`; a skip at any of them jumps to `landing`, which runs."""
+    """Dynamic layers `first` to `target - 1`; a skip at any of them jumps to `target`, which runs."""
 
     first: int
-    landing: int
+    target: int
 
     @property
     def length(self) -> int:
         """Dynamic layers."""
-        return self.landing - self.first
+        return self.target - self.first
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,21 @@ class SkipPlan:
         """From the first to the last."""
         starts = (0, *(layer + 1 for layer in self.static_layers[:-1]))
         pairs = zip(starts, self.static_layers, strict=False)
-        return tuple(Block(first, landing) for first, landing in pairs if landing > first)
+        return tuple(Block(first, target) for first, target in pairs if target > first)
 
     @property
     def dynamic_layers(self) -> tuple[int, ...]:
         """Layers that can be skipped."""
-        return tuple(layer for block in self.blocks for layer in range(block.first, block.landing))
+        return tuple(layer for block in self.blocks for layer in range(block.first, block.target))
 
     def exits_of(self, block: Block) -> list[int]:
         """Where a block may be left; not at the decoder's first layer, which always runs."""
         layers = self.exits or self.dynamic_layers
-        return [layer for layer in layers if max(1, block.first) <= layer < block.landing]
+        return [layer for layer in layers if max(1, block.first) <= layer < block.target]
 
     @property
     def shortest_path(self) -> tuple[int, ...]:
         """Layers that run when each block is left at its first exit."""
-        firsts = [(layers[0], block.landing) for block in self.blocks if (layers := self.exits_of(block))]
-        skipped = {layer for first, landing in firsts for layer in range(first, landing)}
+        firsts = [(layers[0], block.target) for block in self.blocks if (layers := self.exits_of(block))]
+        skipped = {layer for first, target in firsts for layer in range(first, target)}
         return tuple(layer for layer in range(self.num_layers) if layer not in skipped)

@@ -11,7 +11,7 @@ controller may jump to the block's static layer, over an adapter.
         exact = model(inputs_embeds=...)         # the full model's output, from the first skip on
     with skipper.record() as inputs:
         output = model(inputs_embeds=...)        # the full model; what each of its layers got
-    with skipper.bridge(places) as bridged:
+    with skipper.force_exits(exits) as forced:
         output = model(inputs_embeds=...)        # skips where it is told to, with gradients, to train the heads
 
 The first layer always runs: models count cached tokens there, and it shows what a layer returns. Not for choosing allow
@@ -53,8 +53,8 @@ class Step:
         allow_points: (batch, blocks): dynamic layers of each block that must run before skipping is allowed.
         threshold: A controller's output above it skips.
         mask: (batch, tokens), 1 for tokens and 0 for padding; None: no padding.
-        is_decreed: Rows skip at their allow points, and no controller is asked.
-        landings: For each row, the layer to land on after each skip: {layer skipped at: landing}.
+        force_skip: Rows skip at their allow points, and no controller is asked.
+        targets: For each row, the layer to land on after each skip: {layer skipped at: target}.
         outputs: For each row, the controllers' outputs by layer.
         layers_run: (batch, layers): which layers ran in the deciding pass.
         first_skip: The first layer at which any row skipped; None when none did.
@@ -70,8 +70,8 @@ class Step:
     allow_points: NDArray[np.int64]
     threshold: float
     mask: Tensor | None
-    is_decreed: bool = False
-    landings: list[dict[int, int]] = field(default_factory=list)
+    force_skip: bool = False
+    targets: list[dict[int, int]] = field(default_factory=list)
     outputs: list[dict[int, float]] = field(default_factory=list)
     layers_run: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), np.bool_))
     first_skip: int | None = None
@@ -85,21 +85,21 @@ class Step:
 
 
 @dataclass
-class Bridged:
+class ForcedExits:
     """One forward for training: where it skipped, and what came of it.
 
     Attributes:
-        places: For each block, the dynamic layer that it is left at; None: it runs whole.
-        is_mixture: Landings get c adapter(x) + (1 - c) layers(x) (DySL-VLA, section 3.4), not the adapter's alone.
+        exits: For each block, the dynamic layer that it is left at; None: it runs whole.
+        is_mixture: Targets get c adapter(x) + (1 - c) layers(x) (DySL-VLA, section 3.4), not the adapter's alone.
         outputs: Block to the controller's output at its place, (batch,).
-        landings: Block to what its landing got, (batch, tokens, hidden).
+        targets: Block to what its target got, (batch, tokens, hidden).
     """
 
-    places: tuple[int | None, ...]
+    exits: tuple[int | None, ...]
     is_mixture: bool
     mask: Tensor | None
     outputs: dict[int, Tensor] = field(default_factory=dict)
-    landings: dict[int, Tensor] = field(default_factory=dict)
+    targets: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Skipper:
@@ -112,17 +112,17 @@ class Skipper:
         self._step: Step | None = None
         self._verified: Step | None = None
         self._inputs: list[Tensor] | None = None
-        self._bridged: Bridged | None = None
+        self._forced: ForcedExits | None = None
         self._jump_to = 0  # the layer before which no row of the running pass has anything to run
         self._landed: list[int] = []  # for each row of the running pass, the layer that it jumps to
-        self._returns: type | None = None  # the container in which a layer answers; None: no container
+        self._output_type: type | None = None  # the container in which a layer answers; None: no container
         self._block_of = {
-            layer: (number, block.landing, layer - block.first)
+            layer: (number, block.target, layer - block.first)
             for number, block in enumerate(plan.blocks)
-            for layer in range(block.first, block.landing)
+            for layer in range(block.first, block.target)
         }
         self._exits = {layer for block in plan.blocks for layer in plan.exits_of(block)}
-        self._landing_of = {block.landing: number for number, block in enumerate(plan.blocks)}
+        self._block_at = {block.target: number for number, block in enumerate(plan.blocks)}
         self._originals: list[Callable[..., Any]] = [layer.forward for layer in layers]
         self._names = [list(inspect.signature(original).parameters) for original in self._originals]
         for index, layer in enumerate(layers):
@@ -145,7 +145,7 @@ class Skipper:
         *,
         threshold: float = 0.5,
         mask: Tensor | None = None,
-        is_decreed: bool = False,
+        force_skip: bool = False,
     ) -> Iterator[Step]:
         """Let the forwards in the body skip layers.
 
@@ -156,7 +156,7 @@ class Skipper:
             allow_points: (batch, blocks).
             threshold: A controller's output above it skips.
             mask: (batch, tokens) of the first forward.
-            is_decreed: Skip at the allow points without asking controllers; a point at a block's end: not at all.
+            force_skip: Skip at the allow points without asking controllers; a point at a block's end: not at all.
 
         Raises:
             ConfigError: Attached without heads, allow points of another number of blocks, within another step, or with
@@ -169,7 +169,7 @@ class Skipper:
             raise ConfigError(
                 f"allow_points: shape {allow_points.shape} is not (batch, {len(self.plan.blocks)}), a value a block."
             )
-        self._step = Step(allow_points, threshold, _padding(mask), is_decreed)
+        self._step = Step(allow_points, threshold, _padding(mask), force_skip)
         try:
             yield self._step
         finally:
@@ -209,16 +209,16 @@ class Skipper:
             self._inputs = None
 
     @contextmanager
-    def bridge(
-        self, places: Sequence[int | None], *, is_mixture: bool = False, mask: Tensor | None = None
-    ) -> Iterator[Bridged]:
+    def force_exits(
+        self, exits: Sequence[int | None], *, is_mixture: bool = False, mask: Tensor | None = None
+    ) -> Iterator[ForcedExits]:
         """Let the forward in the body skip where it is told to, with gradients for adapters and controllers.
 
         A controller's own input is cut from the graph: it judges hidden states, and does not bend them.
 
         Args:
-            places: For each block the exit that all rows leave it at; None: it runs whole.
-            is_mixture: See `Bridged`.
+            exits: For each block the exit that all rows leave it at; None: it runs whole.
+            is_mixture: See `ForcedExits`.
             mask: (batch, tokens).
 
         Raises:
@@ -228,28 +228,28 @@ class Skipper:
         if self.heads is None:
             raise ConfigError("heads: the decoder was attached without; skipping needs adapters and controllers.")
         blocks = self.plan.blocks
-        if len(places) != len(blocks):
-            raise ConfigError(f"places: {len(places)}, the plan has {len(blocks)} blocks.")
-        for place, block in zip(places, blocks, strict=True):
+        if len(exits) != len(blocks):
+            raise ConfigError(f"exits: {len(exits)}, the plan has {len(blocks)} blocks.")
+        for place, block in zip(exits, blocks, strict=True):
             if place is not None and place not in self.plan.exits_of(block):
                 raise ConfigError(
-                    f"places: {place} is not among {self.plan.exits_of(block)}, where {block} can be left."
+                    f"exits: {place} is not among {self.plan.exits_of(block)}, where {block} can be left."
                 )
-        self._bridged = Bridged(tuple(places), is_mixture, _padding(mask))
+        self._forced = ForcedExits(tuple(exits), is_mixture, _padding(mask))
         try:
-            yield self._bridged
+            yield self._forced
         finally:
-            self._bridged = None
+            self._forced = None
 
     def _check_idle(self) -> None:
-        if any(running is not None for running in (self._step, self._verified, self._inputs, self._bridged)):
+        if any(running is not None for running in (self._step, self._verified, self._inputs, self._forced)):
             raise ConfigError("step: another one is running; end it first.")
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
         original = self._originals[index]
         if self._step is not None:
-            if 0 < index < self._jump_to:  # all rows are on their way to a landing: nothing to do, as fast as can be
-                return self._answer(args[0] if args else kwargs[self._names[index][0]])
+            if 0 < index < self._jump_to:  # all rows are on their way to a target: nothing to do, as fast as can be
+                return self._wrap_output(args[0] if args else kwargs[self._names[index][0]])
             arguments = dict(zip(self._names[index], args, strict=False)) | kwargs
             return self._skipping(index, original, self._step, arguments)
         if self._verified is not None:
@@ -257,9 +257,9 @@ class Skipper:
             return self._verifying(index, original, self._verified, arguments)
         if self._inputs is not None:
             self._inputs.append(args[0] if args else kwargs[self._names[index][0]])
-        elif self._bridged is not None:
+        elif self._forced is not None:
             arguments = dict(zip(self._names[index], args, strict=False)) | kwargs
-            return self._bridging(index, original, self._bridged, arguments)
+            return self._run_forced(index, original, self._forced, arguments)
         return original(*args, **kwargs)
 
     def _verifying(self, index: int, original: Callable[..., Any], step: Step, arguments: dict[str, Any]) -> Any:
@@ -269,38 +269,40 @@ class Skipper:
         if index < step.first_skip:
             if cache is not None:
                 self._copy_cache(index, step, cache)
-            return self._answer(arguments[name])
+            return self._wrap_output(arguments[name])
         if index == step.first_skip:
             arguments[name], step.first_hidden = step.first_hidden, None
         step.is_verified = index == len(self.layers) - 1
         return original(**arguments)
 
-    def _bridging(self, index: int, original: Callable[..., Any], bridged: Bridged, arguments: dict[str, Any]) -> Any:
+    def _run_forced(
+        self, index: int, original: Callable[..., Any], forced: ForcedExits, arguments: dict[str, Any]
+    ) -> Any:
         name = self._names[index][0]
         hidden: Tensor = arguments[name]
-        if index in self._landing_of:
-            arguments[name] = hidden = self._land(self._landing_of[index], bridged, hidden)
+        if index in self._block_at:
+            arguments[name] = hidden = self._land(self._block_at[index], forced, hidden)
         elif index in self._block_of:
             block = self._block_of[index][0]
-            place = bridged.places[block]
+            place = forced.exits[block]
             if place == index:
                 assert self.heads is not None
-                bridged.landings[block] = self.heads.adapters[str(index)](hidden)
-                bridged.outputs[block] = self.heads.controllers[str(index)](hidden.detach(), bridged.mask).sigmoid()
-            if place is not None and place <= index and not bridged.is_mixture:
-                return self._answer(hidden)
+                forced.targets[block] = self.heads.adapters[str(index)](hidden)
+                forced.outputs[block] = self.heads.controllers[str(index)](hidden.detach(), forced.mask).sigmoid()
+            if place is not None and place <= index and not forced.is_mixture:
+                return self._wrap_output(hidden)
         output = original(**arguments)
         if index == 0:
-            self._returns = type(output) if isinstance(output, (tuple, list)) else None
+            self._output_type = type(output) if isinstance(output, (tuple, list)) else None
         return output
 
-    def _land(self, block: int, bridged: Bridged, hidden: Tensor) -> Tensor:
-        if bridged.places[block] is None:
-            bridged.landings[block] = hidden
-        elif bridged.is_mixture:
-            share = bridged.outputs[block][:, None, None]
-            bridged.landings[block] = share * bridged.landings[block] + (1 - share) * hidden
-        return bridged.landings[block]
+    def _land(self, block: int, forced: ForcedExits, hidden: Tensor) -> Tensor:
+        if forced.exits[block] is None:
+            forced.targets[block] = hidden
+        elif forced.is_mixture:
+            share = forced.outputs[block][:, None, None]
+            forced.targets[block] = share * forced.targets[block] + (1 - share) * hidden
+        return forced.targets[block]
 
     def _copy_cache(self, index: int, step: Step, cache: Any) -> None:
         """What a layer before the first skip wrote is the full model's too; its prompt's part goes to the new cache."""
@@ -322,10 +324,10 @@ class Skipper:
             step.layers_run[active, index] = True
             step.is_decided = index == len(self.layers) - 1
         if not active:
-            return self._answer(hidden)
+            return self._wrap_output(hidden)
         output = original(**arguments) if len(active) == batch else _run_rows(original, name, arguments, active)
         if index == 0:
-            self._returns = type(output) if isinstance(output, (tuple, list)) else None
+            self._output_type = type(output) if isinstance(output, (tuple, list)) else None
         return output
 
     def _begin_pass(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> None:
@@ -339,7 +341,7 @@ class Skipper:
         cache = _cache(arguments)
         if cache is not None and cache.get_seq_length() > 0:
             raise ConfigError("past_key_values: holds tokens of before the step; begin a step with an empty cache.")
-        step.landings = [{} for _ in range(batch)]
+        step.targets = [{} for _ in range(batch)]
         step.outputs = [{} for _ in range(batch)]
         step.layers_run = np.zeros((batch, len(self.layers)), np.bool_)
         step.first_skip = step.first_hidden = None
@@ -347,18 +349,18 @@ class Skipper:
 
     def _maybe_skip(self, index: int, step: Step, hidden: Tensor) -> Tensor:
         if step.is_decided:
-            rows = [row for row, landings in enumerate(step.landings) if index in landings]
+            rows = [row for row, targets in enumerate(step.targets) if index in targets]
         else:
             rows = self._decide(index, step, hidden)
         if not rows:
             return hidden
         assert self.heads is not None
-        landing = self._block_of[index][1]
+        target = self._block_of[index][1]
         for row in rows:
-            self._landed[row] = landing
+            self._landed[row] = target
         if not step.is_decided:
             for row in rows:
-                step.landings[row][index] = landing
+                step.targets[row][index] = target
             if step.first_skip is None:
                 step.first_skip, step.first_hidden = index, hidden
         adapter = self.heads.adapters[str(index)].forward  # a call takes a tenth longer; hooks on heads do not run
@@ -380,7 +382,7 @@ class Skipper:
             for row, landed in enumerate(self._landed)
             if landed <= index and offset >= step.allow_points[row, block]
         ]
-        if not allowed or step.is_decreed:
+        if not allowed or step.force_skip:
             return allowed
         assert self.heads is not None
         started = time.perf_counter()
@@ -396,9 +398,9 @@ class Skipper:
             step.outputs[row][index] = value
         return [row for row, value in zip(allowed, values, strict=True) if value > step.threshold]
 
-    def _answer(self, hidden: Tensor) -> Any:
+    def _wrap_output(self, hidden: Tensor) -> Any:
         """A hidden state in the container in which this model's layers answer."""
-        return hidden if self._returns is None else self._returns((hidden, None))
+        return hidden if self._output_type is None else self._output_type((hidden, None))
 
 
 def attach(decoder: nn.Module, plan: SkipPlan, heads: SkipHeads | None = None) -> Skipper:

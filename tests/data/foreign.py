@@ -31,7 +31,7 @@ def number_of(image: NDArray[np.uint8]) -> int:
     return round((float(image.mean()) - 10) / 4)
 
 
-def film(
+def video(
     path: Path, times_s: Sequence[float], *, codec: str = "libx264", container: str = "mp4", **options: str
 ) -> None:
     """Write numbered pictures that are shown at given times."""
@@ -90,7 +90,7 @@ def record(root: Path, lengths: Sequence[int] = (5, 9, 7), *, fps: float = 30, k
     if kind == "image":
         data["observation.images.top"] = [{"bytes": png(grey(i)), "path": f"frame-{i:06d}.png"} for i in range(total)]
     else:
-        film(root / VIDEO, np.arange(total) / fps)
+        video(root / VIDEO, np.arange(total) / fps)
         for name, values in (("from", starts[:-1]), ("to", starts[1:])):
             rows[f"videos/observation.images.top/{name}_timestamp"] = values / fps
         for name in ("chunk_index", "file_index"):

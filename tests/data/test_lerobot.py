@@ -15,10 +15,10 @@ from dysl_vla.data.info import render_info
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin
 from dysl_vla.data.lerobot_statistics import QUANTILES
 from dysl_vla.errors import DatasetError
-from dysl_vla.types import WorldSpec
+from dysl_vla.types import EmbodimentSpec
 from dysl_vla.video import read_video, write_video
 
-SPEC = WorldSpec(
+SPEC = EmbodimentSpec(
     cameras={"top": (32, 48)},
     state_names=("x", "y"),
     action_names=("dx", "gripper"),
@@ -198,8 +198,8 @@ def take_origins(root: Path) -> None:
 
 
 def move_videos(root: Path) -> None:
-    (root / "videos").rename(root / "films")
-    edit_info(root, video_path="films/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4")
+    (root / "videos").rename(root / "videos")
+    edit_info(root, video_path="videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4")
 
 
 def renumber(root: Path) -> None:

@@ -28,11 +28,11 @@ from tests.data.foreign import (
     edit_feature,
     edit_info,
     edit_table,
-    film,
     grey,
     number_of,
     png,
     record,
+    video,
 )
 
 TOP = "observation.images.top"
@@ -77,7 +77,7 @@ def test_a_frame_has_the_picture_of_its_time(tmp_path_factory: pytest.TempPathFa
     steady = start + np.arange(every * (count - 1) + 1) / (every * fps)
     jitter = data.draw(st.lists(st.floats(-0.9, 0.9), min_size=len(steady), max_size=len(steady)))
     times = np.maximum(0, steady + min(TOLERANCE, 0.5 / every - 0.1) / fps * np.array(jitter))
-    film(root / VIDEO, times)
+    video(root / VIDEO, times)
     edit_table(root, EPISODES, **{FROM: start + np.cumsum([0, *lengths])[:-1] / fps})
     check_read(root, tuple(lengths), every)
 
@@ -93,7 +93,7 @@ def test_a_picture_that_is_too_far_in_time_is_refused(
     tmp_path_factory: pytest.TempPathFactory, late: float, early: bool, fps: int, lengths: list[int]
 ) -> None:
     root = record(tmp_path_factory.mktemp("d"), lengths[:2], fps=fps)
-    film(root / VIDEO, (np.arange(sum(lengths[:2])) + (1 - late if early else late)) / fps)
+    video(root / VIDEO, (np.arange(sum(lengths[:2])) + (1 - late if early else late)) / fps)
     if early:
         edit_table(root, EPISODES, **{FROM: (1 + np.cumsum([0, *lengths[:2]])[:-1]) / fps})
     with pytest.raises(DatasetError, match=r"file-000\.mp4: has no picture for frame"):
@@ -101,7 +101,7 @@ def test_a_picture_that_is_too_far_in_time_is_refused(
 
 
 def test_a_video_of_twice_the_rate_is_read_by_time(tmp_path: Path) -> None:
-    film(record(tmp_path) / VIDEO, np.arange(42) / 60)
+    video(record(tmp_path) / VIDEO, np.arange(42) / 60)
     check_read(tmp_path, every=2)
 
 
@@ -114,7 +114,7 @@ def test_a_video_of_another_rate_is_refused_with_both_rates(tmp_path: Path, rate
 
 
 def test_a_video_that_was_cut_off_is_named_with_the_frame(tmp_path: Path) -> None:
-    film(record(tmp_path) / VIDEO, np.arange(18) / 30)
+    video(record(tmp_path) / VIDEO, np.arange(18) / 30)
     frames = Demonstrations(tmp_path).frames("top")
     with pytest.raises(
         DatasetError, match=r"file-000\.mp4.*frame 4 of episode 2, at 0\.6000 s; the nearest is at 0\.566"

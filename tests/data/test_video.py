@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dysl_vla.errors import DatasetError
-from dysl_vla.video import Film, read_video
-from tests.data.foreign import film, number_of
+from dysl_vla.video import VideoReader, read_video
+from tests.data.foreign import number_of, video
 
 CODECS = [
     ("libx264", {"g": "12", "bf": "3"}),
@@ -40,12 +40,12 @@ def damage(path: Path, first: int, last: int) -> None:
 @pytest.mark.parametrize(("codec", "options"), CODECS)
 def test_a_picture_is_the_same_wherever_reading_came_from(tmp_path: Path, codec: str, options: dict[str, str]) -> None:
     path = tmp_path / "v.mp4"
-    film(path, np.arange(60) / 5, codec=codec, **options)
+    video(path, np.arange(60) / 5, codec=codec, **options)
     pictures = list(read_video(path))
     assert len(pictures) == 60
     first = 0.4 if "container" in options else 0.0
     order = np.random.default_rng(0).permutation(60)
-    with closing(Film(path)) as opened:
+    with closing(VideoReader(path)) as opened:
         for number in (*order.tolist(), *range(59, -1, -7), *range(0, 60, 3)):
             time, image = opened.nearest(first + number / 5)
             assert time == pytest.approx(first + number / 5, abs=1e-4)
@@ -63,8 +63,8 @@ def test_the_nearest_picture_is_found_at_any_time(
 ) -> None:
     times = np.round((start + np.cumsum(steps)) * 90_000) / 90_000
     path = tmp_path_factory.mktemp("v") / "v.mp4"
-    film(path, times)
-    with closing(Film(path)) as opened:
+    video(path, times)
+    with closing(VideoReader(path)) as opened:
         for wanted in asked:
             time, image = opened.nearest(wanted)
             nearest = np.abs(times - wanted).min()
@@ -74,11 +74,11 @@ def test_the_nearest_picture_is_found_at_any_time(
 
 def test_what_is_not_asked_for_is_not_decoded(tmp_path: Path) -> None:
     path = tmp_path / "v.mp4"
-    film(path, np.arange(60) / 5, g="10", bf="0", preset="ultrafast", crf="8")
+    video(path, np.arange(60) / 5, g="10", bf="0", preset="ultrafast", crf="8")
     damage(path, 0, 10)
     damage(path, 22, 30)
     damage(path, 45, 60)
-    with closing(Film(path)) as opened:
+    with closing(VideoReader(path)) as opened:
         for number in (*range(10, 20), *range(30, 40), 15, 35):
             assert number_of(opened.nearest(number / 5)[1]) == number
         with pytest.raises(DatasetError, match=r"v\.mp4"):
@@ -90,4 +90,4 @@ def test_a_file_that_is_no_video_is_named(tmp_path: Path, content: bytes | None)
     if content is not None:
         (tmp_path / "v.mp4").write_bytes(content)
     with pytest.raises(DatasetError, match=r"v\.mp4: cannot be read"):
-        Film(tmp_path / "v.mp4")
+        VideoReader(tmp_path / "v.mp4")

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from dysl_vla.deploy.robot import Reading
-from dysl_vla.types import ActionChunk, EpisodeState, InferenceTiming, Normalisation, PolicySpec, WorldSpec
+from dysl_vla.deploy.robot import TimedObservation
+from dysl_vla.types import ActionChunk, EmbodimentSpec, EpisodeState, InferenceTiming, Normalisation, PolicySpec
 
-WORLD = WorldSpec(
+WORLD = EmbodimentSpec(
     cameras={"top": (32, 32), "wrist": (16, 16)},
     state_names=("x", "y"),
     action_names=("dx", "dy", "gripper"),
@@ -64,7 +64,7 @@ class FakeRobot:
     """Readings on a grid of its own; keeps all that was done to it."""
 
     def __init__(self, period: float = 1 / RATE, delay: float = 0.0) -> None:
-        self.world = WORLD
+        self.embodiment = WORLD
         self.calls: list[str] = []
         self.sent: list[tuple[float, Any]] = []
         self.start = 0.0
@@ -75,22 +75,22 @@ class FakeRobot:
         self.calls.append("connect")
         self.start = time.perf_counter()
 
-    def observe(self, after: float) -> Reading:
+    def observe(self, after: float) -> TimedObservation:
         now = time.perf_counter()
         number = int((max(now, after) - self.start) / self._period) + (after > now)
-        taken_at = self.start + number * self._period
-        while time.perf_counter() < taken_at + self._delay:
+        timestamp = self.start + number * self._period
+        while time.perf_counter() < timestamp + self._delay:
             time.sleep(0.0005)
-        self.readings.append(taken_at)
+        self.readings.append(timestamp)
         rng = np.random.default_rng(number)
-        return Reading(
+        return TimedObservation(
             {
                 "observation.images.top": rng.integers(0, 256, (32, 32, 3), np.uint8),
                 "observation.images.wrist": rng.integers(0, 256, (16, 16, 3), np.uint8),
                 "observation.state": np.array([number / 1000, 0], np.float32),
                 "task": "go",
             },
-            taken_at,
+            timestamp,
         )
 
     def act(self, action: Any) -> None:

@@ -158,7 +158,7 @@ def test_the_ros_2_example_turns_topics_into_readings_and_actions_into_messages(
     node.callbacks["/joints"](types.SimpleNamespace(header=header(), name=["x", "y"], position=[]))
     node.callbacks["/top"](image(32, 32, 7, age=0.2))
     reading = robot.observe(0.0)
-    assert 0.2 <= time.perf_counter() - reading.taken_at < 0.4
+    assert 0.2 <= time.perf_counter() - reading.timestamp < 0.4
     with pytest.raises(ConfigError, match="rate_hz"):
         robot.connect(50.0)
     spec.check_observation(reading.observation)

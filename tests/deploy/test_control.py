@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dysl_vla.deploy.account import render_account
 from dysl_vla.deploy.chunks import Plan
 from dysl_vla.deploy.control import ControlConfig, ControlLoop, LoopConfig, control
+from dysl_vla.deploy.cycle_log import read_log, replay, view
 from dysl_vla.deploy.limits import Limits
-from dysl_vla.deploy.logs import read_log, replay, view
+from dysl_vla.deploy.loop_stats import render_stats
 from dysl_vla.deploy.mujoco_robot import MujocoRobot, Simulation, _Eyes, _make_env
-from dysl_vla.deploy.robot import Reading
+from dysl_vla.deploy.robot import TimedObservation
 from dysl_vla.errors import ConfigError, DyslError, ObservationError, RobotFault, SafetyStop
 from dysl_vla.files import read_json, write_json
 from dysl_vla.types import ActionChunk
@@ -29,7 +29,7 @@ from tests.deploy.stand_ins import RATE, WORLD, Counting, FakeRobot
 
 
 def loop(policy: Any, robot: Any, config: LoopConfig | None = None, **options: Any) -> ControlLoop:
-    config = config or LoopConfig(blend=0, warm_up=2, max_age_s=0.06, stop_after=1000)
+    config = config or LoopConfig(blend_steps=0, warm_up=2, max_age_s=0.06, stop_after=1000)
     return ControlLoop(policy, robot, RATE, options.pop("limits", Limits()), config, **options)
 
 
@@ -40,8 +40,8 @@ def test_each_action_is_the_one_that_was_predicted_for_its_time() -> None:
     assert robot.calls == ["connect", "stop"]
     right = 0
     for sent_at, action in robot.sent:
-        taken_at = robot.start + round(float(action[0]) * 1000) / RATE
-        right += abs((sent_at - taken_at) * RATE - (float(action[1]) * 100 + 0.5)) < 0.6
+        timestamp = robot.start + round(float(action[0]) * 1000) / RATE
+        right += abs((sent_at - timestamp) * RATE - (float(action[1]) * 100 + 0.5)) < 0.6
     assert right > 0.7 * len(robot.sent)
     times = np.array([sent_at for sent_at, _ in robot.sent])
     assert abs(np.median(np.diff(times)) - 1 / RATE) < 0.003
@@ -50,7 +50,7 @@ def test_each_action_is_the_one_that_was_predicted_for_its_time() -> None:
 def test_a_slow_inference_does_not_slow_the_actions_and_nothing_old_is_sent() -> None:
     robot = FakeRobot()
     policy = Counting([0.0] * 5 + [0.15])
-    config = LoopConfig("continue", blend=0, warm_up=2, max_age_s=0.06, stop_after=1000)
+    config = LoopConfig("continue", blend_steps=0, warm_up=2, max_age_s=0.06, stop_after=1000)
     account = loop(policy, robot, config).run(0.5)
     assert max(account.age_ms) <= 60
     assert account.missed >= 8
@@ -61,7 +61,7 @@ def test_a_slow_inference_does_not_slow_the_actions_and_nothing_old_is_sent() ->
 @pytest.mark.parametrize("on_miss", ["hold", "continue", "stop"])
 def test_a_missed_deadline_follows_what_was_declared(on_miss: Any, tmp_path: Path) -> None:
     robot = FakeRobot()
-    config = LoopConfig(on_miss, stop_after=1000, blend=0, warm_up=2, max_age_s=0.08)
+    config = LoopConfig(on_miss, stop_after=1000, blend_steps=0, warm_up=2, max_age_s=0.08)
     running = loop(Counting([0.0] * 5 + [0.1]), robot, config, log=tmp_path / "log")
     if on_miss == "stop":
         with pytest.raises(SafetyStop, match="deadline"):
@@ -86,7 +86,9 @@ def test_a_missed_deadline_follows_what_was_declared(on_miss: Any, tmp_path: Pat
 def test_misses_in_a_row_stop_the_robot() -> None:
     robot = FakeRobot()
     with pytest.raises(SafetyStop, match="5 cycles in a row"):
-        loop(Counting([0.0] * 5 + [1.0]), robot, LoopConfig(stop_after=5, blend=0, warm_up=2, max_age_s=0.06)).run(5)
+        loop(
+            Counting([0.0] * 5 + [1.0]), robot, LoopConfig(stop_after=5, blend_steps=0, warm_up=2, max_age_s=0.06)
+        ).run(5)
     assert robot.calls == ["connect", "stop"]
     assert len(robot.sent) < 100
 
@@ -95,10 +97,10 @@ def test_guidance_sees_what_was_sent_before_the_reading_and_the_deadline() -> No
     robot, policy = FakeRobot(), Counting()
     loop(policy, robot).run(0.3)
     executed, needed_at = policy.states[-1]
-    taken_at = robot.readings[-1]
+    timestamp = robot.readings[-1]
     assert needed_at is not None
-    assert taken_at < needed_at < taken_at + 0.05  # the chunk before has actions for three cycles
-    before = [action for sent_at, action in robot.sent if sent_at < taken_at]
+    assert timestamp < needed_at < timestamp + 0.05  # the chunk before has actions for three cycles
+    before = [action for sent_at, action in robot.sent if sent_at < timestamp]
     np.testing.assert_array_equal(executed[-3:], before[-3:])
 
 
@@ -147,7 +149,7 @@ def test_a_time_that_cannot_be_stops_the_robot_too(seconds: float) -> None:
 
 def test_an_instruction_is_asked_for_where_the_robot_gives_none() -> None:
     class Mute(FakeRobot):
-        def observe(self, after: float) -> Reading:
+        def observe(self, after: float) -> TimedObservation:
             reading = super().observe(after)
             return replace(reading, observation={**reading.observation, "task": ""})
 
@@ -184,7 +186,7 @@ class Arm(FakeRobot):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = ARM
+        self.embodiment = ARM
 
     def hold(self, last: Any) -> Any:
         return np.array([-90, 0, 0], np.float32) if last is None else last
@@ -205,10 +207,10 @@ class Reaching(Counting):
         return [chunk]
 
 
-@pytest.mark.parametrize("blend", [0, 2, 5])
-def test_a_robot_that_stands_far_away_goes_there_at_the_allowed_speed(blend: int) -> None:
+@pytest.mark.parametrize("blend_steps", [0, 2, 5])
+def test_a_robot_that_stands_far_away_goes_there_at_the_allowed_speed(blend_steps: int) -> None:
     robot, told = Arm(), []
-    config = LoopConfig(blend=blend, warm_up=2, max_age_s=0.06, stop_after=1000)
+    config = LoopConfig(blend_steps=blend_steps, warm_up=2, max_age_s=0.06, stop_after=1000)
     account = loop(Reaching(), robot, config, limits=Limits(max_change=(3.0, 3.0, 200.0)), tell=told.append).run(0.6)
     positions = [-90.0, *(float(action[0]) for _, action in robot.sent)]
     assert max(np.abs(np.diff(positions))) <= 3 + 1e-4
@@ -243,12 +245,12 @@ def test_a_robot_of_positions_must_say_where_it_holds() -> None:
     assert robot.sent == []
 
 
-@pytest.mark.parametrize("blend", [1, 2, 4])
-def test_the_first_plan_is_joined_to_the_held_position(blend: int) -> None:
+@pytest.mark.parametrize("blend_steps", [1, 2, 4])
+def test_the_first_plan_is_joined_to_the_held_position(blend_steps: int) -> None:
     robot = Arm()
-    config = LoopConfig(blend=blend, warm_up=2, max_age_s=0.06)
+    config = LoopConfig(blend_steps=blend_steps, warm_up=2, max_age_s=0.06)
     loop(Reaching(-60), robot, config, limits=Limits(max_change=(200.0,) * 3)).run(0.1)
-    assert robot.sent[0][1][0] == pytest.approx(-90 + 30 / (blend + 1), abs=1e-3)
+    assert robot.sent[0][1][0] == pytest.approx(-90 + 30 / (blend_steps + 1), abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,7 @@ def test_a_policy_that_is_slow_but_fast_enough_looks_earlier_and_misses_nothing(
     robot = Arm()
     policy = Reaching(-90, delay=0.03)
     policy.spec = replace(policy.spec, chunk_length=16, execute_steps=8)
-    config = LoopConfig(blend=0, warm_up=2, max_age_s=0.2, stop_after=1000)
+    config = LoopConfig(blend_steps=0, warm_up=2, max_age_s=0.2, stop_after=1000)
     account = loop(policy, robot, config).run(1.0)
     assert account.missed < 8  # looking when the executed part ends would miss about 15
     assert account.cycles == 100
@@ -326,7 +328,7 @@ def test_signals_stop_the_robot_once_and_keep_the_log(number: signal.Signals, tm
 )
 def test_what_does_not_fit_is_refused_before_anything_is_connected(change: dict[str, Any], words: str) -> None:
     robot = FakeRobot()
-    robot.world = replace(WORLD, **change.pop("robot", {}))
+    robot.embodiment = replace(WORLD, **change.pop("robot", {}))
     with pytest.raises(ConfigError, match=words):
         loop(Counting(), robot, **change)
     assert robot.calls == []
@@ -342,12 +344,12 @@ CHUNKS = hnp.arrays(np.float32, (8, 3), elements=st.floats(-1, 1, width=32))
 
 
 @given(CHUNKS, CHUNKS, st.integers(0, 7), st.integers(0, 8), st.integers(0, 5))
-def test_a_new_chunk_takes_over_without_a_jump(old: Any, new: Any, index: int, left: int, blend: int) -> None:
+def test_a_new_chunk_takes_over_without_a_jump(old: Any, new: Any, index: int, left: int, blend_steps: int) -> None:
     rest, last = old[8 - left :], old[0]
-    plan = Plan(1, new, 0.0).joined(index, rest, last, blend)
-    steps = min(blend, 8 - index)
+    plan = Plan(1, new, 0.0).blended(index, rest, last, blend_steps)
+    steps = min(blend_steps, 8 - index)
     for step in range(steps):
-        share = (step + 1) / (blend + 1)
+        share = (step + 1) / (blend_steps + 1)
         before = rest[step] if step < left else last
         np.testing.assert_allclose(
             plan.actions[index + step], share * new[index + step] + (1 - share) * before, atol=1e-6
@@ -389,7 +391,7 @@ def test_a_simulated_robot_runs_in_real_time_in_a_process_of_its_own() -> None:
     assert report["unsafe commands refused"] == 0
     assert 20 <= report["commands executed"] <= 34
     assert account.robot == report
-    assert "30 cycles" in render_account(account)
+    assert "30 cycles" in render_stats(account)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +428,7 @@ def test_only_a_frozen_camera_shows_the_very_same_image_all_the_time(freeze_afte
 
 def test_a_robot_whose_controller_is_gone_holds() -> None:
     robot = MujocoRobot(Simulation("mock-reach"))
-    assert robot.world.action_names == ("dx", "dy", "gripper")
+    assert robot.embodiment.action_names == ("dx", "dy", "gripper")
     robot.connect(20.0)
     robot.act(np.array([0.5, 0.5, 1], np.float32))
     time.sleep(0.8)

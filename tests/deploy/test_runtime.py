@@ -16,7 +16,7 @@ from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import sha256
 from dysl_vla.policies import load_policy
 from dysl_vla.policies.mini_vla import MiniVLA
-from dysl_vla.skip_controller.operating import Switches
+from dysl_vla.skip_controller.operating import Ablation
 from tests.conftest import MOCK_INSTRUCTIONS
 from tests.policies.test_dysl import observe, play
 
@@ -49,14 +49,14 @@ def test_a_bundle_answers_and_decides_as_pytorch_does(
 
 
 def test_a_bundle_is_a_policy_like_any_other(bundle_folder: Path) -> None:
-    full, skipping = load_policy(str(bundle_folder), skip=0), load_policy(str(bundle_folder), switches=Switches())
+    full, skipping = load_policy(str(bundle_folder), skip=0), load_policy(str(bundle_folder), ablation=Ablation())
     assert isinstance(full, Bundle)
     assert isinstance(skipping, Bundle)
     assert full.fingerprint != skipping.fingerprint == Bundle(bundle_folder).fingerprint
     assert all(chunk.skips.layers_run.all() for chunk in play(full, range(5)))
     assert not all(chunk.skips.layers_run.all() for chunk in play(skipping, range(5)))
     with pytest.raises(ConfigError, match="left out"):
-        load_policy(str(bundle_folder), switches=Switches(guidance=False))
+        load_policy(str(bundle_folder), ablation=Ablation(guidance=False))
 
 
 def test_a_bundle_holds_no_path_of_the_machine_that_made_it(bundle_folder: Path) -> None:

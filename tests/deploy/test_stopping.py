@@ -18,9 +18,9 @@ import pytest
 
 from dysl_vla.deploy import stopping
 from dysl_vla.deploy.control import ControlLoop, LoopConfig
+from dysl_vla.deploy.cycle_log import replay
 from dysl_vla.deploy.limits import Limits
-from dysl_vla.deploy.logs import replay
-from dysl_vla.deploy.robot import Reading
+from dysl_vla.deploy.robot import TimedObservation
 from dysl_vla.deploy.stopping import WatchedRobot, handled_signals, stop_robot
 from dysl_vla.errors import DyslError, RobotFault
 from tests.deploy.stand_ins import RATE, WORLD, Counting, FakeRobot
@@ -28,7 +28,7 @@ from tests.deploy.stand_ins import RATE, WORLD, Counting, FakeRobot
 LONG_S = 0.6
 BOUND_S = 1.0
 """What the loop may take to release the motors, beyond what the robot itself takes."""
-CONFIG = LoopConfig(blend=0, warm_up=2, max_age_s=0.06, stop_after=30, connect_s=0.3, answer_s=0.3)
+CONFIG = LoopConfig(blend_steps=0, warm_up=2, max_age_s=0.06, stop_after=30, connect_s=0.3, answer_s=0.3)
 
 WRONG: dict[str, tuple[str, ...]] = {
     "connect": ("long", "ever", "raises"),
@@ -77,19 +77,19 @@ class Faulty(FakeRobot):
             if not self.stops:  # what a driver owes: a connect that comes back after stop gives no torque
                 self.has_torque = True
 
-    def observe(self, after: float) -> Reading:
+    def observe(self, after: float) -> TimedObservation:
         reading = super().observe(after)
         wrong = self._maybe("observe")
-        observation, taken_at = dict(reading.observation), reading.taken_at
+        observation, timestamp = dict(reading.observation), reading.timestamp
         if wrong == "older":
-            taken_at -= 10
+            timestamp -= 10
         elif wrong == "ahead":
-            taken_at += 60
+            timestamp += 60
         elif wrong == "nan":
             observation["observation.state"] = np.full(2, np.nan, np.float32)
         elif wrong == "shape":
             observation["observation.images.top"] = np.zeros((8, 8, 3), np.uint8)
-        return Reading(observation, taken_at)
+        return TimedObservation(observation, timestamp)
 
     def act(self, action: Any) -> None:
         self._maybe("act")
@@ -264,7 +264,7 @@ def test_a_reading_of_another_clock_is_a_fault_that_names_the_clock(offset_s: fl
     watched.connect(RATE)
     watched.observe(0.0)
     good = robot.observe
-    robot.observe = lambda after: Reading(good(after).observation, time.perf_counter() + offset_s)  # type: ignore[method-assign]
+    robot.observe = lambda after: TimedObservation(good(after).observation, time.perf_counter() + offset_s)  # type: ignore[method-assign]
     with pytest.raises(RobotFault, match=words) as caught:
         watched.observe(0.0)
     assert "time.perf_counter" in str(caught.value)
@@ -274,9 +274,9 @@ def test_a_frame_whose_time_stands_still_gets_old() -> None:
     """The camera died, and the driver hands out its last frame with the last frame's time."""
 
     class Dead(FakeRobot):
-        last: Reading | None = None
+        last: TimedObservation | None = None
 
-        def observe(self, after: float) -> Reading:
+        def observe(self, after: float) -> TimedObservation:
             if self.last is None or len(self.sent) < 10:
                 self.last = super().observe(after)
             else:
@@ -375,7 +375,7 @@ def test_playing_back_a_log_is_stopped_too_whatever_hangs(
     loop = ControlLoop(Counting(), FakeRobot(), RATE, Limits(), CONFIG, log=tmp_path / "log", robot_name="x:y")
     loop.run(0.4)
     robot = Faulty(call, "ever")
-    monkeypatch.setattr("dysl_vla.deploy.logs.make_robot", lambda *_: robot)
+    monkeypatch.setattr("dysl_vla.deploy.cycle_log.make_robot", lambda *_: robot)
     with pytest.raises(RobotFault, match=f"{call} has not returned"):
         replay(tmp_path / "log")
     assert not robot.has_torque

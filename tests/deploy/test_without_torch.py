@@ -28,22 +28,22 @@ for name in ("torch", "transformers", "mujoco", "gymnasium", "pydantic", "tokeni
     assert importlib.util.find_spec(name) is None, name
 from dysl_vla.deploy.control import ControlLoop, LoopConfig
 from dysl_vla.deploy.limits import Limits
-from dysl_vla.deploy.robot import Reading
+from dysl_vla.deploy.robot import TimedObservation
 from dysl_vla.deploy.runtime import Bundle
-from dysl_vla.types import WorldSpec
+from dysl_vla.types import EmbodimentSpec
 
 bundle = Bundle(Path(sys.argv[1]))
 spec = bundle.spec
 
 class Robot:
-    world = WorldSpec(spec.cameras, spec.state_names, spec.action_names, (-1.0,) * 3, (1.0,) * 3, spec.rate_hz)
+    world = EmbodimentSpec(spec.cameras, spec.state_names, spec.action_names, (-1.0,) * 3, (1.0,) * 3, spec.rate_hz)
     sent = 0
     def connect(self, rate_hz): pass
     def observe(self, after):
         time.sleep(max(0.0, after - time.perf_counter()))
         images = {"observation.images." + name: np.zeros((*size, 3), np.uint8) for name, size in spec.cameras.items()}
         observation = {**images, "observation.state": np.zeros(2, np.float32), "task": sys.argv[2]}
-        return Reading(observation, time.perf_counter())
+        return TimedObservation(observation, time.perf_counter())
     def act(self, action): self.sent += 1
     def hold(self, last): return None
     def report(self): return {"sent": self.sent}

@@ -15,7 +15,7 @@ from dysl_vla.envs.base import ManipulationEnv, check_cameras
 from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
 from dysl_vla.envs.suites import Suite, suites
 from dysl_vla.eval.bench_env import EnvBenchConfig, bench_env
-from dysl_vla.types import FloatArray, ImageArray, WorldSpec
+from dysl_vla.types import EmbodimentSpec, FloatArray, ImageArray
 
 # begin of the example
 SCENE = """<mujoco><worldbody>
@@ -36,7 +36,7 @@ class DiscEnv(ManipulationEnv):
         self._model = mujoco.MjModel.from_xml_string(SCENE)
         self._data = mujoco.MjData(self._model)
         self._renderer = SceneRenderer(self._model)
-        spec = WorldSpec(sizes, ("x", "y"), ("dx", "dy"), (-1.0, -1.0), (1.0, 1.0), rate_hz=20.0)
+        spec = EmbodimentSpec(sizes, ("x", "y"), ("dx", "dy"), (-1.0, -1.0), (1.0, 1.0), rate_hz=20.0)
         super().__init__(task, "put the disc on the goal", spec, horizon=200)
 
     def _reset_world(self, rng: np.random.Generator) -> None:

@@ -165,7 +165,7 @@ def test_gymnasium_accepts_the_environment() -> None:
 def test_another_robot_does_the_task() -> None:
     with closing(get_suite("robosuite-5@UR5e").make("lift", SMALL)) as env:
         env.reset(seed=1)
-        assert env.world_spec.action_names == (*ARM_ACTIONS, "gripper")
+        assert env.embodiment.action_names == (*ARM_ACTIONS, "gripper")
         assert any(env.advance(env.expert_action())[2]["success"] for _ in range(200))
 
 
@@ -174,7 +174,7 @@ def test_other_tasks_run_without_an_expert_in_the_same_world(task: str, lift: Ro
     assert task in get_suite("robosuite-all").without_expert
     with closing(RobosuiteEnv(task, SMALL)) as env:
         env.reset(seed=1)
-        assert env.world_spec == lift.world_spec
+        assert env.embodiment == lift.embodiment
         forwards = [digest(env, 5, index) for index in (0, 1)]
         assert [digest(env, 5, index) for index in (1, 0)] == forwards[::-1]
         with pytest.raises(ConfigError, match="no scripted expert"):

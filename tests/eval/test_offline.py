@@ -18,7 +18,7 @@ from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.offline import Played, evaluate_offline, summarise
 from dysl_vla.eval.offline_report import render_offline
-from dysl_vla.eval.tuning import Point, choose_by_error
+from dysl_vla.training.tune import Point, choose_by_error
 from dysl_vla.types import Normalisation
 from tests.conftest import make_tiny_policy
 
@@ -40,7 +40,7 @@ def test_figures_are_distances_from_what_was_demonstrated_at_that_very_frame() -
     wrong = right.copy()
     wrong[:, 1:, 1] += 0.5
     result = summarise([played(np.stack([right, wrong]), demonstrated)], ["full", "dysl"], SPEC)
-    full, dysl = result["ways"]["full"], result["ways"]["dysl"]
+    full, dysl = result["variants"]["full"], result["variants"]["dysl"]
     assert full["error"]["mean"] == 0
     assert full["horizon"] == [0, 0, 0, 0]
     assert dysl["horizon"] == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
@@ -59,11 +59,11 @@ def test_figures_are_distances_from_what_was_demonstrated_at_that_very_frame() -
 def test_full_and_skipping_are_compared_on_held_out_episodes(distilled: Path, mock_demos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = evaluate_offline(EvalConfig(out, str(distilled), data=mock_demos))
-    assert list(result["ways"]) == ["full", "dysl"]
+    assert list(result["variants"]) == ["full", "dysl"]
     assert result["episodes"] == [19]
     length = Demonstrations(mock_demos).rows[19].length
     assert result["moments"] == -(-length // 2)
-    full, dysl = result["ways"]["full"], result["ways"]["dysl"]
+    full, dysl = result["variants"]["full"], result["variants"]["dysl"]
     assert full["layers"] is None
     assert dysl["layers"] < 6
     assert full["llm_ms"]["p50"] > 0
@@ -73,7 +73,7 @@ def test_full_and_skipping_are_compared_on_held_out_episodes(distilled: Path, mo
     for picture in ("episode-019.png", "horizon.png"):
         assert Image.open(out / picture).size[0] > 300
     again = evaluate_offline(EvalConfig(out, str(distilled), data=mock_demos))
-    assert again["ways"] == result["ways"]  # nothing was played again
+    assert again["variants"] == result["variants"]  # nothing was played again
     with pytest.raises(ConfigError, match="holds another run"):
         evaluate_offline(EvalConfig(out, str(distilled), data=mock_demos, held_out=0.5))
 
@@ -82,7 +82,7 @@ def test_the_full_model_is_as_far_off_as_its_own_inferences_say(mock_demos: Path
     policy = make_tiny_policy()
     policy.save_pretrained(tmp_path / "p")
     result = evaluate_offline(EvalConfig(tmp_path / "out", str(tmp_path / "p"), data=mock_demos))
-    assert list(result["ways"]) == ["policy"]
+    assert list(result["variants"]) == ["policy"]
     demonstrations = Demonstrations(mock_demos)
     row, columns = demonstrations.rows[19], demonstrations.columns()
     views = {camera: list(demonstrations.frames(camera, [19])) for camera in demonstrations.spec.cameras}
@@ -97,7 +97,7 @@ def test_the_full_model_is_as_far_off_as_its_own_inferences_say(mock_demos: Path
         wanted = columns["actions"][row.start + frame : row.start + min(frame + 2, row.length)]
         errors.append(np.abs(chunk.actions[: len(wanted)] - wanted).mean() / 0.5)
     steps = np.array_split(np.array(errors), range(10, len(errors), 10))
-    assert result["ways"]["policy"]["error"]["mean"] == pytest.approx(
+    assert result["variants"]["policy"]["error"]["mean"] == pytest.approx(
         np.mean([part.mean() for part in steps]), rel=2e-2
     )
 
@@ -107,7 +107,7 @@ def test_a_bundle_is_evaluated_as_the_checkpoint_that_it_was_made_from(
 ) -> None:
     bundle = export(ExportConfig(tmp_path / "bundle", str(distilled)))
     results = [
-        evaluate_offline(EvalConfig(tmp_path / f"out-{index}", str(folder), data=mock_demos))["ways"]
+        evaluate_offline(EvalConfig(tmp_path / f"out-{index}", str(folder), data=mock_demos))["variants"]
         for index, folder in enumerate((distilled, bundle))
     ]
     for way in ("full", "dysl"):
@@ -119,7 +119,7 @@ def test_any_share_or_all_episodes_can_be_asked_for(distilled: Path, mock_demos:
     asked = EvalConfig(tmp_path / "all", str(distilled), data=mock_demos, held_out=1.0, episodes=3, skip=0)
     result = evaluate_offline(asked)
     assert result["episodes"] == [0, 8, 16]
-    assert list(result["ways"]) == ["policy"]
+    assert list(result["variants"]) == ["policy"]
     assert evaluate_offline(replace(asked, out=tmp_path / "half", held_out=0.5))["episodes"] == [1, 9, 17]
     with pytest.raises(DatasetError, match="none is held out"):
         evaluate_offline(replace(asked, out=tmp_path / "none", held_out=0.0))
@@ -153,4 +153,4 @@ def test_policies_without_names_of_their_own_are_told_apart_by_deviation() -> No
     predicted = np.zeros((1, 2, 4, 3), np.float32)
     predicted[..., 0] = 100.0
     result = summarise([played(predicted, demonstrated)], ["policy"], spec)
-    assert result["ways"]["policy"]["error"]["mean"] == pytest.approx(1 / 3)
+    assert result["variants"]["policy"]["error"]["mean"] == pytest.approx(1 / 3)

@@ -19,7 +19,7 @@ from dysl_vla.errors import ActionError, CheckpointError, ConfigError
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
 from dysl_vla.eval.runner import check_seed, evaluate
-from dysl_vla.files import claimed, read_lines
+from dysl_vla.files import locked_dir, read_lines
 from dysl_vla.policies.mock import MockPolicy
 from dysl_vla.types import ActionChunk
 from dysl_vla.video import read_video
@@ -77,10 +77,10 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     assert result["per_task"]["reach"]["episodes"] == 5
     assert "| reach |" in (tmp_path / "r/report.md").read_text()
     assert not (tmp_path / "r/parts").exists()
-    films = sorted((tmp_path / "r/videos").iterdir())
-    assert [film.name.rsplit("-", 1)[0] for film in films] == ["linger-000", "reach-000"]
-    assert next(read_video(films[0])).shape == (256, 256, 3)
-    assert Image.open(tmp_path / "r/films.png").size[0] > 256
+    videos = sorted((tmp_path / "r/videos").iterdir())
+    assert [video.name.rsplit("-", 1)[0] for video in videos] == ["linger-000", "reach-000"]
+    assert next(read_video(videos[0])).shape == (256, 256, 3)
+    assert Image.open(tmp_path / "r/contact_sheet.png").size[0] > 256
 
 
 def test_success_in_the_records_is_the_environments(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_an_interruption_between_records_and_figures_loses_nothing(
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
-    with claimed(tmp_path / "r"), pytest.raises(ConfigError, match="in use by another process"):
+    with locked_dir(tmp_path / "r"), pytest.raises(ConfigError, match="in use by another process"):
         evaluate(config(tmp_path / "r"))
 
 

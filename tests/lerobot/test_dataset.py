@@ -18,11 +18,11 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from dysl_vla.data.info import render_info
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin
 from dysl_vla.errors import DatasetError
-from dysl_vla.types import WorldSpec
+from dysl_vla.types import EmbodimentSpec
 
 SIZES = {"front": (48, 64), "wrist": (64, 64)}
 NAMES = ("shoulder_pan.pos", "elbow_flex.pos", "gripper.pos")
-SPEC = WorldSpec(
+SPEC = EmbodimentSpec(
     cameras=SIZES,
     state_names=NAMES,
     action_names=NAMES,

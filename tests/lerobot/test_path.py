@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.lerobot.fake_cameras import Switches
+from tests.lerobot.fake_cameras import Ablation
 from tests.lerobot.feetech_bus import Bus
 from tests.lerobot.recorder import INSTRUCTION, record
 
@@ -55,7 +55,7 @@ def bundle(folder: Path) -> Path:
     steps = ["--adapter-steps", 10, "--skip-steps", 30, "--threads", 1]
     distill = ["distill", "--policy", "mini", "--data", "data", "--plan", "plan/plan.json", "--out", "fast"]
     told = dysl(*distill, *steps, cwd=folder)
-    assert "dysl eval --policy fast --data data --out fast-eval --skip-config full,dysl" in told
+    assert "dysl eval --policy fast --data data --out fast-eval --variants full,dysl" in told
     told = dysl("eval", "--policy", "fast", "--data", "data", "--out", "fast-eval", cwd=folder)
     assert re.search(r"\| shoulder_pan\.pos \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", told)
     assert (folder / "fast-eval/episode-004.png").exists()
@@ -117,7 +117,7 @@ def test_the_arm_moves_for_half_a_minute_and_stops(
 def test_the_arm_lets_go_when_told_to_end_whatever_is_broken(  # noqa: PLR0917 # fixtures
     bundle: Path,
     bus: Bus,
-    cameras: Switches,
+    cameras: Ablation,
     robot_file: Path,
     command_environment: dict[str, str],
     fault: str,
@@ -148,7 +148,7 @@ def test_the_arm_lets_go_when_told_to_end_whatever_is_broken(  # noqa: PLR0917 #
         process.wait()
 
 
-def break_it(fault: str, bus: Bus, cameras: Switches) -> None:
+def break_it(fault: str, bus: Bus, cameras: Ablation) -> None:
     if fault == "mute motors":
         bus.registers.set_fault("mute")
     elif fault:

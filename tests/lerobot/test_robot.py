@@ -23,7 +23,7 @@ from dysl_vla.deploy.lerobot_robot import CLOSE_S, FRAME_S, RELEASE_S, TURN_S, L
 from dysl_vla.deploy.robot import make_robot
 from dysl_vla.errors import ConfigError, MissingExtraError, RobotFault
 from tests.lerobot.conftest import EXAMPLE, FRONT, WRIST
-from tests.lerobot.fake_cameras import Switches
+from tests.lerobot.fake_cameras import Ablation
 from tests.lerobot.feetech_bus import IDS, MIN_LIMIT, MOTORS, TORQUE, Bus, calibration, running_bus
 
 NAMES = tuple(f"{motor}.pos" for motor in MOTORS)
@@ -39,7 +39,7 @@ def made(path: Path) -> LeRobotRobot:
 
 
 @pytest.fixture
-def make(bus: Bus, cameras: Switches) -> Iterator[Callable[[Path], LeRobotRobot]]:
+def make(bus: Bus, cameras: Ablation) -> Iterator[Callable[[Path], LeRobotRobot]]:
     """Makes robots; in the end, faults are off and they are stopped."""
     robots = []
 
@@ -123,10 +123,10 @@ def test_the_example_of_the_documentation_is_the_file_and_an_so101(
     assert document == json.loads(EXAMPLE.read_text())
     (tmp_path / "documented.json").write_text(json.dumps(document))
     for path in (tmp_path / "documented.json", EXAMPLE, write_robot()):
-        world = made(path).world
-        assert world.cameras == {"front": (480, 640), "wrist": (480, 640)}
-        assert world.state_names == world.action_names == NAMES
-        assert (world.action_low[3], world.action_high[5], world.rate_hz) == (-100.0, 100.0, 30.0)
+        embodiment = made(path).world
+        assert embodiment.cameras == {"front": (480, 640), "wrist": (480, 640)}
+        assert embodiment.state_names == embodiment.action_names == NAMES
+        assert (embodiment.action_low[3], embodiment.action_high[5], embodiment.rate_hz) == (-100.0, 100.0, 30.0)
 
 
 def test_it_is_read_commanded_and_stopped_without_torque(robot: LeRobotRobot, bus: Bus) -> None:
@@ -134,7 +134,7 @@ def test_it_is_read_commanded_and_stopped_without_torque(robot: LeRobotRobot, bu
     assert robot.hold(None) is None
     after = time.perf_counter()
     reading = robot.observe(after)
-    assert after < reading.taken_at < time.perf_counter()
+    assert after < reading.timestamp < time.perf_counter()
     state = reading.observation["observation.state"]
     assert state.tolist() == pytest.approx([0, 0, 0, 0, 0, 50], abs=0.1)
     assert reading.observation["observation.images.front"].shape == (480, 640, 3)
@@ -179,7 +179,7 @@ def test_another_rate_is_refused(make: Callable[[Path], LeRobotRobot], robot_fil
 
 @pytest.mark.parametrize("fault", ["closed", "blocks", "fails"])
 def test_a_broken_camera_does_not_keep_the_motors_on(
-    robot: LeRobotRobot, bus: Bus, cameras: Switches, fault: str, capfd: pytest.CaptureFixture[str]
+    robot: LeRobotRobot, bus: Bus, cameras: Ablation, fault: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cameras.set_fault(FRONT, fault)
     time.sleep(0.1)
@@ -329,7 +329,7 @@ def test_a_command_does_not_wait_for_a_blocked_reading(robot: LeRobotRobot) -> N
     robot.act(action)
 
 
-def test_a_command_does_not_wait_for_a_frame(robot: LeRobotRobot, cameras: Switches) -> None:
+def test_a_command_does_not_wait_for_a_frame(robot: LeRobotRobot, cameras: Ablation) -> None:
     action = robot.observe(0.0).observation["observation.state"]
     cameras.set_fault(FRONT, "blocks")
     reading = Call(robot.observe, time.perf_counter() + 0.1)
@@ -340,7 +340,7 @@ def test_a_command_does_not_wait_for_a_frame(robot: LeRobotRobot, cameras: Switc
 
 @pytest.mark.parametrize("seconds", [0.02, 0.5, 1.3])
 def test_a_connection_that_comes_back_after_stopping_is_undone(
-    make: Callable[[Path], LeRobotRobot], write_robot: Callable[..., Path], bus: Bus, cameras: Switches, seconds: float
+    make: Callable[[Path], LeRobotRobot], write_robot: Callable[..., Path], bus: Bus, cameras: Ablation, seconds: float
 ) -> None:
     bus.registers.write(3, TORQUE, 1)  # left over from before
     camera = {"type": "opencv", "width": 640, "height": 480, "fps": 30, "warmup_s": 1}
@@ -359,7 +359,7 @@ def test_a_connection_that_comes_back_after_stopping_is_undone(
 
 
 def test_what_opens_after_stopping_is_closed_again(
-    make: Callable[[Path], LeRobotRobot], robot_file: Path, bus: Bus, cameras: Switches
+    make: Callable[[Path], LeRobotRobot], robot_file: Path, bus: Bus, cameras: Ablation
 ) -> None:
     cameras.set_fault(WRIST, "opening")
     robot = make(robot_file)
@@ -374,7 +374,7 @@ def test_what_opens_after_stopping_is_closed_again(
 
 
 def test_a_camera_that_does_not_open_is_said_and_motors_are_let_go(
-    make: Callable[[Path], LeRobotRobot], robot_file: Path, bus: Bus, cameras: Switches
+    make: Callable[[Path], LeRobotRobot], robot_file: Path, bus: Bus, cameras: Ablation
 ) -> None:
     bus.registers.write(2, TORQUE, 1)
     cameras.set_fault(WRIST, "closed")
@@ -447,19 +447,19 @@ def test_motors_keep_their_torque_where_the_file_says_so(
     assert not robot._robot.bus.is_connected
 
 
-def test_a_slow_cameras_frames_are_as_old_as_they_are(robot: LeRobotRobot, cameras: Switches) -> None:
+def test_a_slow_cameras_frames_are_as_old_as_they_are(robot: LeRobotRobot, cameras: Ablation) -> None:
     cameras.set_fault(FRONT, "slow")
     time.sleep(0.6)
     ages, end = [], time.perf_counter() + 1.2
     while time.perf_counter() < end:
-        ages.append(time.perf_counter() - robot.observe(0.0).taken_at)
+        ages.append(time.perf_counter() - robot.observe(0.0).timestamp)
     assert max(ages) > 0.3
     after = time.perf_counter()
-    assert robot.observe(after).taken_at > after
+    assert robot.observe(after).timestamp > after
 
 
 @pytest.mark.parametrize("fault", ["closed", "blocks", "fails"])
-def test_a_camera_that_shows_nothing_new_is_named(robot: LeRobotRobot, cameras: Switches, fault: str) -> None:
+def test_a_camera_that_shows_nothing_new_is_named(robot: LeRobotRobot, cameras: Ablation, fault: str) -> None:
     robot.observe(0.0)
     cameras.set_fault(FRONT, fault)
     time.sleep(0.1)
@@ -477,8 +477,8 @@ def test_names_are_changed_for_the_policy_alone(
 ) -> None:
     robot = make(write_robot(rename={"front": "top", "shoulder_pan.pos": "j1", "gripper.pos": "gripper"}))
     expected = ("j1", *NAMES[1:5], "gripper")
-    assert robot.world.state_names == robot.world.action_names == expected
-    assert set(robot.world.cameras) == {"top", "wrist"}
+    assert robot.embodiment.state_names == robot.embodiment.action_names == expected
+    assert set(robot.embodiment.cameras) == {"top", "wrist"}
     robot.connect(30.0)
     reading = robot.observe(time.perf_counter())
     assert set(reading.observation) == {
@@ -562,7 +562,7 @@ def test_both_arms_of_a_bimanual_robot_let_go_although_one_does_not_answer(
     make: Callable[[Path], LeRobotRobot],
     tmp_path: Path,
     bus: Bus,
-    cameras: Switches,
+    cameras: Ablation,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     shot = {**CAMERA, "warmup_s": 0}
@@ -584,7 +584,7 @@ def test_both_arms_of_a_bimanual_robot_let_go_although_one_does_not_answer(
         path = tmp_path / "robot.json"
         path.write_text(json.dumps(document))
         robot = make(path)
-        assert set(robot.world.cameras) == {"hand", "right_wrist", "front"}
+        assert set(robot.embodiment.cameras) == {"hand", "right_wrist", "front"}
         robot.connect(30.0)
         assert bus.registers.torques() == right.registers.torques() == ON
         robot.observe(time.perf_counter())
@@ -645,7 +645,7 @@ class HandMade(Robot):
 
 
 @pytest.fixture
-def hand_made(tmp_path: Path, cameras: Switches, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hand_made(tmp_path: Path, cameras: Ablation, monkeypatch: pytest.MonkeyPatch) -> Path:
     """File of a plug-in's robot, without a bus that anyone knows; `torque` beside it says what it did last."""
     (tmp_path / "lerobot_robot_hand_made.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
@@ -664,14 +664,14 @@ def hand_made(tmp_path: Path, cameras: Switches, monkeypatch: pytest.MonkeyPatch
 def test_a_plugins_robot_is_found_and_disconnected_its_own_way_also_with_a_closed_camera(
     make: Callable[[Path], LeRobotRobot],
     hand_made: Path,
-    cameras: Switches,
+    cameras: Ablation,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     torque = hand_made.with_name("torque")
     make(hand_made).stop()  # never connected
     assert not torque.exists()
     robot = make(hand_made)
-    assert robot.world.cameras == {"eye": (480, 640)}
+    assert robot.embodiment.cameras == {"eye": (480, 640)}
     robot.connect(10.0)
     assert robot.observe(time.perf_counter()).observation["observation.state"].tolist() == [1, 2]
     assert robot.hold(None) is None  # nobody knows where its gripper is

@@ -17,11 +17,11 @@ from dysl_vla.policies import load_policy
 from dysl_vla.policies.dysl import DyslPolicy, SkipSettings, load_dysl, save_operating_point, save_skips
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan
-from dysl_vla.skip_controller.operating import RandomExits, SkipStatistics, Switches
+from dysl_vla.skip_controller.operating import Ablation, RandomExits, SkipStatistics
 from tests.conftest import MOCK_INSTRUCTIONS, make_tiny_policy
 
 PLAN = SkipPlan(6, (0, 3, 5))
-STATISTICS = SkipStatistics(outputs=(0.0, 0.5, 1.0), falls=(0.1, 0.2, 0.3), surprises=(-0.1, 0.05, 0.1))
+STATISTICS = SkipStatistics(outputs=(0.0, 0.5, 1.0), drops=(0.1, 0.2, 0.3), surprises=(-0.1, 0.05, 0.1))
 
 
 def make_parts(seed: int = 0) -> tuple[MiniVLA, SkipHeads, SkipSettings]:
@@ -106,9 +106,9 @@ KNOBS = st.floats(0.001, 1)
 
 @given(TABLES, TABLES, TABLES, KNOBS, KNOBS)
 def test_a_higher_knob_never_asks_for_more_layers(
-    outputs: Any, falls: Any, surprises: Any, one: float, other: float
+    outputs: Any, drops: Any, surprises: Any, one: float, other: float
 ) -> None:
-    statistics = SkipStatistics(outputs, falls, surprises)
+    statistics = SkipStatistics(outputs, drops, surprises)
     less, more = (statistics.point(skip) for skip in sorted((one, other)))
     assert more.threshold <= less.threshold
     assert more.thresholds.eta >= less.thresholds.eta
@@ -130,12 +130,12 @@ def test_a_verified_chunk_is_the_full_models_exactly() -> None:
 
 
 def test_switches_leave_parts_out() -> None:
-    unguided = play(make_dysl(skip=0.9, switches=Switches(guidance=False)), range(20), executed=3.0)
+    unguided = play(make_dysl(skip=0.9, ablation=Ablation(guidance=False)), range(20), executed=3.0)
     assert all(chunk.skips.allow_points == (0, 0) for chunk in unguided)
-    asking = make_dysl(skip=0.5, switches=Switches(verification=False))
+    asking = make_dysl(skip=0.5, ablation=Ablation(verification=False))
     asking._guide.verify = lambda *_: True  # type: ignore[method-assign]
     assert not any(chunk.skips.is_verified for chunk in play(asking, range(20)))
-    random = play(make_dysl(switches=Switches(False, False, True)), range(400))
+    random = play(make_dysl(ablation=Ablation(False, False, True)), range(400))
     assert all(not chunk.skips.outputs for chunk in random)
     assert np.mean([chunk.skips.layers for chunk in random]) == pytest.approx(4.5, abs=0.15)
 
@@ -195,8 +195,8 @@ def test_a_knob_out_of_range_is_refused(checkpoint: Path, skip: float) -> None:
         ("plan", {"num_layers": 6, "static_layers": [0, 2, 5]}),
         ("teacher", "other"),
         ("skip", 2.0),
-        ("foresight", "x"),
-        ("signal", "touch"),
+        ("lookahead", "x"),
+        ("importance", "touch"),
     ],
 )
 def test_an_edited_file_is_refused(checkpoint: Path, field: str, value: object) -> None:

@@ -12,7 +12,7 @@ import pytest
 import dysl_vla
 from dysl_vla.envs import FIRST_EVALUATION_SEED, get_suite
 from dysl_vla.policies import load_policy
-from dysl_vla.provenance import home, origins
+from dysl_vla.provenance import origins, training_suite
 
 SHIPPED = sorted((Path(dysl_vla.__file__).parent / "policies/shipped").iterdir())
 
@@ -33,10 +33,10 @@ def test_it_is_small_and_says_nothing_of_the_machine_it_was_trained_on(folder: P
 
 def test_it_acts_where_it_was_trained_and_skips_most_layers(folder: Path) -> None:
     policy, full = load_policy(folder.name), load_policy(folder.name, skip=0)
-    suite_name, tasks = home(policy.provenance, "", "")
+    suite_name, tasks = training_suite(policy.provenance, "", "")
     suite = get_suite(suite_name)
     with closing(suite.make(suite.choose(tasks)[0], policy.spec.cameras)) as env:
-        policy.spec.check_world(env.world_spec)
+        policy.spec.check_embodiment(env.embodiment)
         observation, _ = env.reset(seed=FIRST_EVALUATION_SEED)
         state = policy.reset()
         [skipping], [whole] = policy.infer([observation], [state]), full.infer([observation], [full.reset()])

@@ -46,7 +46,7 @@ def test_it_decides_and_answers_as_the_skipper_does(name: str, plan: SkipPlan, m
             expected = model(**inputs).last_hidden_state
         skipper.detach()
         assert [layer for layer, left in zip(conditional.exits, lefts.tolist(), strict=True) if left] == sorted(
-            step.landings[0]
+            step.targets[0]
         )
         outputs = {
             layer: logit
@@ -57,7 +57,7 @@ def test_it_decides_and_answers_as_the_skipper_does(name: str, plan: SkipPlan, m
         torch.testing.assert_close(hidden, expected)
         if resumed is not None:
             torch.testing.assert_close(resumed, full)
-        seen.add(len(step.landings[0]))
+        seen.add(len(step.targets[0]))
     assert len(seen) > 1
 
 

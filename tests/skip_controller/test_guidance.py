@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dysl_vla.errors import ActionError, ConfigError
-from dysl_vla.skip_controller import Guide, Thresholds
-from dysl_vla.skip_controller.guidance import WINDOW, continuity, gripper, signals
+from dysl_vla.skip_controller import SkipGuidance, Thresholds
+from dysl_vla.skip_controller.guidance import WINDOW, continuity, gripper, importance_measures
 
 BLOCKS = (3, 13)
-GUIDE = Guide(BLOCKS, 2, Thresholds(eta=0.1, eta_verify=0.2))
+GUIDE = SkipGuidance(BLOCKS, 2, Thresholds(eta=0.1, eta_verify=0.2))
 
 
 class Episode:
     """An episode that is guided: remembers all that was executed."""
 
-    def __init__(self, guide: Guide = GUIDE) -> None:
+    def __init__(self, guide: SkipGuidance = GUIDE) -> None:
         self.guide = guide
         self.state = guide.reset()
         self.executed = np.empty((0, 2))
@@ -118,10 +118,10 @@ def test_a_verified_prediction_replaces_the_verdict_on_the_first() -> None:
     assert GUIDE.verify(episode.state, jump, 1)
 
 
-@pytest.mark.parametrize(("foresight", "protected_after"), [(0, 8), (4, 4)])
-def test_foresight_protects_before_the_fall(foresight: int, protected_after: int) -> None:
+@pytest.mark.parametrize(("lookahead", "protected_after"), [(0, 8), (4, 4)])
+def test_foresight_protects_before_the_fall(lookahead: int, protected_after: int) -> None:
     """A chunk of six, two executed at a time; the gripper closes at action 8."""
-    guide = Guide((3,), 2, Thresholds(0.1, 0.2), foresight=foresight)
+    guide = SkipGuidance((3,), 2, Thresholds(0.1, 0.2), lookahead=lookahead)
     trajectory = np.zeros((30, 2))
     trajectory[8:, 1] = 1.0
     state = guide.reset()
@@ -130,7 +130,7 @@ def test_foresight_protects_before_the_fall(foresight: int, protected_after: int
         if state.allow_points.any():
             assert executed == protected_after + 2
             return
-        assert not guide.verify(state, trajectory[executed : executed + 6], 2) or foresight == 0
+        assert not guide.update_and_check(state, trajectory[executed : executed + 6], 2) or lookahead == 0
     pytest.fail("never protected")
 
 
@@ -147,7 +147,7 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(value: float) -> None
         GUIDE.observe(state, np.zeros((1, 3)))
     np.testing.assert_array_equal(state.recent, before.recent)
     np.testing.assert_array_equal(state.allow_points, before.allow_points)
-    assert (state.fell, state.falls, state.continuity) == (before.fell, before.falls, before.continuity)
+    assert (state.previous_drop, state.drop, state.continuity) == (before.previous_drop, before.drop, before.continuity)
 
 
 @given(hnp.arrays(np.float64, st.tuples(st.integers(0, 8), st.just(3)), elements=st.floats(-5, 5)))
@@ -168,14 +168,14 @@ def test_the_importance_signal_is_interchangeable() -> None:
     assert gripper(moving[:, 1:]) == 0.0
     assert gripper(moving[:, :1]) == gripper(moving) == pytest.approx(-0.2)
     for name in ("continuity", "gripper"):
-        guide = Guide(BLOCKS, 2, Thresholds(0.1, 0.2), signal=name)
+        guide = SkipGuidance(BLOCKS, 2, Thresholds(0.1, 0.2), signal=name)
         state = guide.reset()
         guide.observe(state, np.zeros((6, 2)))
         guide.observe(state, moving)
         assert state.allow_points.tolist() == ([2, 2] if name == "continuity" else [0, 0])
     with pytest.raises(ConfigError, match="unknown importance signal 'touch'; there are: continuity, gripper"):
-        Guide(BLOCKS, 2, Thresholds(0.1, 0.2), signal="touch")
-    assert signals.names() == ["continuity", "gripper"]
+        SkipGuidance(BLOCKS, 2, Thresholds(0.1, 0.2), importance="touch")
+    assert importance_measures.names() == ["continuity", "gripper"]
 
 
 @pytest.mark.parametrize(("grippers", "points"), [((), [0, 0]), ((0,), [2, 2]), ((0, 2), [2, 2]), ((1, 2), [0, 0])])
@@ -183,7 +183,7 @@ def test_the_signal_sees_every_gripper_and_nothing_else(grippers: tuple[int, ...
     """Bimanual arms have one in the middle of their actions."""
     moving = np.zeros((6, 3))
     moving[3:, 0] = 1.0
-    guide = Guide(BLOCKS, 3, Thresholds(0.1, 0.2), signal="gripper", grippers=grippers)
+    guide = SkipGuidance(BLOCKS, 3, Thresholds(0.1, 0.2), importance="gripper", grippers=grippers)
     state = guide.reset()
     guide.observe(state, np.zeros((6, 3)))
     guide.observe(state, moving)

@@ -22,7 +22,7 @@ def test_blocks_and_static_layers_share_the_layers_without_overlap(case: tuple[i
         assert set(static) == set(range(len(static)))  # nothing before a static layer can be skipped
         return
     assert set(plan.dynamic_layers).isdisjoint(plan.static_layers)
-    assert all(block.landing in plan.static_layers and block.length > 0 for block in plan.blocks)
+    assert all(block.target in plan.static_layers and block.length > 0 for block in plan.blocks)
     tail = set(range(max(static) + 1, depth))
     assert set(plan.dynamic_layers) | set(static) | tail == set(range(depth))
 

@@ -150,7 +150,7 @@ def test_a_skip_jumps_over_the_adapter_to_the_static_layer(name: str) -> None:
         step.first_skip, step.first_hidden = 3, expected_input
         with skipper.verify(step):
             expected = model(input_ids=ids, use_cache=False).last_hidden_state
-    assert step.landings == [{2: 3}]
+    assert step.targets == [{2: 3}]
     assert step.layers_run.tolist() == [[True, True, False, True, True, True]]
     torch.testing.assert_close(skipped, expected)
 
@@ -177,7 +177,7 @@ def test_a_rows_result_does_not_depend_on_its_neighbours(name: str, data: st.Dat
                 single = model(input_ids=ids[one], attention_mask=ones[one]).last_hidden_state
             nearest = min((abs(p - threshold) for p in together.outputs[row].values()), default=1.0)
             if nearest > 1e-4:  # a tie may fall either way
-                assert alone.landings[0] == together.landings[row]
+                assert alone.targets[0] == together.targets[row]
                 real = ones[row].bool()
                 torch.testing.assert_close(single[0][real], output[row][real], rtol=1e-4, atol=1e-4)
     skipper.detach()
@@ -192,9 +192,9 @@ def test_a_mask_that_hides_nothing_changes_nothing() -> None:
         with torch.inference_mode(), skipper.step(points, threshold=1.0, mask=ones) as step:
             model(input_ids=batch(2))
         assert step.mask is (ones if ones is not None and not ones.all() else None)
-        with skipper.bridge([1, None], mask=ones) as bridged:
+        with skipper.force_exits([1, None], mask=ones) as forced:
             model(input_ids=batch(2))
-        return step.outputs, list(bridged.outputs.values())
+        return step.outputs, list(forced.outputs.values())
 
     without, ones, hiding = asked(None), asked(torch.ones(2, 7)), asked(mask(2, 7, "left"))
     assert all(map(len, without[0]))
@@ -268,7 +268,7 @@ def test_decoding_keeps_the_decisions_of_its_prefill() -> None:
             assert torch.equal(alone[0], output.sequences[row])
         with skipper.verify(step):
             assert torch.equal(model.generate(ids, **greedy), plain)
-    assert step.landings == [{1: 3, 4: 5}, {4: 5}, {}]
+    assert step.targets == [{1: 3, 4: 5}, {4: 5}, {}]
     written = [layer.keys.shape[0] if layer.is_initialized else 0 for layer in output.past_key_values.layers]
     assert written == [3, 2, 2, 3, 1, 3]
 
@@ -366,4 +366,4 @@ def test_a_first_layer_that_is_dynamic_runs_all_the_same(name: str, static: tupl
                 outputs.append(model(input_ids=batch(2), use_cache=True).last_hidden_state)
         assert torch.equal(*outputs)
     assert step.layers_run[:, 0].all()
-    assert step.landings == [{landing.first + (landing.first == 0): landing.landing for landing in plan.blocks}] * 2
+    assert step.targets == [{target.first + (target.first == 0): target.target for target in plan.blocks}] * 2

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach
-from dysl_vla.skip_controller.distill import Distillation, DistillConfig, mixed_precision, relative_error
+from dysl_vla.skip_controller.heads_trainer import DistillConfig, HeadsTrainer, mixed_precision, relative_error
 
 PLAN = SkipPlan(num_layers=6, static_layers=(0, 3, 5))
 
@@ -19,11 +19,11 @@ def make(
     objective: str = "tolerance",
     adapter_steps: int = 30,
     skip_steps: int = 60,
-    together: float = 0.75,
+    joint_exit_prob: float = 0.75,
     plan: SkipPlan = PLAN,
     *,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Distillation, LlamaModel]:
+) -> tuple[HeadsTrainer, LlamaModel]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=10, hidden_size=16, num_hidden_layers=6, num_attention_heads=2, intermediate_size=32
@@ -33,7 +33,7 @@ def make(
     with mixed_precision(model):
         skipper = attach(model, plan, SkipHeads(plan, HeadsConfig(16, adapter_size=16, controller_size=8)))
     return (
-        Distillation(
+        HeadsTrainer(
             skipper,
             lambda inputs: model(**inputs).last_hidden_state,
             lambda hidden: read_out(hidden[:, -1]).view(-1, 4, 2),
@@ -46,21 +46,21 @@ def make(
                 warmup=5,
                 learning_rate=1e-2,
                 hidden_weight=0.2,
-                together=together,
+                joint_exit_prob=joint_exit_prob,
             ),
         ),
         model,
     )
 
 
-def run(distillation: Distillation, steps: int, dtype: torch.dtype = torch.float32) -> list[dict[str, float]]:
+def run(distillation: HeadsTrainer, steps: int, dtype: torch.dtype = torch.float32) -> list[dict[str, float]]:
     data = torch.randn(64, 5, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
     target = distillation.target({"inputs_embeds": data})
     figures = []
     for _ in range(steps):
         rng = distillation.rng()
         rows = torch.from_numpy(rng.integers(0, len(data), 16))
-        some = type(target)(target.actions[rows], [landing[rows] for landing in target.landings])
+        some = type(target)(target.actions[rows], [target[rows] for target in target.targets])
         figures.append(distillation.update({"inputs_embeds": data[rows]}, some, rng))
     return figures
 
@@ -90,27 +90,27 @@ def test_the_second_stage_skips_one_layer_of_a_block_at_most_and_of_one_block_at
     distillation, _ = make(adapter_steps=0)
     seen = set()
     for seed in range(200):
-        places = distillation._draw(np.random.default_rng(seed))
+        places = distillation._sample_exits(np.random.default_rng(seed))
         for place, block in zip(places, PLAN.blocks, strict=True):
-            assert place is None or block.first <= place < block.landing
+            assert place is None or block.first <= place < block.target
         assert places != [None, None]
         seen.add(tuple(places))
     assert len(seen) == 5  # left at 1, 2 or not at all, at 4 or not at all, but not both whole
 
 
 def test_the_second_stage_can_leave_all_blocks_equally_deep() -> None:
-    distillation, _ = make(adapter_steps=0, together=1.0)
-    drawn = {tuple(distillation._draw(np.random.default_rng(seed))) for seed in range(50)}
+    distillation, _ = make(adapter_steps=0, joint_exit_prob=1.0)
+    drawn = {tuple(distillation._sample_exits(np.random.default_rng(seed))) for seed in range(50)}
     assert drawn == {(1, 4), (2, None)}  # the second block has one dynamic layer
 
 
 def test_blocks_are_left_at_the_plans_exits_alone() -> None:
     distillation, _ = make(adapter_steps=0, plan=replace(PLAN, exits=(1, 4)))
-    drawn = {tuple(distillation._draw(np.random.default_rng(seed))) for seed in range(100)}
+    drawn = {tuple(distillation._sample_exits(np.random.default_rng(seed))) for seed in range(100)}
     assert drawn == {(1, 4), (1, None), (None, 4)}
     assert sorted(distillation._skipper.heads.adapters) == ["1", "4"]
     run(distillation, 3)
-    with pytest.raises(ConfigError, match="places: 2 is not among"), distillation._skipper.bridge([2, 4]):
+    with pytest.raises(ConfigError, match="places: 2 is not among"), distillation._skipper.force_exits([2, 4]):
         pass
     with pytest.raises(ConfigError, match="leaves layer 0 alone"):
         make(plan=SkipPlan(6, (1,)))
@@ -124,7 +124,7 @@ def test_a_mixture_that_never_skips_is_the_full_model() -> None:
     with torch.no_grad():
         for controller in skipper.heads.controllers.values():
             controller.out.bias.fill_(-100.0)
-    with skipper.bridge([1, 4], is_mixture=True):
+    with skipper.force_exits([1, 4], is_mixture=True):
         mixed = model(inputs_embeds=data).last_hidden_state
     torch.testing.assert_close(mixed, full)
 
@@ -133,11 +133,11 @@ def test_training_runs_what_inference_runs() -> None:
     distillation, model = make()
     run(distillation, 40)
     data = torch.randn(3, 5, 16)
-    with torch.no_grad(), distillation._skipper.bridge([2, 4]):
+    with torch.no_grad(), distillation._skipper.force_exits([2, 4]):
         trained = model(inputs_embeds=data).last_hidden_state
-    with torch.no_grad(), distillation._skipper.step(np.array([[1, 0]] * 3), is_decreed=True) as step:
+    with torch.no_grad(), distillation._skipper.step(np.array([[1, 0]] * 3), force_skip=True) as step:
         decreed = model(inputs_embeds=data).last_hidden_state
-    assert step.landings == [{2: 3, 4: 5}] * 3
+    assert step.targets == [{2: 3, 4: 5}] * 3
     assert step.outputs == [{}] * 3
     torch.testing.assert_close(trained, decreed)
 
@@ -145,7 +145,7 @@ def test_training_runs_what_inference_runs() -> None:
 @pytest.mark.parametrize("places", [[0, None], [3, None], [1, 5], [1]])
 def test_places_that_are_not_of_their_block_are_refused(places: list[int | None]) -> None:
     distillation, _ = make()
-    with pytest.raises(ConfigError, match="places"), distillation._skipper.bridge(places):
+    with pytest.raises(ConfigError, match="places"), distillation._skipper.force_exits(places):
         pass
 
 

@@ -24,8 +24,8 @@ with needs_extra("policy"):
     import torch
     from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig
 
-    from dysl_vla.skip_controller.calibrate import choose_static_layers
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
+    from dysl_vla.skip_controller.layer_similarity import choose_static_layers
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach, find_all_layers
 
@@ -107,7 +107,7 @@ def bench_backbone(config: BackboneBenchConfig) -> list[Pass]:
             nonlocal heads_s
             with skipper.step(points, threshold=-1.0) as step:
                 model(inputs_embeds=embeds, use_cache=False)
-            heads_s = step.adapters_s / len(step.landings[0]) + step.controllers_s / len(step.outputs[0])
+            heads_s = step.adapters_s / len(step.targets[0]) + step.controllers_s / len(step.outputs[0])
             return int(step.layers_run.sum())
 
         return run

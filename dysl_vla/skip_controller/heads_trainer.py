@@ -1,14 +1,14 @@
 """Training of adapters and controllers against the frozen decoder that they belong to (DySL-VLA, section 3.4).
 
-Stage 1, adapters alone: each learns to predict what its landing gets in the full model, all from one forward of it.
+Stage 1, adapters alone: each learns to predict what its target gets in the full model, all from one forward of it.
 Stage 2, adapters and controllers: each block is left at one of its exits, and what counts is the action that comes out.
 The paper draws the exit for each block, with probability ~ 1/rank; then all blocks are hardly ever left at their first
 layer together, which is what every unimportant action does. So most steps draw one rank for all blocks, and the others
 as the paper does. Two objectives for stage 2:
 `tolerance` (default): the forward really skips, which costs the layers that run. Adapters get the loss of the action;
-a controller learns the probability that leaving at its layer, into a landing, keeps the executed actions within a
+a controller learns the probability that leaving at its layer, into a target, keeps the executed actions within a
 tolerance of the full model's; the tolerance is a running quantile of the errors themselves.
-`mixture`, the paper's: landings get c adapter(x) + (1 - c) layers(x), with lambda (1 - c) (s - i) for what still runs.
+`mixture`, the paper's: targets get c adapter(x) + (1 - c) layers(x), with lambda (1 - c) (s - i) for what still runs.
 The full model's action is the target, so that the action's loss is about e c, with e the error of the skip, and the sum
 is least at c = 1 where e < lambda (s - i), at 0 elsewhere: the same question, asked with a fixed tolerance a layer and
 at the price of the full model.
@@ -51,19 +51,19 @@ class DistillConfig:
     warmup: int = 100
     """Steps of linear warm-up, of each stage."""
     hidden_weight: float = 0.05
-    """Weight of the landings' relative error in stage 2."""
-    executed: float = 0.9
+    """Weight of the targets' relative error in stage 2."""
+    executed_weight: float = 0.9
     """Share of the action's loss that counts the executed actions alone; the rest counts the whole chunk."""
-    together: float = 0.6
+    joint_exit_prob: float = 0.6
     """Share of stage 2's steps that leave all blocks alike, as an unimportant action does."""
-    whole: float = 0.5
+    keep_block_prob: float = 0.5
     """Share of blocks that run whole in stage 2's other steps, so that others are also seen beside exact layers."""
     quantile: float = 0.7
     """Objective `tolerance`: share of skips whose error counts as harmless."""
     layer_weight: float = 0.004
     """Objective `mixture`: lambda, the price of a layer."""
     seed: int = 0
-    """Decides batches and places."""
+    """Decides batches and exits."""
     threads: int = 0
     """Threads of PyTorch; 0: one a core."""
 
@@ -77,9 +77,11 @@ class DistillConfig:
             raise ConfigError(f"learning_rate: {self.learning_rate} must be above zero and finite.")
         if self.objective not in ("tolerance", "mixture"):
             raise ConfigError(f"objective: {self.objective!r} is neither 'tolerance' nor 'mixture'.")
-        if not 0 <= self.whole < 1 or not 0 < self.quantile < 1:
-            raise ConfigError(f"whole, quantile: {self.whole}, {self.quantile} must be shares below 1.")
-        for name in ("together", "executed"):
+        if not 0 <= self.keep_block_prob < 1 or not 0 < self.quantile < 1:
+            raise ConfigError(
+                f"keep_block_prob, quantile: {self.keep_block_prob}, {self.quantile} must be shares below 1."
+            )
+        for name in ("joint_exit_prob", "executed_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be a share.")
 
@@ -90,19 +92,19 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
-class Target:
+class FullModelAnswer:
     """What the full model makes of a batch.
 
     Attributes:
         actions: (batch, chunk, action), normalised.
-        landings: What each block's landing gets, (batch, tokens, hidden).
+        targets: What each block's target gets, (batch, tokens, hidden).
     """
 
     actions: Tensor
-    landings: list[Tensor]
+    targets: list[Tensor]
 
 
-class Distillation:
+class HeadsTrainer:
     """Trains the heads of an attached decoder, a step at a time.
 
     Args:
@@ -143,11 +145,11 @@ class Distillation:
         )
 
     @torch.no_grad()
-    def target(self, inputs: Mapping[str, Tensor]) -> Target:
+    def target(self, inputs: Mapping[str, Tensor]) -> FullModelAnswer:
         """What the full model makes of a batch; the same for every step, so it can be kept."""
         with self._mixed, self._skipper.record() as layers:
             actions = self._decode(self._run(inputs))
-        return Target(actions, [layers[block.landing] for block in self._skipper.plan.blocks])
+        return FullModelAnswer(actions, [layers[block.target] for block in self._skipper.plan.blocks])
 
     def rng(self) -> np.random.Generator:
         """Of the step that comes; draw the batch from it, then hand it to `update`."""
@@ -158,7 +160,9 @@ class Distillation:
         """The step that comes trains adapters alone."""
         return self.step < self._config.adapter_steps
 
-    def update(self, inputs: Mapping[str, Tensor], target: Target | None, rng: np.random.Generator) -> dict[str, float]:
+    def update(
+        self, inputs: Mapping[str, Tensor], target: FullModelAnswer | None, rng: np.random.Generator
+    ) -> dict[str, float]:
         """One optimizer step.
 
         Args:
@@ -203,7 +207,7 @@ class Distillation:
         assert self._skipper.heads is not None
         mask = inputs.get("attention_mask")
         errors = {
-            layer: relative_error(self._skipper.heads.adapters[str(layer)](layers[layer]), layers[block.landing], mask)
+            layer: relative_error(self._skipper.heads.adapters[str(layer)](layers[layer]), layers[block.target], mask)
             for block, exits in zip(self._skipper.plan.blocks, self._exits, strict=True)
             for layer in exits
         }
@@ -211,49 +215,49 @@ class Distillation:
         return loss, {"loss": loss.item()} | {f"adapter_error/{layer}": e.item() for layer, e in errors.items()}
 
     def _skip_loss(
-        self, inputs: Mapping[str, Tensor], target: Target, rng: np.random.Generator
+        self, inputs: Mapping[str, Tensor], target: FullModelAnswer, rng: np.random.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         config, plan = self._config, self._skipper.plan
         is_mixture = config.objective == "mixture"
-        places = self._draw(rng)
+        exits = self._sample_exits(rng)
         mask = inputs.get("attention_mask")
-        with self._skipper.bridge(places, is_mixture=is_mixture, mask=mask) as bridged:
+        with self._skipper.force_exits(exits, is_mixture=is_mixture, mask=mask) as forced:
             actions = self._decode(self._run(inputs))
-        chosen = list(bridged.outputs)
+        chosen = list(forced.outputs)
         distance = (actions - target.actions).abs().mean(dim=2)
         error = distance[:, : self._execute].mean(dim=1)
-        task = (1 - config.executed) * distance.mean() + config.executed * error.mean()
-        hidden = torch.stack([relative_error(bridged.landings[b], target.landings[b], mask) for b in chosen]).mean()
-        outputs = torch.stack([bridged.outputs[b] for b in chosen])  # (blocks, batch)
+        task = (1 - config.executed_weight) * distance.mean() + config.executed_weight * error.mean()
+        hidden = torch.stack([relative_error(forced.targets[b], target.targets[b], mask) for b in chosen]).mean()
+        outputs = torch.stack([forced.outputs[b] for b in chosen])  # (blocks, batch)
         if is_mixture:
-            kept = outputs.new_tensor([float(plan.blocks[b].landing - (places[b] or 0)) for b in chosen])
+            kept = outputs.new_tensor([float(plan.blocks[b].target - (exits[b] or 0)) for b in chosen])
             controllers = config.layer_weight * ((1 - outputs) * kept[:, None]).sum(dim=0).mean()
         else:
-            self._follow(error.detach())
+            self._update_tolerance(error.detach())
             label = (error.detach() < self.tolerance).to(outputs.dtype).expand_as(outputs)
             controllers = nn.functional.binary_cross_entropy(outputs.float(), label.float())
         loss = task + config.hidden_weight * hidden + controllers
         return loss, {
             "loss": loss.item(),
             "task_loss": task.item(),
-            "landing_error": hidden.item(),
+            "target_error": hidden.item(),
             "controller_loss": controllers.item(),
             "skip_rate": outputs.detach().mean().item(),
             "tolerance": self.tolerance,
         }
 
-    def _draw(self, rng: np.random.Generator) -> list[int | None]:
+    def _sample_exits(self, rng: np.random.Generator) -> list[int | None]:
         """Where each block is left; one at least is."""
-        exits = self._exits
-        if rng.random() < self._config.together:
-            rank = _earlier(rng, max(map(len, exits)))
-            return [layers[rank] if rank < len(layers) else None for layers in exits]  # a shorter one runs whole
-        places = [layers[_earlier(rng, len(layers))] if layers else None for layers in exits]
-        whole = rng.random(len(places)) < self._config.whole
-        whole[rng.choice([block for block, place in enumerate(places) if place is not None])] = False
-        return [None if keep else place for place, keep in zip(places, whole, strict=True)]
+        choices = self._exits
+        if rng.random() < self._config.joint_exit_prob:
+            rank = _sample_rank(rng, max(map(len, choices)))
+            return [layers[rank] if rank < len(layers) else None for layers in choices]  # a shorter one runs whole
+        exits = [layers[_sample_rank(rng, len(layers))] if layers else None for layers in choices]
+        whole = rng.random(len(exits)) < self._config.keep_block_prob
+        whole[rng.choice([block for block, place in enumerate(exits) if place is not None])] = False
+        return [None if keep else place for place, keep in zip(exits, whole, strict=True)]
 
-    def _follow(self, error: Tensor) -> None:
+    def _update_tolerance(self, error: Tensor) -> None:
         quantile = float(error.float().quantile(self._config.quantile))
         begun = self.tolerance > 0
         self.tolerance = 0.99 * self.tolerance + 0.01 * quantile if begun else quantile
@@ -272,7 +276,7 @@ def relative_error(predicted: Tensor, wanted: Tensor, mask: Tensor | None = None
     return errors.mean() if mask is None else (errors * mask).sum() / mask.sum()
 
 
-def _earlier(rng: np.random.Generator, count: int) -> int:
+def _sample_rank(rng: np.random.Generator, count: int) -> int:
     """A place among so many, with probability ~ 1/rank."""
     shares = 1 / np.arange(1, count + 1)
     return int(rng.choice(count, p=shares / shares.sum()))

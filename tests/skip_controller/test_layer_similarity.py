@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaModel
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.skip_controller.calibrate import choose_static_layers, similarities
+from dysl_vla.skip_controller.layer_similarity import choose_static_layers, similarities
 
 
 @given(st.lists(st.floats(-1, 1), min_size=5, max_size=9), st.integers(2, 4), st.integers(0, 5))

@@ -1,4 +1,4 @@
-"""What is drawn on films, and films of episodes on one picture, so that a run can be looked at in a second."""
+"""What is drawn on videos, and videos of episodes on one picture, so that a run can be looked at in a second."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import replacing
+from dysl_vla.files import atomic_write
 from dysl_vla.types import ImageArray, SkipTrace
 from dysl_vla.video import read_video
 
@@ -22,24 +22,24 @@ STRIP = 48
 """Pixels under a frame."""
 
 
-def write_contact_sheet(films: Sequence[Path], path: Path) -> None:
-    """Draw frames of each film, evenly spaced from its first to its last, a row a film under its name.
+def write_contact_sheet(videos: Sequence[Path], path: Path) -> None:
+    """Draw frames of each video, evenly spaced from its first to its last, a row a video under its name.
 
     Args:
-        films: MP4 files.
+        videos: MP4 files.
         path: Ends in `.png`.
     """
-    read = [list(read_video(film)) for film in films]
+    read = [list(read_video(video)) for video in videos]
     height = max(round(SIDE * frames[0].shape[0] / frames[0].shape[1]) for frames in read)
-    sheet = Image.new("RGB", (COLUMNS * SIDE, len(films) * (height + CAPTION)), "white")
+    sheet = Image.new("RGB", (COLUMNS * SIDE, len(videos) * (height + CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (film, frames) in enumerate(zip(films, read, strict=True)):
+    for row, (video, frames) in enumerate(zip(videos, read, strict=True)):
         top = row * (height + CAPTION)
-        draw.text((2, top), film.stem, fill="black")
+        draw.text((2, top), video.stem, fill="black")
         for column, index in enumerate(np.linspace(0, len(frames) - 1, COLUMNS).round().astype(int)):
             frame = Image.fromarray(frames[index]).resize((SIDE, height), Image.Resampling.LANCZOS)
             sheet.paste(frame, (column * SIDE, top + CAPTION))
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
 
 

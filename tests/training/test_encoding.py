@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dysl_vla.data.distilling import DistillRunConfig, distill
-from dysl_vla.data.encoding import _shift, encode
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.errors import ConfigError
 from dysl_vla.policies.mini_vla import MiniVLA
-from dysl_vla.policies.training import SHIFT
+from dysl_vla.training.behaviour_cloning import SHIFT
+from dysl_vla.training.distill import DistillRunConfig, distill
+from dysl_vla.training.encoding import _shift, encode
 
 
 def test_shifted_copies_stand_behind_their_frame_and_are_the_same_every_time(
@@ -23,7 +23,7 @@ def test_shifted_copies_stand_behind_their_frame_and_are_the_same_every_time(
     demonstrations = Demonstrations(mock_demos)
     chosen = np.arange(3, 40, 2)
     plain = encode(tiny_policy, demonstrations, chosen, "frames")
-    copied, again = (encode(tiny_policy, demonstrations, chosen, "frames", shifted=2) for _ in range(2))
+    copied, again = (encode(tiny_policy, demonstrations, chosen, "frames", augment_copies=2) for _ in range(2))
     assert copied.indices.tolist() == np.repeat(chosen, 3).tolist()
     frames, copies = copied.inputs["inputs_embeds"][::3], copied.inputs["inputs_embeds"][1::3]
     np.testing.assert_allclose(frames, plain.inputs["inputs_embeds"], atol=1e-5)
@@ -48,5 +48,5 @@ def test_a_shift_moves_a_whole_image_and_nothing_else(seed: int, rows: int, colu
 
 
 def test_a_negative_number_of_copies_is_refused(mock_demos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="shifted"):
-        distill(DistillRunConfig(mock_demos, tmp_path / "out", shifted=-1))
+    with pytest.raises(ConfigError, match="augment_copies"):
+        distill(DistillRunConfig(mock_demos, tmp_path / "out", augment_copies=-1))

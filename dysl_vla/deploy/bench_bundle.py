@@ -87,9 +87,9 @@ def bench_bundle(config: BundleBenchConfig) -> BundleBench:
     made_from = policies[3].provenance.get("export", {}).get("policy")
     if made_from != policies[0].fingerprint:
         raise ConfigError(f"bundle: {config.bundle} was exported from another policy than {config.policy}.")
-    home, home_tasks = provenance.home(policies[1].provenance, config.suite, config.tasks)
-    suite = get_suite(home)
-    tasks = suite.choose(home_tasks)
+    suite_name, task_names = provenance.training_suite(policies[1].provenance, config.suite, config.tasks)
+    suite = get_suite(suite_name)
+    tasks = suite.choose(task_names)
     moments: list[list[ActionChunk]] = []
     envs = TaskEnvs(suite, policies[0].spec.cameras)
     try:
@@ -132,7 +132,7 @@ def _play(policies: list[Policy], envs: TaskEnvs, task: str, seed: int, episode:
         chunks = {int(index): policies[index].infer([observation], [states[index]])[0] for index in order}
         moments.append([chunks[index] for index in range(len(policies))])
         leader = moments[-1][-1]
-        for action in env.world_spec.clip(leader.actions[: policies[0].spec.execute_steps]):
+        for action in env.embodiment.clip(leader.actions[: policies[0].spec.execute_steps]):
             for state in states:
                 state.executed.append(action)
             _, truncated, info = env.advance(action)

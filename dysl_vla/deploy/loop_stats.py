@@ -24,7 +24,7 @@ COUNTS = (
 
 
 @dataclass
-class Account:
+class LoopStats:
     """What became of the cycles.
 
     Attributes:
@@ -68,7 +68,7 @@ class Account:
         return {**counts, "stopped": self.stopped, "robot": dict(self.robot), **parts, "jitter_histogram": histogram}
 
 
-def render_account(account: Account) -> str:
+def render_stats(account: LoopStats) -> str:
     """The account as text."""
     told = account.summary()
     lines = [

@@ -14,13 +14,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dysl_vla.data.cloning import TrainConfig, train
 from dysl_vla.data.collect import CollectConfig, collect
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin
 from dysl_vla.errors import CheckpointError, ConfigError, DatasetError
 from dysl_vla.files import read_lines, write_json
 from dysl_vla.policies.mini_vla import MiniVLA
-from dysl_vla.policies.training import (
+from dysl_vla.training.behaviour_cloning import (
     CURVE_FILE,
     FLOOR,
     SHIFT,
@@ -29,7 +28,8 @@ from dysl_vla.policies.training import (
     OptimizerConfig,
     normalisation,
 )
-from dysl_vla.types import WorldSpec
+from dysl_vla.training.train import TrainConfig, train
+from dysl_vla.types import EmbodimentSpec
 from tests.conftest import make_tiny_policy
 
 FAST = OptimizerConfig(steps=12, batch=8, save_every=4, threads=1, warmup=2)
@@ -136,7 +136,7 @@ def test_an_interruption_between_checkpoint_and_state_is_not_taken_for_the_end(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("dysl_vla.policies.training.save_file", interrupt)
+        patched.setattr("dysl_vla.training.behaviour_cloning.save_file", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config(mock_demos, tmp_path / "p"))
     assert (tmp_path / "p/config.json").exists()
@@ -310,7 +310,7 @@ def test_a_policy_is_not_shown_a_state_far_beyond_what_it_was_trained_on() -> No
 def large_dataset(root: Path, episodes: int = 6, size: tuple[int, int] = (240, 320)) -> Path:
     """Demonstrations at a camera's resolution: what is to be done depends on where a square is."""
     cameras = {"front": size, "side": (32, 32)}
-    spec = WorldSpec(cameras, ("a.pos", "b.pos"), ("a.pos", "gripper.pos"), (-1.0,) * 2, (1.0,) * 2, 30)
+    spec = EmbodimentSpec(cameras, ("a.pos", "b.pos"), ("a.pos", "gripper.pos"), (-1.0,) * 2, (1.0,) * 2, 30)
     writer = DemonstrationWriter(root, spec, "arm")
     rng = np.random.default_rng(0)
     for number in range(episodes):

@@ -22,30 +22,30 @@ from numpy.typing import NDArray
 
 from dysl_vla import provenance
 from dysl_vla.checkpoint import MANIFEST
-from dysl_vla.data.calibrating import read_plan
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.options import NUMBER, PLACE, SIZE, camera_options
 from dysl_vla.data.split import Split, split_for
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
+    atomic_write,
     available_memory,
     check_disk,
     check_same_run,
-    claimed,
     is_unused,
+    locked_dir,
     read_lines,
-    replacing,
     write_json,
 )
 from dysl_vla.images import resized
+from dysl_vla.training.calibrate import read_plan
 from dysl_vla.types import FloatArray, ImageArray, PolicySpec
 
 with needs_extra("policy"):
     import torch
 
     from dysl_vla.policies.mini_vla import CELL, Crop, MiniVLA, MiniVLAConfig
-    from dysl_vla.policies.training import (
+    from dysl_vla.training.behaviour_cloning import (
         CURVE_FILE,
         SHIFT,
         STATE_CLIP,
@@ -60,7 +60,7 @@ with needs_extra("policy"):
 RUN_FILE, FRAMES = "training_run.json", "frames"
 LARGE, SHORTER = 200, 96
 """Pixels of the shorter side: above so many, images are resized to about so many."""
-LONGEST_INSTRUCTION = 24
+MAX_INSTRUCTION = 24
 """Tokens. What is longer is cut."""
 
 
@@ -154,7 +154,7 @@ def train(config: TrainConfig) -> Path:
         "init": policy.provenance or None,
     }
     is_new = not (config.out / RUN_FILE).exists()
-    with claimed(config.out):
+    with locked_dir(config.out):
         write_json(config.out / RUN_FILE, identity)
         try:
             images = _decode(demonstrations, policy.config, config.out)
@@ -287,7 +287,7 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
             crops=crops,
             grids=_grids(config.grids, crops),
             vocab_size=tokenizer.get_vocab_size(),
-            text_tokens=min(longest, LONGEST_INSTRUCTION),
+            text_tokens=min(longest, MAX_INSTRUCTION),
             hidden_size=config.hidden,
             num_layers=config.layers,
             resizes=resizes,
@@ -303,7 +303,7 @@ def _warm_start(config: TrainConfig, demonstrations: Demonstrations) -> MiniVLA:
         if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
             raise ConfigError(f"{name}: {config.init} decides it; leave it out, or train without --init.")
     policy = MiniVLA.from_pretrained(config.init)
-    policy.spec.check_world(demonstrations.spec)
+    policy.spec.check_embodiment(demonstrations.spec)
     return policy
 
 
@@ -364,7 +364,7 @@ def _decode(demonstrations: Demonstrations, config: MiniVLAConfig, out: Path) ->
             file=sys.stderr,
         )
     for camera, shape in missing.items():
-        with replacing(out / FRAMES / f"{camera}.npy") as temporary:
+        with atomic_write(out / FRAMES / f"{camera}.npy") as temporary:
             stored: ImageArray = open_memmap(temporary, "w+", np.uint8, shape)  # type: ignore[no-untyped-call]
             _write_frames(demonstrations, camera, config, stored)
     return {camera: np.load(out / FRAMES / f"{camera}.npy", mmap_mode="r") for camera in config.spec.cameras}

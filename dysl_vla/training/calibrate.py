@@ -11,18 +11,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.data.encoding import choose_frames, demonstrations_for, encode
 from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.selection import choose_frames, demonstrations_for
 from dysl_vla.data.split import split_for
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import is_unused, read_json, replacing, write_json
+from dysl_vla.files import atomic_write, is_unused, read_json, write_json
 from dysl_vla.policies import BackbonePolicy, load_backbone_policy
+from dysl_vla.training.encoding import encode
 
 with needs_extra("policy"):
     import torch
 
-    from dysl_vla.skip_controller.calibrate import choose_static_layers, similarities
+    from dysl_vla.skip_controller.layer_similarity import choose_static_layers, similarities
     from dysl_vla.skip_controller.plan import SkipPlan
 
 PLAN, PICTURE = "plan.json", "similarity.png"
@@ -142,5 +143,5 @@ def draw_similarity(measured: NDArray[np.float64], plan: SkipPlan, path: Path) -
         axes.bar(layers[chosen], np.maximum(1 - measured[chosen], 1e-6), color=colour, label=label)
     axes.set(xlabel="layer", ylabel="1 - cosine similarity", yscale="log", title="How much each layer changes")
     axes.legend()
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -18,10 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dysl_vla.cli import main
-from dysl_vla.data.calibrating import read_plan
-from dysl_vla.data.distilling import DistillRunConfig, distill
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.replay import Replay, Replayed
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval import tuning
@@ -29,15 +26,18 @@ from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.plot import plot
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
 from dysl_vla.eval.runner import evaluate
-from dysl_vla.eval.tuning import TuneConfig, tune
 from dysl_vla.files import write_json
 from dysl_vla.policies import load_backbone_policy, load_policy
 from dysl_vla.policies.dysl import load_dysl
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.policies.mock import MockPolicy
+from dysl_vla.training.calibrate import read_plan
+from dysl_vla.training.distill import DistillRunConfig, distill
+from dysl_vla.training.replay import Replay, Replayed
+from dysl_vla.training.tune import TuneConfig, tune
 from dysl_vla.types import ActionChunk, SkipTrace
 from dysl_vla.video import read_video
-from tests.eval.conftest import TRAINING
+from tests.conftest import TRAINING
 
 
 def test_replayed_episodes_know_nothing_of_each_other(
@@ -102,25 +102,25 @@ def test_heads_are_trained_further_from_what_they_were(
     begun = tmp_path / "begun"
     shutil.copytree(distilled, begun)
     settings = json.loads((begun / "skip.json").read_text())
-    write_json(begun / "skip.json", settings | {"signal": "continuity"})
-    config = DistillRunConfig(mock_demos, tmp_path / "further", str(begun), frames=50, shifted=1, training=training)
-    distill(replace(config, further=True))
-    before, after = (load_file(folder / "skip.safetensors") for folder in (distilled, tmp_path / "further"))
+    write_json(begun / "skip.json", settings | {"importance": "continuity"})
+    config = DistillRunConfig(mock_demos, tmp_path / "more", str(begun), frames=50, augment_copies=1, training=training)
+    distill(replace(config, init_heads=True))
+    before, after = (load_file(folder / "skip.safetensors") for folder in (distilled, tmp_path / "more"))
     moved = {name: float((after[name].float() - value.float()).abs().max()) for name, value in before.items()}
     assert 0 < max(moved.values()) < 1e-3
     [point] = [json.loads(line) for line in (tmp_path / "further/distill.jsonl").read_text().splitlines()]
     assert point["step"] == 2  # no stage 1
-    first, second = (json.loads((folder / "skip.json").read_text()) for folder in (distilled, tmp_path / "further"))
-    assert (settings["signal"], second["signal"]) == ("gripper", "continuity")
+    first, second = (json.loads((folder / "skip.json").read_text()) for folder in (distilled, tmp_path / "more"))
+    assert (settings["importance"], second["importance"]) == ("gripper", "continuity")
     assert second["plan"] == first["plan"]
     assert second["provenance"]["init"] == first["provenance"]
-    distill(replace(config, further=True))  # finished: nothing to do
-    shutil.copytree(tmp_path / "further", begun, dirs_exist_ok=True)
+    distill(replace(config, init_heads=True))  # finished: nothing to do
+    shutil.copytree(tmp_path / "more", begun, dirs_exist_ok=True)
     with pytest.raises(ConfigError, match="begun"):  # other heads than those that it went on from
-        distill(replace(config, further=True))
-    for change, named in (({"adapter_size": 8}, "adapter_size"), ({"policy": str(teacher)}, "further")):
+        distill(replace(config, init_heads=True))
+    for change, named in (({"adapter_size": 8}, "adapter_size"), ({"policy": str(teacher)}, "init_heads")):
         with pytest.raises(ConfigError, match=named):
-            distill(replace(config, further=True, out=tmp_path / "refused", **change))
+            distill(replace(config, init_heads=True, out=tmp_path / "refused", **change))
     assert not (tmp_path / "refused").exists()
 
 
@@ -158,9 +158,7 @@ def test_a_distillation_that_was_stopped_ends_like_one_that_was_not(
 @pytest.fixture(scope="module")
 def evaluated(distilled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("evaluated") / "out"
-    evaluate(
-        EvalConfig(out=out, policy=str(distilled), suite="mock", episodes=2, video=1, skip_config="full,dysl,random")
-    )
+    evaluate(EvalConfig(out=out, policy=str(distilled), suite="mock", episodes=2, video=1, variants="full,dysl,random"))
     return out
 
 
@@ -190,8 +188,8 @@ def test_steps_say_what_was_skipped(evaluated: Path) -> None:
 
 
 def test_films_and_plots_show_it(evaluated: Path) -> None:
-    [film, *_] = sorted((evaluated / "dysl/videos").iterdir())
-    frame = next(read_video(film))
+    [video, *_] = sorted((evaluated / "dysl/videos").iterdir())
+    frame = next(read_video(video))
     assert frame.shape == (304, 256, 3)
     strip = frame[258:270].reshape(-1, 3).astype(int)
     assert (strip[:, 1] - strip[:, 0] > 60).any()  # green: a layer that ran
@@ -225,8 +223,8 @@ def test_tuning_looks_where_it_will_play_before_it_measures(
 
 
 def test_a_policy_plays_where_it_was_trained(distilled: Path, tmp_path: Path) -> None:
-    for ways in ("", "full,dysl"):
-        evaluate(EvalConfig(out=tmp_path / f"out-{ways}", policy=str(distilled), episodes=1, skip_config=ways))
+    for variants in ("", "full,dysl"):
+        evaluate(EvalConfig(out=tmp_path / f"out-{variants}", policy=str(distilled), episodes=1, variants=variants))
     for folder in ("out-", "out-full,dysl/full", "out-full,dysl/dysl"):
         result = json.loads((tmp_path / folder / "result.json").read_text())
         assert result["suite"] == "mock"
@@ -259,8 +257,8 @@ def test_tuning_by_success_takes_the_fastest_that_loses_no_more(monkeypatch: pyt
 
 
 def test_ways_that_mean_nothing_are_refused(distilled: Path, evaluated: Path, tmp_path: Path) -> None:
-    def run(out: Path, skip: float | None, ways: str) -> None:
-        evaluate(EvalConfig(out=out, policy=str(distilled), suite="mock", skip=skip, skip_config=ways, episodes=1))
+    def run(out: Path, skip: float | None, variants: str) -> None:
+        evaluate(EvalConfig(out=out, policy=str(distilled), suite="mock", skip=skip, variants=variants, episodes=1))
 
     with pytest.raises(ConfigError, match="skip: 0 is the full model"):
         run(tmp_path / "r", 0, "full,dysl")
@@ -273,8 +271,8 @@ def test_ways_that_mean_nothing_are_refused(distilled: Path, evaluated: Path, tm
 
 @pytest.mark.parametrize("text", ["full,full", "fast"])
 def test_unknown_ways_are_refused(distilled: Path, tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match="skip_config"):
-        evaluate(EvalConfig(out=tmp_path / "r", policy=str(distilled), suite="mock", skip_config=text))
+    with pytest.raises(ConfigError, match="variants"):
+        evaluate(EvalConfig(out=tmp_path / "r", policy=str(distilled), suite="mock", variants=text))
     assert not (tmp_path / "r").exists()
 
 
@@ -297,8 +295,8 @@ def test_a_film_shows_the_busiest_inference_since_its_last_frame() -> None:
             return [ActionChunk(still, chunk.timing, trace)]
 
     env = MockEnv("linger")
-    env.world_spec = replace(env.world_spec, rate_hz=80.0)  # four steps, two inferences a frame
-    film = run_episode(env, Skipping(), EpisodeKey("linger", 100_000, 0), film=True).film
+    env.embodiment = replace(env.embodiment, rate_hz=80.0)  # four steps, two inferences a frame
+    video = run_episode(env, Skipping(), EpisodeKey("linger", 100_000, 0), video=True).video
     middles = np.linspace(2, 254, 7)[:-1] + 20
-    green = [(frame[262, middles.astype(int), 1] > 1.2 * frame[262, middles.astype(int), 0]).sum() for frame in film]
+    green = [(frame[262, middles.astype(int), 1] > 1.2 * frame[262, middles.astype(int), 0]).sum() for frame in video]
     assert green[:4] == [1, 6, 5, 4]

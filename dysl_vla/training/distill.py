@@ -19,28 +19,29 @@ from tqdm import tqdm
 
 from dysl_vla import provenance
 from dysl_vla.checkpoint import find_checkpoint
-from dysl_vla.data.calibrating import calibrated_plan, read_plan
-from dysl_vla.data.cloning import describe
-from dysl_vla.data.encoding import Encoded, choose_frames, demonstrations_for, encode
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.replay import Replay
+from dysl_vla.data.selection import choose_frames, demonstrations_for
 from dysl_vla.data.split import split_for
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
     append_line,
+    atomic_write,
     check_memory,
     check_same_run,
-    claimed,
     is_unused,
+    locked_dir,
     read_json,
     read_lines,
-    replacing,
     sha256,
     write_json,
     write_lines,
 )
-from dysl_vla.policies import BackbonePolicy, load_backbone_policy
+from dysl_vla.policies import BackbonePolicy, is_known_as, load_backbone_policy
+from dysl_vla.training.calibrate import calibrated_plan, read_plan
+from dysl_vla.training.encoding import Encoded, encode
+from dysl_vla.training.replay import Replay
+from dysl_vla.training.train import describe
 from dysl_vla.types import gripper_columns
 
 with needs_extra("policy"):
@@ -49,10 +50,10 @@ with needs_extra("policy"):
     from safetensors.torch import save_file
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from dysl_vla.policies.dysl import FORESIGHT, HEADS, DyslPolicy, SkipSettings, has_skips, load_heads, save_skips
-    from dysl_vla.skip_controller.distill import Distillation, DistillConfig, Target, mixed_precision
-    from dysl_vla.skip_controller.guidance import signals
+    from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, has_skips, load_heads, save_skips
+    from dysl_vla.skip_controller.guidance import importance_measures
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
+    from dysl_vla.skip_controller.heads_trainer import DistillConfig, FullModelAnswer, HeadsTrainer, mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
 
@@ -75,15 +76,15 @@ class DistillRunConfig:
     """A plan written by `dysl calibrate`; calibrated with its defaults when not given."""
     frames: int = 32_000
     """Frames to train on, evenly spread; kept encoded in memory."""
-    shifted: int = 0
+    augment_copies: int = 0
     """Copies of each frame to train on beside it, their images moved by up to 4 pixels; kept encoded in memory, too."""
-    further: bool = False
+    init_heads: bool = False
     """Train the heads that the policy comes with further, with their plan and without stage 1, instead of new ones."""
     adapter_size: int = 0
     """Width of an adapter's bottleneck; 0: 88 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
     controller_size: int = 16
     """Width of a controller's hidden layer."""
-    signal: str = ""
+    importance: str = ""
     """What tells important actions: "gripper" or "continuity", of all motion; empty: that of the heads
     that are trained further, else the gripper if there is one."""
     training: DistillConfig = field(default_factory=DistillConfig)
@@ -101,21 +102,21 @@ def distill(config: DistillRunConfig) -> Path:
         CheckpointError: The policy or the state is damaged.
     """
     _check(config)
-    if config.further:
+    if config.init_heads:
         config = replace(config, training=replace(config.training, adapter_steps=0))
     policy = load_backbone_policy(config.policy)
     demonstrations = demonstrations_for(config.data, policy.spec)
-    if config.signal == "gripper" and not gripper_columns(policy.spec.action_names):
+    if config.importance == "gripper" and not gripper_columns(policy.spec.action_names):
         raise ConfigError(f"signal: none of the actions is a gripper's: {', '.join(policy.spec.action_names)}.")
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
     del settings["training"]
     identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
-    begun = _begun(config.policy, policy.fingerprint) if config.further else None
-    identity["begun"] = begun and begun.digest
+    initial = _initial_heads(config.policy, policy) if config.init_heads else None
+    identity["initial"] = initial and initial.digest
     if (config.out / RUN_FILE).exists():  # before a plan is calibrated, which takes a while
         check_same_run(config.out / RUN_FILE, {**identity, "plan": read_json(config.out / RUN_FILE).get("plan")})
-    if begun:
-        plan = begun.heads.plan
+    if initial:
+        plan = initial.heads.plan
     else:
         plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
     identity["plan"] = json.loads(json.dumps(asdict(plan)))
@@ -124,8 +125,8 @@ def distill(config: DistillRunConfig) -> Path:
         if _is_finished(config):
             return config.out
     torch.set_num_threads(config.training.threads or len(os.sched_getaffinity(0)))
-    run = _Run(config, plan, policy, demonstrations, begun)
-    with claimed(config.out):
+    run = _Run(config, plan, policy, demonstrations, initial)
+    with locked_dir(config.out):
         write_json(config.out / RUN_FILE, identity)
         run.run()
     return config.out
@@ -134,17 +135,17 @@ def distill(config: DistillRunConfig) -> Path:
 def _check(config: DistillRunConfig) -> None:
     if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no distillation; give a new folder.")
-    if config.signal:
-        signals.get(config.signal)
+    if config.importance:
+        importance_measures.get(config.importance)
     if config.frames < 1:
         raise ConfigError(f"frames: {config.frames} must be at least 1.")
-    if config.shifted < 0:
-        raise ConfigError(f"shifted: {config.shifted} must not be negative.")
-    if config.further:
+    if config.augment_copies < 0:
+        raise ConfigError(f"augment_copies: {config.augment_copies} must not be negative.")
+    if config.init_heads:
         for name in ("plan", "adapter_size", "controller_size"):
             if getattr(config, name) != getattr(DistillRunConfig, name):
                 raise ConfigError(
-                    f"{name}: the heads of {config.policy} decide it; leave it out, or distill without --further."
+                    f"{name}: the heads of {config.policy} decide it; leave it out, or distill without --init-heads."
                 )
 
 
@@ -155,30 +156,30 @@ def _is_finished(config: DistillRunConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class InitialHeads:
     """Heads to go on from.
 
     Attributes:
         heads: As their checkpoint holds them.
         digest: SHA-256 of their file.
-        signal: The importance signal that they came with.
+        importance: The importance measure that they came with.
         provenance: How they were made.
     """
 
     heads: SkipHeads
     digest: str
-    signal: str
+    importance: str
     provenance: dict[str, Any]
 
 
-def _begun(policy: str, fingerprint: str) -> _Begun:
-    folder = find_checkpoint(policy)
+def _initial_heads(name: str, policy: BackbonePolicy) -> InitialHeads:
+    folder = find_checkpoint(name)
     if not has_skips(folder):
-        raise ConfigError(f"further: {policy} has no heads yet; distill without --further.")
+        raise ConfigError(f"init_heads: {name} has no heads yet; distill without --init-heads.")
     heads, settings, made = load_heads(folder)
-    if settings.teacher != fingerprint:
-        raise CheckpointError(f"{folder}: its heads were trained for other weights; distill without --further.")
-    return _Begun(heads, sha256(folder / HEADS), settings.signal, made)
+    if not is_known_as(policy, settings.teacher):
+        raise CheckpointError(f"{folder}: its heads were trained for other weights; distill without --init-heads.")
+    return InitialHeads(heads, sha256(folder / HEADS), settings.importance, made)
 
 
 class _Run:
@@ -190,20 +191,20 @@ class _Run:
         plan: SkipPlan,
         policy: BackbonePolicy,
         demonstrations: Demonstrations,
-        begun: _Begun | None,
+        initial: InitialHeads | None,
     ) -> None:
-        self._begun = begun
+        self._initial = initial
         self._config, self._policy, self._demonstrations = config, policy, demonstrations
         backbone = policy.backbone
         for parameter in _parameters(policy):
             parameter.requires_grad_(False)
         torch.manual_seed(config.training.seed)
-        self._heads = begun.heads if begun else _new_heads(config, plan, backbone)
+        self._heads = initial.heads if initial else _new_heads(config, plan, backbone)
         like = next(backbone.parameters())
         self._heads.to(like.device)
         with mixed_precision(backbone):
             self._skipper = attach(backbone, plan, self._heads)
-        self._distillation = Distillation(
+        self._distillation = HeadsTrainer(
             self._skipper,
             lambda inputs: backbone(**inputs).last_hidden_state,
             policy.decode,
@@ -222,8 +223,8 @@ class _Run:
         config, distillation = self._config, self._distillation
         split = split_for(len(self._demonstrations.rows), self._policy.provenance)
         chosen = choose_frames(self._demonstrations, config.frames, split, held_out=False)
-        frames = encode(self._policy, self._demonstrations, chosen, "frames", shifted=config.shifted)
-        targets: Target | None = None
+        frames = encode(self._policy, self._demonstrations, chosen, "frames", augment_copies=config.augment_copies)
+        targets: FullModelAnswer | None = None
         board = SummaryWriter(str(config.out / "tensorboard"), purge_step=distillation.step + 1)
         started = time.monotonic() - seconds
         figures: list[dict[str, float]] = []
@@ -252,20 +253,20 @@ class _Run:
         board.close()
         return seconds
 
-    def _targets(self, frames: Encoded) -> Target:
+    def _targets(self, frames: Encoded) -> FullModelAnswer:
         """The full model's answer to every frame, once."""
-        everything: Target | None = None
+        everything: FullModelAnswer | None = None
         count = len(frames.indices)
         with tqdm(total=count, desc="asking the full model", unit="frame") as progress:
             for rows, inputs in frames.batches():
                 target = self._distillation.target(inputs)
-                parts = [target.actions, *target.landings]
+                parts = [target.actions, *target.targets]
                 if everything is None:
                     needed = sum(part[0].nbytes for part in parts) * count
                     check_memory(needed, f"{count} answers of the full model", "give fewer --frames")
-                    actions, *landings = [part.new_empty((count, *part.shape[1:])) for part in parts]
-                    everything = Target(actions, landings)
-                for kept, part in zip([everything.actions, *everything.landings], parts, strict=True):
+                    actions, *targets = [part.new_empty((count, *part.shape[1:])) for part in parts]
+                    everything = FullModelAnswer(actions, targets)
+                for kept, part in zip([everything.actions, *everything.targets], parts, strict=True):
                     kept[rows] = part
                 progress.update(rows.stop - rows.start)
         assert everything is not None
@@ -274,12 +275,12 @@ class _Run:
     def _finish(self, seconds: float) -> None:
         config = self._config
         spec = self._policy.spec
-        foresight = min(FORESIGHT, spec.chunk_length - spec.execute_steps)
+        lookahead = min(LOOKAHEAD, spec.chunk_length - spec.execute_steps)
         usual = "gripper" if gripper_columns(spec.action_names) else "continuity"
-        signal = config.signal or (self._begun.signal if self._begun else usual)
+        importance = config.importance or (self._initial.importance if self._initial else usual)
         self._heads.to(next(self._policy.backbone.parameters()).dtype)
         replay = Replay(self._policy, self._demonstrations)
-        statistics = replay.statistics(self._skipper, foresight, signal)
+        statistics = replay.statistics(self._skipper, lookahead, importance)
         self._skipper.detach()
         settings = SkipSettings(
             plan=self._heads.plan,
@@ -287,8 +288,8 @@ class _Run:
             teacher=self._policy.fingerprint,
             action_dim=len(spec.action_names),
             statistics=statistics,
-            foresight=foresight,
-            signal=signal,
+            lookahead=lookahead,
+            importance=importance,
         )
         policy = DyslPolicy(self._policy, self._heads.eval(), settings)
         settings = replace(settings, mean_layers=replay.play(policy).mean_layers)
@@ -300,7 +301,7 @@ class _Run:
             "config": json.loads(json.dumps(asdict(config), default=str)),
             "data": describe(self._demonstrations),
             "seconds": round(seconds, 1),
-            "init": self._begun.provenance if self._begun else None,
+            "init": self._initial.provenance if self._initial else None,
         }
         save_skips(config.out, self._heads, settings, record)
         (config.out / STATE_FILE).unlink(missing_ok=True)
@@ -316,7 +317,7 @@ class _Run:
             "seconds": str(seconds),
             "tolerance": distillation.tolerance.hex(),
         }
-        with replacing(self._config.out / STATE_FILE) as temporary:
+        with atomic_write(self._config.out / STATE_FILE) as temporary:
             save_file(state, temporary, metadata=metadata)
 
     @torch.no_grad()
@@ -357,6 +358,6 @@ def _parameters(policy: BackbonePolicy) -> Iterator[torch.nn.Parameter]:
     yield from (policy if isinstance(policy, torch.nn.Module) else policy.backbone).parameters()
 
 
-def _rows(target: Target, rows: Any) -> Target:
+def _rows(target: FullModelAnswer, rows: Any) -> FullModelAnswer:
     chosen = torch.from_numpy(rows)
-    return Target(target.actions[chosen], [landing[chosen] for landing in target.landings])
+    return FullModelAnswer(target.actions[chosen], [target[chosen] for target in target.targets])

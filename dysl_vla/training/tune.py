@@ -11,12 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.data.encoding import demonstrations_for
-from dysl_vla.data.replay import Replay, Replayed
+from dysl_vla.data.selection import demonstrations_for
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies import load_backbone_policy, load_policy
+from dysl_vla.training.replay import Replay, Replayed
 from dysl_vla.workers import use_one_inference_thread
 
 with needs_extra("policy"):
@@ -96,9 +96,9 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
     if not has_skips(config.policy):
         raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
     if config.target_success_drop is not None:  # minutes before it is needed
-        from dysl_vla.eval.runner import playground
+        from dysl_vla.eval.runner import resolve_tasks
 
-        suite, tasks = playground(_evaluation(config, Path(), 0), load_policy(str(config.policy)).provenance)
+        suite, tasks = resolve_tasks(_evaluation(config, Path(), 0), load_policy(str(config.policy)).provenance)
         config = replace(config, suite=suite.name, robot="", tasks=",".join(tasks))
     curve = measure_curve(config.policy, config.data)
     try:

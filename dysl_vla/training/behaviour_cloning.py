@@ -29,7 +29,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from dysl_vla.errors import CheckpointError, ConfigError
-from dysl_vla.files import append_line, read_lines, replacing, write_lines
+from dysl_vla.files import append_line, atomic_write, read_lines, write_lines
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.types import FloatArray, ImageArray, Normalisation
 
@@ -324,7 +324,7 @@ class BehaviourCloning:
         for name, parameter in self._parameters.items():
             moments = self._adam.state[parameter]
             state |= {f"adam.{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
-        with replacing(self._out / STATE_FILE) as temporary:
+        with atomic_write(self._out / STATE_FILE) as temporary:
             save_file(state, temporary, metadata={"step": str(self.step), "seconds": str(self._seconds)})
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dysl_vla.deploy.limits import Guard, Limits
+from dysl_vla.deploy.limits import ActionLimiter, Limits
 from dysl_vla.deploy.robot import make_robot
 from dysl_vla.deploy.stopping import WatchedRobot
 from dysl_vla.errors import ConfigError, RobotFault, SafetyStop
@@ -124,10 +124,10 @@ def _play(
     robot: WatchedRobot, account: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], counts: dict[str, int]
 ) -> None:
     """Send a log's actions at their times."""
-    if list(robot.world.action_names) != account["action_names"]:
-        raise ConfigError(f"robot: takes {robot.world.action_names}, the log has {account['action_names']}.")
+    if list(robot.embodiment.action_names) != account["action_names"]:
+        raise ConfigError(f"robot: takes {robot.embodiment.action_names}, the log has {account['action_names']}.")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in account["limits"].items()}
-    guard, period = Guard(Limits(**values), robot.world, account["rate_hz"]), 1 / account["rate_hz"]
+    limiter, period = ActionLimiter(Limits(**values), robot.embodiment, account["rate_hz"]), 1 / account["rate_hz"]
 
     def wait_until(due: float) -> None:
         while (left := due - clock()) > 0 and not robot.is_over:
@@ -136,7 +136,7 @@ def _play(
     robot.connect(account["rate_hz"])
     robot.observe(-math.inf)
     last = robot.hold(None)
-    if last is None and guard.positions:
+    if last is None and limiter.positions:
         raise SafetyStop("robot: does not say where it holds, so that its first command could be a jump.")
     start = clock()
     for line in lines:
@@ -150,8 +150,8 @@ def _play(
             counts["passed"] += 1
             continue
         reading = robot.observe(-math.inf)
-        guard.observe(reading.observation[STATE_KEY], reading.taken_at)
-        last, _ = guard.check(np.array(line["action"], np.float32), last, clock())
+        limiter.observe(reading.observation[STATE_KEY], reading.timestamp)
+        last, _ = limiter.check(np.array(line["action"], np.float32), last, clock())
         robot.act(last)
         counts["sent"] += 1
     wait_until(clock() + period)  # the last one is executed, too

@@ -14,19 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from dysl_vla.data.encoding import Encoded, choose_frames, encode, evenly, observations
 from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.selection import choose_frames, evenly, observations
 from dysl_vla.data.split import Split, split_for
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies import BackbonePolicy
+from dysl_vla.training.encoding import Encoded, encode
 from dysl_vla.types import FloatArray, SkipTrace, gripper_columns
 
 with needs_extra("policy"):
     import torch
 
     from dysl_vla.policies.dysl import DyslPolicy
-    from dysl_vla.skip_controller.guidance import WINDOW, Guide, Thresholds
+    from dysl_vla.skip_controller.guidance import WINDOW, SkipGuidance, Thresholds
     from dysl_vla.skip_controller.operating import SkipStatistics
     from dysl_vla.skip_controller.skipping import Skipper
 
@@ -95,20 +96,20 @@ class Replay:
             ]
         )
 
-    def statistics(self, skipper: Skipper, foresight: int, signal: str) -> SkipStatistics:
+    def statistics(self, skipper: Skipper, lookahead: int, importance: str) -> SkipStatistics:
         """What controllers and an importance signal say: of everything that may be skipped, skipped at once."""
         spec = self._policy.spec
         plan = skipper.plan
-        guide = Guide(
+        guide = SkipGuidance(
             [block.length for block in plan.blocks],
             len(spec.action_names),
             Thresholds(1, 1),
-            foresight=foresight,
-            signal=signal,
+            lookahead=lookahead,
+            importance=importance,
             grippers=gripper_columns(spec.action_names),
         )
         outputs: list[float] = []
-        falls: list[float] = []
+        drops: list[float] = []
         surprises: list[float] = []
         row = 0
         with torch.inference_mode(), tqdm(total=len(self.encoded.indices), desc="measuring", unit="inference") as bar:
@@ -123,14 +124,14 @@ class Replay:
                     predicted = self._policy.decode(hidden).float().cpu().numpy()[0]
                     outputs.extend(step.outputs[0].values())
                     if state.change is not None and state.change < 0:
-                        falls.append(-state.change)
-                    surprise = guide.fall(state, predicted, spec.execute_steps)
+                        drops.append(-state.change)
+                    surprise = guide.predicted_drop(state, predicted, spec.execute_steps)
                     if surprise is not None:
                         surprises.append(surprise)
-                    guide.verify(state, predicted, spec.execute_steps)
+                    guide.update_and_check(state, predicted, spec.execute_steps)
                     row += 1
                     bar.update()
-        return SkipStatistics.measured(outputs, falls, surprises)
+        return SkipStatistics.measured(outputs, drops, surprises)
 
     def _executed(self, row: int, before: int) -> FloatArray:
         """What counts as executed at a moment that has so many before it in its episode: the latest, normalised."""

@@ -1,0 +1,86 @@
+"""Frames of demonstrations as a policy sees them: opened for it, chosen, and read as observations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.split import Split
+from dysl_vla.errors import ConfigError, DatasetError
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
+
+
+def demonstrations_for(root: Path, spec: PolicySpec) -> Demonstrations:
+    """Demonstrations as a policy needs them: its cameras alone, and its names where the dataset has none.
+
+    Raises:
+        DatasetError: The dataset is damaged, or has not the policy's cameras.
+        ConfigError: It is of another world than the policy's.
+    """
+    found = Demonstrations(root)
+    names: dict[str, Sequence[str]] = {}
+    if not found.has_state_names and len(found.spec.state_names) == len(spec.state_names):
+        names["state_names"] = spec.state_names
+    if not found.has_action_names and len(found.spec.action_names) == len(spec.action_names):
+        names["action_names"] = spec.action_names
+    demonstrations = Demonstrations(root, cameras=list(spec.cameras), **names)
+    spec.check_embodiment(demonstrations.spec)
+    return demonstrations
+
+
+def observations(demonstrations: Demonstrations, chosen: NDArray[np.int64]) -> Iterator[tuple[int, Observation]]:
+    """Chosen frames as a policy sees them.
+
+    Args:
+        demonstrations: Where from.
+        chosen: Indices of frames, rising.
+
+    Yields:
+        Index, observation.
+
+    Raises:
+        DatasetError: A file is damaged, or the cameras' videos are not in one order.
+    """
+    columns = demonstrations.columns()
+    wanted = set(chosen.tolist())
+    episodes = set(columns["episode_index"][chosen].tolist())
+    cameras = list(demonstrations.spec.cameras)
+    for views in zip(*(demonstrations.frames(camera, episodes) for camera in cameras), strict=True):
+        if len({view[:2] for view in views}) > 1:
+            raise DatasetError(f"{demonstrations.root}: its cameras' videos hold episodes in different orders.")
+        episode, frame, _ = views[0]
+        index = demonstrations.rows[episode].start + frame
+        if index in wanted:
+            yield (
+                index,
+                {
+                    **{IMAGE_PREFIX + camera: view[2] for camera, view in zip(cameras, views, strict=True)},
+                    STATE_KEY: columns["states"][index],
+                    TASK_KEY: demonstrations.instructions[columns["task_index"][index]],
+                },
+            )
+
+
+def choose_frames(demonstrations: Demonstrations, count: int, split: Split, *, held_out: bool) -> NDArray[np.int64]:
+    """So many frames, or all, evenly spread over the episodes that are, or are not, held out.
+
+    Raises:
+        ConfigError: Less than one.
+        DatasetError: There is none.
+    """
+    if count < 1:
+        raise ConfigError(f"frames: {count} must be at least 1.")
+    kept = [row for index, row in enumerate(demonstrations.rows) if split.is_held_out(index) == held_out]
+    frames = np.concatenate([np.arange(row.start, row.start + row.length) for row in kept] or [np.empty(0, np.int64)])
+    if not len(frames):
+        raise DatasetError(f"{demonstrations.root}: {split.explain(len(demonstrations.rows))}.")
+    return np.asarray(frames[evenly(len(frames), count)], np.int64)
+
+
+def evenly(length: int, count: int) -> NDArray[np.int64]:
+    """At most `count` indices of a sequence, evenly spread, rising."""
+    return np.arange(min(length, count)) * length // max(1, min(length, count))
