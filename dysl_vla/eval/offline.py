@@ -3,7 +3,7 @@
 The policy is shown held-out episodes at each moment at which it would look, and the actions that it would execute are
 compared with those that were demonstrated then. Several variants of it (the full model, the one that skips layers)
 take turns at every moment, so that they are paired by frame and their latencies are of the same minutes. For all
-variants the first one's actions count as executed: what guidance compares with, the last chunk's plan, is a model's too.
+variants the actions of the first count as executed: guidance compares with the last plan, which is a model's, too.
 
 A small distance is no success rate: errors add up when the policy acts by itself. What it tells is whether training
 learned anything, in which dimension it did not, and what skipping changes.
