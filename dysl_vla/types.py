@@ -287,10 +287,12 @@ class EpisodeState:
     Attributes:
         executed: The latest executed actions, oldest first, each (action,) in the world's units.
         needed_at: When the answer to the coming inference is needed, in seconds of `time.perf_counter`; None: no limit.
+        guidance: What layer skipping remembers; None for a policy that skips nothing.
     """
 
     executed: deque[FloatArray] = field(default_factory=lambda: deque(maxlen=64))
     needed_at: float | None = None
+    guidance: Any = None
 
     def has_time(self, seconds: float) -> bool:
         """So much can still be spent on the answer."""

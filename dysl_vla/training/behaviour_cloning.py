@@ -31,6 +31,7 @@ from tqdm import tqdm
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import append_line, atomic_write, read_lines, write_lines
 from dysl_vla.policies.mini_vla import MiniVLA
+from dysl_vla.schedule import cosine_with_warmup
 from dysl_vla.types import FloatArray, ImageArray, Normalisation
 
 SHIFT = 4
@@ -236,12 +237,7 @@ class BehaviourCloning:
         (self._out / STATE_FILE).unlink()
 
     def _rate(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / max(1, self._config.warmup))
-        return (
-            self._config.learning_rate
-            * warm
-            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self._config.steps)))
-        )
+        return cosine_with_warmup(self._config.learning_rate, step, self._config.steps, self._config.warmup)
 
     def _update(self) -> float:
         rng = np.random.default_rng([self._config.seed, self.step])
@@ -282,7 +278,7 @@ class BehaviourCloning:
         steps = np.arange(chunk)
         exists = steps < self._remaining[frames][:, None]
         positions = np.minimum(frames[:, None] + steps, len(self._targets) - 1)
-        embeds = policy.embed(images, state, token_ids)
+        embeds = policy.inputs(images, state, token_ids)["inputs_embeds"]
         predicted = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
         error = (predicted - self._targets[torch.from_numpy(positions)]).abs()
         weight = torch.from_numpy(exists).unsqueeze(-1).float()

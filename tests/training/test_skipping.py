@@ -21,16 +21,16 @@ from dysl_vla.cli import main
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError
-from dysl_vla.eval import tuning
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.plot import plot
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
 from dysl_vla.eval.runner import evaluate
 from dysl_vla.files import write_json
-from dysl_vla.policies import load_backbone_policy, load_policy
+from dysl_vla.policies import load_policy, load_skippable_policy
 from dysl_vla.policies.dysl import load_dysl
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.policies.mock import MockPolicy
+from dysl_vla.training import tune as tuning
 from dysl_vla.training.calibrate import read_plan
 from dysl_vla.training.distill import DistillRunConfig, distill
 from dysl_vla.training.replay import Replay, Replayed
@@ -44,7 +44,7 @@ def test_replayed_episodes_know_nothing_of_each_other(
     distilled: Path, mock_demos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dysl_vla.data.split.EVERY", 5)
-    policy = load_backbone_policy(str(distilled))
+    policy = load_skippable_policy(str(distilled))
     replay = Replay(policy, Demonstrations(mock_demos))
     assert len(replay) == 4
     with closing(load_dysl(policy, distilled, 0.5)) as dysl:
