@@ -56,6 +56,7 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.heads_trainer import DistillConfig, FullModelAnswer, HeadsTrainer, mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
+    from dysl_vla.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
 REPORT_EVERY = 50
@@ -309,9 +310,7 @@ class _Run:
     def _save_state(self, seconds: float) -> None:
         trainer = self._trainer
         state = {f"weights.{name}": p.detach() for name, p in trainer.parameters.items()}
-        for name, parameter in trainer.parameters.items():
-            for key, value in trainer.optimizer.state.get(parameter, {}).items():
-                state[f"adam.{name}.{key}"] = value
+        state |= optimizer_tensors(trainer.parameters, trainer.optimizer)
         metadata = {
             "step": str(trainer.step),
             "seconds": str(seconds),
@@ -329,13 +328,9 @@ class _Run:
             try:
                 with safe_open(path, framework="pt") as file:
                     metadata = file.metadata()
-                    names = set(file.keys())
                     for name, parameter in trainer.parameters.items():
                         parameter.copy_(file.get_tensor(f"weights.{name}"))
-                        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{name}.{key}" in names]
-                        if keys:
-                            moments = {key: file.get_tensor(f"adam.{name}.{key}") for key in keys}
-                            trainer.optimizer.state[parameter] = moments
+                    restore_optimizer(trainer.parameters, trainer.optimizer, file)
                 trainer.step = int(metadata["step"])
                 trainer.tolerance = float.fromhex(metadata["tolerance"])
                 seconds = float(metadata["seconds"])
