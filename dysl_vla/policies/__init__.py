@@ -26,17 +26,27 @@ __all__ = [
 ]
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("layers", "width", "followers", "has_memory", "encode", "collate", "act", "remember", "save_pretrained")
 """What a `SkippablePolicy` offers beside a `Policy`."""
 
 
-def load_policy(name: str, *, skip: float | None = None, ablation: Ablation | None = None) -> Policy:
+def load_policy(
+    name: str,
+    *,
+    skip: float | None = None,
+    ablation: Ablation | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Policy:
     """Load a policy, ready to infer. One whose checkpoint has adapters and controllers skips layers.
 
     Args:
         name: A shipped name ("metaworld-mini"), a checkpoint's folder, a Hugging Face hub id, or "mock".
         skip: How much to skip, from 0, the full model, exactly, to 1; None: the checkpoint's operating point.
         ablation: Parts of the method to leave out.
+        device: Where it runs ("cuda", "cuda:1", "cpu"); None: where it is loaded, on the CPU.
+        dtype: Type of its weights ("float32", "bfloat16", "float16"); None: the checkpoint's.
 
     Raises:
         ConfigError: There is none of that name, or it cannot skip.
@@ -49,6 +59,7 @@ def load_policy(name: str, *, skip: float | None = None, ablation: Ablation | No
         _check_full(name, skip, ablation)
         return MockPolicy()
     policy, folder = _load(name)
+    _move(name, policy, device, dtype)
     if hasattr(policy, "set_skip"):  # a bundle, which skips by itself
         if ablation not in (None, Ablation()):
             raise ConfigError(f"skip: no part of {name!r} can be left out; take the checkpoint that it was made from.")
@@ -65,14 +76,30 @@ def load_policy(name: str, *, skip: float | None = None, ablation: Ablation | No
     return load_dysl(_skippable(name, policy), folder, skip, ablation)
 
 
-def load_skippable_policy(name: str) -> SkippablePolicy:
-    """Load a policy, without its skipping, whose layers can be skipped.
+def load_skippable_policy(name: str, *, device: str | None = None, dtype: str | None = None) -> SkippablePolicy:
+    """Load a policy, without its skipping, whose layers can be skipped; see `load_policy`.
 
     Raises:
         ConfigError: There is none of that name, or its layers cannot be skipped.
         CheckpointError: It is damaged, foreign or edited.
     """
-    return _skippable(name, load_policy(name, skip=0))
+    return _skippable(name, load_policy(name, skip=0, device=device, dtype=dtype))
+
+
+def _move(name: str, policy: Policy, device: str | None, dtype: str | None) -> None:
+    """Bring a policy to a device and a type of numbers."""
+    if device is None and dtype is None:
+        return
+    import torch
+
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if not isinstance(policy, torch.nn.Module):
+        raise ConfigError(f"device, dtype: policy {name!r} runs on the CPU as it was exported; leave them out.")
+    try:
+        policy.to(device=device, dtype=None if dtype is None else getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: {device!r} cannot be used here ({error}).") from error
 
 
 def _check_full(name: str, skip: float | None, ablation: Ablation | None) -> None:

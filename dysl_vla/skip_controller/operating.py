@@ -14,7 +14,8 @@ from dysl_vla.skip_controller.plan import SkipPlan
 
 VERIFIED = 0.002
 """Share of inferences that are verified, unless everything is skipped: one that is costs more than the full model."""
-SMALLEST, LARGEST = 1e-6, 1e300
+MIN_CHANGE, LARGEST = 0.005, 1e300
+"""Changes of an importance measure, in deviations a step, below which it is noise, and above which none is."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,12 @@ class SkipStatistics:
 
     @classmethod
     def measured(cls, outputs: Sequence[float], drops: Sequence[float], surprises: Sequence[float]) -> SkipStatistics:
-        """From single values.
-
-        Raises:
-            ConfigError: One of them has none.
-        """
-        tables = []
-        for name, values in (("outputs", outputs), ("drops", drops), ("surprises", surprises)):
-            if not len(values):
-                raise ConfigError(f"statistics.{name}: no values; give longer demonstrations.")
-            tables.append(tuple(map(float, np.quantile(np.asarray(values, np.float64), np.linspace(0, 1, 1001)))))
+        """From single values; where importance never dropped, or nothing surprised, any drop beyond noise counts."""
+        shares = np.linspace(0, 1, 1001)
+        tables = [
+            tuple(map(float, np.quantile(np.asarray(values, np.float64), shares)))
+            for values in (outputs, drops or (0.0,), surprises or (0.0,))
+        ]
         return cls(*tables)
 
     def point(self, skip: float) -> OperatingPoint:
@@ -82,8 +79,8 @@ class SkipStatistics:
         return OperatingPoint(
             threshold=-1.0 if everything else _at(self.outputs, 1 - skip),
             thresholds=Thresholds(
-                eta=LARGEST if everything else max(SMALLEST, _at(self.drops, skip)),
-                eta_verify=LARGEST if everything else max(SMALLEST, _at(self.surprises, 1 - VERIFIED)),
+                eta=LARGEST if everything else max(MIN_CHANGE, _at(self.drops, skip)),
+                eta_verify=LARGEST if everything else max(MIN_CHANGE, _at(self.surprises, 1 - VERIFIED)),
             ),
         )
 

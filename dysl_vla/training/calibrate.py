@@ -27,6 +27,7 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.layer_similarity import choose_static_layers, similarities
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.torch_backend import Forward
+    from dysl_vla.training.check_policy import check_policy
 
 PLAN, PICTURE = "plan.json", "similarity.png"
 
@@ -68,6 +69,7 @@ def calibrate(config: CalibrateConfig) -> Path:
         raise ConfigError(f"out: {config.out} is not empty and holds no plan; give a new folder.")
     policy = load_skippable_policy(config.policy)
     demonstrations = demonstrations_for(config.data, policy.spec)
+    check_policy(policy, demonstrations)
     measured = measure(policy, demonstrations, config.frames)
     static = choose_static_layers(measured, config.static_ratio, config.longest_block)
     plan = with_exits(SkipPlan(len(measured), static), config.exits)

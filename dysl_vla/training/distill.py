@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.checkpoint import find_checkpoint
+from dysl_vla.checkpoint import MANIFEST, find_checkpoint
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.selection import choose_frames, demonstrations_for
 from dysl_vla.data.split import split_for
@@ -40,9 +40,9 @@ from dysl_vla.files import (
 from dysl_vla.policies import SkippablePolicy, is_known_as, load_skippable_policy
 from dysl_vla.training.calibrate import calibrated_plan, read_plan
 from dysl_vla.training.encoding import Encoded, encode
+from dysl_vla.training.importance import choose_importance
 from dysl_vla.training.replay import Replay
 from dysl_vla.training.train import describe
-from dysl_vla.types import gripper_columns
 
 with needs_extra("policy"):
     import torch
@@ -51,11 +51,11 @@ with needs_extra("policy"):
     from torch.utils.tensorboard.writer import SummaryWriter
 
     from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, has_skips, load_heads, save_skips
-    from dysl_vla.skip_controller.guidance import importance_measures
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.heads_trainer import DistillConfig, FullModelAnswer, HeadsTrainer, mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
+    from dysl_vla.training.check_policy import check_policy, check_saved
     from dysl_vla.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
@@ -85,9 +85,9 @@ class DistillRunConfig:
     """Width of an adapter's bottleneck; 0: 88 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
     controller_size: int = 16
     """Width of a controller's hidden layer."""
-    importance: str = ""
-    """What tells important actions: "gripper" or "continuity", of all motion; empty: that of the heads
-    that are trained further, else the gripper if there is one."""
+    importance: str | None = None
+    """What tells important actions: "gripper" or "continuity", of all motion. When not given, that of the heads that
+    are trained further, else the gripper's if there is one that moves."""
     training: DistillConfig = field(default_factory=DistillConfig)
 
 
@@ -107,13 +107,13 @@ def distill(config: DistillRunConfig) -> Path:
         config = replace(config, training=replace(config.training, adapter_steps=0))
     policy = load_skippable_policy(config.policy)
     demonstrations = demonstrations_for(config.data, policy.spec)
-    if config.importance == "gripper" and not gripper_columns(policy.spec.action_names):
-        raise ConfigError(f"signal: none of the actions is a gripper's: {', '.join(policy.spec.action_names)}.")
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
     del settings["training"]
     identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
     initial = _initial_heads(config.policy, policy) if config.init_heads else None
     identity["initial"] = initial and initial.digest
+    if not (config.out / RUN_FILE).exists():
+        check_policy(policy, demonstrations)
     if (config.out / RUN_FILE).exists():  # before a plan is calibrated, which takes a while
         check_same_run(config.out / RUN_FILE, {**identity, "plan": read_json(config.out / RUN_FILE).get("plan")})
     if initial:
@@ -126,9 +126,14 @@ def distill(config: DistillRunConfig) -> Path:
         if _is_finished(config):
             return config.out
     torch.set_num_threads(config.training.threads or len(os.sched_getaffinity(0)))
-    run = _Run(config, plan, policy, demonstrations, initial)
+    importance = choose_importance(
+        config.importance or (initial.importance if initial else None), demonstrations, policy.spec
+    )
+    run = _Run(config, plan, policy, demonstrations, initial=initial, importance=importance)
     with locked_dir(config.out):
         write_json(config.out / RUN_FILE, identity)
+        if not (config.out / MANIFEST).exists():
+            check_saved(policy, config.out)
         run.run()
     return config.out
 
@@ -136,8 +141,6 @@ def distill(config: DistillRunConfig) -> Path:
 def _check(config: DistillRunConfig) -> None:
     if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no distillation; give a new folder.")
-    if config.importance:
-        importance_measures.get(config.importance)
     if config.frames < 1:
         raise ConfigError(f"frames: {config.frames} must be at least 1.")
     if config.augment_copies < 0:
@@ -192,8 +195,11 @@ class _Run:
         plan: SkipPlan,
         policy: SkippablePolicy,
         demonstrations: Demonstrations,
+        *,
         initial: InitialHeads | None,
+        importance: str,
     ) -> None:
+        self._importance = importance
         self._initial = initial
         self._config, self._policy, self._demonstrations = config, policy, demonstrations
         for parameter in _parameters(policy):
@@ -277,11 +283,9 @@ class _Run:
         config = self._config
         spec = self._policy.spec
         lookahead = min(LOOKAHEAD, spec.chunk_length - spec.execute_steps)
-        usual = "gripper" if gripper_columns(spec.action_names) else "continuity"
-        importance = config.importance or (self._initial.importance if self._initial else usual)
         self._heads.to(next(self._policy.layers.parameters()).dtype)
         replay = Replay(self._policy, self._demonstrations)
-        statistics = replay.statistics(self._skipper, lookahead, importance)
+        statistics = replay.statistics(self._skipper, lookahead, self._importance)
         self._skipper.detach()
         settings = SkipSettings(
             plan=self._heads.plan,
@@ -290,12 +294,11 @@ class _Run:
             action_dim=len(spec.action_names),
             statistics=statistics,
             lookahead=lookahead,
-            importance=importance,
+            importance=self._importance,
         )
         policy = DyslPolicy(self._policy, self._heads.eval(), settings)
         settings = replace(settings, mean_layers=replay.play(policy).mean_layers)
         policy.close()
-        self._policy.save_pretrained(config.out)
         record = {
             "method": "dynamic-static layer skipping",
             **provenance.record(),
