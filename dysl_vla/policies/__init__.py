@@ -11,10 +11,20 @@ from typing import cast
 from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_policy_type
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.policies.base import ExportablePolicy, Policy, SkippablePolicy, check_fingerprint, is_known_as, policies
+from dysl_vla.policies.base import (
+    ExportablePolicy,
+    Policy,
+    SkippablePolicy,
+    check_fingerprint,
+    is_known_as,
+    names_of,
+    policies,
+)
+from dysl_vla.policies.compute import ComputeConfig
 from dysl_vla.skip_controller.operating import Ablation
 
 __all__ = [
+    "ComputeConfig",
     "ExportablePolicy",
     "Policy",
     "SkippablePolicy",
@@ -26,7 +36,6 @@ __all__ = [
 ]
 
 
-DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("layers", "width", "followers", "has_memory", "encode", "collate", "act", "remember", "save_pretrained")
 """What a `SkippablePolicy` offers beside a `Policy`."""
 
@@ -36,8 +45,7 @@ def load_policy(
     *,
     skip: float | None = None,
     ablation: Ablation | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    compute: ComputeConfig | None = None,
 ) -> Policy:
     """Load a policy, ready to infer. One whose checkpoint has adapters and controllers skips layers.
 
@@ -45,8 +53,7 @@ def load_policy(
         name: A shipped name ("metaworld-mini"), a checkpoint's folder, a Hugging Face hub id, or "mock".
         skip: How much to skip, from 0, the full model, exactly, to 1; None: the checkpoint's operating point.
         ablation: Parts of the method to leave out.
-        device: Where it runs ("cuda", "cuda:1", "cpu"); None: where it is loaded, on the CPU.
-        dtype: Type of its weights ("float32", "bfloat16", "float16"); None: the checkpoint's.
+        compute: Device and type of numbers; None: the CPU, and the checkpoint's.
 
     Raises:
         ConfigError: There is none of that name, or it cannot skip.
@@ -59,7 +66,7 @@ def load_policy(
         _check_full(name, skip, ablation)
         return MockPolicy()
     policy, folder = _load(name)
-    _move(name, policy, device, dtype)
+    _move(name, policy, compute or ComputeConfig())
     if hasattr(policy, "set_skip"):  # a bundle, which skips by itself
         if ablation not in (None, Ablation()):
             raise ConfigError(f"skip: no part of {name!r} can be left out; take the checkpoint that it was made from.")
@@ -76,30 +83,30 @@ def load_policy(
     return load_dysl(_skippable(name, policy), folder, skip, ablation)
 
 
-def load_skippable_policy(name: str, *, device: str | None = None, dtype: str | None = None) -> SkippablePolicy:
+def load_skippable_policy(name: str, compute: ComputeConfig | None = None) -> SkippablePolicy:
     """Load a policy, without its skipping, whose layers can be skipped; see `load_policy`.
 
     Raises:
         ConfigError: There is none of that name, or its layers cannot be skipped.
         CheckpointError: It is damaged, foreign or edited.
     """
-    return _skippable(name, load_policy(name, skip=0, device=device, dtype=dtype))
+    return _skippable(name, load_policy(name, skip=0, compute=compute))
 
 
-def _move(name: str, policy: Policy, device: str | None, dtype: str | None) -> None:
+def _move(name: str, policy: Policy, compute: ComputeConfig) -> None:
     """Bring a policy to a device and a type of numbers."""
-    if device is None and dtype is None:
+    if compute == ComputeConfig():
         return
     import torch
 
-    if dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if not isinstance(policy, torch.nn.Module):
         raise ConfigError(f"device, dtype: policy {name!r} runs on the CPU as it was exported; leave them out.")
+    known_as = names_of(policy)  # heads were trained for the weights as the checkpoint has them
     try:
-        policy.to(device=device, dtype=None if dtype is None else getattr(torch, dtype))
+        policy.to(device=compute.device, dtype=getattr(torch, compute.dtype) if compute.dtype else None)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {device!r} cannot be used here ({error}).") from error
+        raise ConfigError(f"device: {compute.device!r} cannot be used here ({error}).") from error
+    policy.known_as = known_as  # type: ignore[assignment] # modules' attributes may be anything
 
 
 def _check_full(name: str, skip: float | None, ablation: Ablation | None) -> None:

@@ -154,9 +154,15 @@ class ExportablePolicy(SkippablePolicy, Protocol):
         """An instruction's token ids, of one length for all instructions."""
 
 
+def names_of(policy: Policy) -> tuple[str, ...]:
+    """Fingerprints by which heads may know a policy: its own, that of version 0.1, and those from before a cast."""
+    former = getattr(policy, "former_fingerprint", None)
+    return (policy.fingerprint, *([former] if former else []), *getattr(policy, "known_as", ()))
+
+
 def is_known_as(policy: Policy, fingerprint: str) -> bool:
-    """Whether a fingerprint is a policy's, as it is made now or as version 0.1 made it."""
-    return fingerprint in (policy.fingerprint, getattr(policy, "former_fingerprint", None))
+    """Whether heads that were trained for a policy of a fingerprint are this one's."""
+    return fingerprint in names_of(policy)
 
 
 class PolicyClass(Protocol):

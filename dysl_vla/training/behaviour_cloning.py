@@ -92,6 +92,8 @@ class OptimizerConfig:
     """Steps between validations, each followed by saving checkpoint and training state."""
     threads: int = 0
     """Threads of PyTorch; 0: one a core."""
+    device: str | None = None
+    """Where training runs, as PyTorch names it: cpu, cuda, cuda:1. The CPU when not given."""
     compile: bool = False
     """Compile the backbone, which takes a minute and makes a step shorter; on a CPU it needs a C++ compiler."""
 
@@ -172,7 +174,11 @@ class BehaviourCloning:
         self._short = _shortened(policy.backbone, shortest_path) if shortest_path else None
         if optimizer.compile:
             policy.backbone.compile(dynamic=False)
-        self._policy = policy.train()
+        try:
+            self._policy = policy.to(optimizer.device).train()
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"device: {optimizer.device!r} cannot be used here ({error}).") from error
+        self._device = policy.read_out.device
         self._arrays = arrays
         self._config = optimizer
         self._out = out
@@ -185,9 +191,9 @@ class BehaviourCloning:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        self._token_ids = torch.tensor([policy.token_ids(text) for text in arrays.instructions])
+        self._token_ids = torch.tensor([policy.token_ids(text) for text in arrays.instructions]).to(self._device)
         chunk = policy.spec.chunk_length
-        self._targets = torch.from_numpy(policy.spec.action_normalisation.apply(arrays.actions))
+        self._targets = torch.from_numpy(policy.spec.action_normalisation.apply(arrays.actions)).to(self._device)
         last = np.searchsorted(arrays.episode_index, arrays.episode_index, side="right")
         self._remaining = np.minimum(last - np.arange(len(last)), chunk)
         self._training = np.flatnonzero(~arrays.held_out)
@@ -274,7 +280,7 @@ class BehaviourCloning:
         policy = self._policy
         chunk = policy.spec.chunk_length
         images = {name: self._crop(name, frames, rng) for name in self._arrays.images}
-        state = torch.from_numpy(self._arrays.states[frames])
+        state = torch.from_numpy(self._arrays.states[frames]).to(self._device)
         token_ids = self._token_ids[torch.from_numpy(self._arrays.task_index[frames])]
         steps = np.arange(chunk)
         exists = steps < self._remaining[frames][:, None]
@@ -282,7 +288,7 @@ class BehaviourCloning:
         embeds = policy.inputs(images, state, token_ids)["inputs_embeds"]
         predicted = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
         error = (predicted - self._targets[torch.from_numpy(positions)]).abs()
-        weight = torch.from_numpy(exists).unsqueeze(-1).float()
+        weight = torch.from_numpy(exists).unsqueeze(-1).float().to(self._device)
         loss: Tensor = (error * weight).sum() / (weight.sum() * error.shape[-1])
         if self._short is None:
             return loss, None
@@ -296,7 +302,7 @@ class BehaviourCloning:
         crops = np.empty((len(frames), height, width, 3), np.uint8)
         for row, (frame, (top, left)) in enumerate(zip(frames, corners, strict=True)):
             crops[row] = stored[frame, top : top + height, left : left + width]
-        return torch.from_numpy(crops)
+        return torch.from_numpy(crops).to(self._device)
 
     def _validate(self) -> tuple[float | None, float | None]:
         """The averaged weights' losses on held-out episodes; None without such episodes, or without that loss."""

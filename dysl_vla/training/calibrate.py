@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from dysl_vla.data.split import split_for
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import atomic_write, is_unused, read_json, write_json
-from dysl_vla.policies import SkippablePolicy, load_skippable_policy
+from dysl_vla.policies import ComputeConfig, SkippablePolicy, load_skippable_policy
 from dysl_vla.training.encoding import encode
 
 with needs_extra("policy"):
@@ -50,6 +50,7 @@ class CalibrateConfig:
     """Where a block can be left: at its first layer alone, or at each (the paper's), whose heads share the training."""
     frames: int = 1024
     """Frames to measure on."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 def calibrate(config: CalibrateConfig) -> Path:
@@ -67,7 +68,7 @@ def calibrate(config: CalibrateConfig) -> Path:
         raise ConfigError(f"frames: {config.frames} must be at least 1.")
     if not is_unused(config.out) and not (config.out / PLAN).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no plan; give a new folder.")
-    policy = load_skippable_policy(config.policy)
+    policy = load_skippable_policy(config.policy, config.compute)
     demonstrations = demonstrations_for(config.data, policy.spec)
     check_policy(policy, demonstrations)
     measured = measure(policy, demonstrations, config.frames)

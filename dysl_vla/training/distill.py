@@ -37,7 +37,7 @@ from dysl_vla.files import (
     write_json,
     write_lines,
 )
-from dysl_vla.policies import SkippablePolicy, is_known_as, load_skippable_policy
+from dysl_vla.policies import ComputeConfig, SkippablePolicy, is_known_as, load_skippable_policy
 from dysl_vla.training.calibrate import calibrated_plan, read_plan
 from dysl_vla.training.encoding import Encoded, encode
 from dysl_vla.training.importance import choose_importance
@@ -89,6 +89,7 @@ class DistillRunConfig:
     """What tells important actions: "gripper" or "continuity", of all motion. When not given, that of the heads that
     are trained further, else the gripper's if there is one that moves."""
     training: DistillConfig = field(default_factory=DistillConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 def distill(config: DistillRunConfig) -> Path:
@@ -105,7 +106,7 @@ def distill(config: DistillRunConfig) -> Path:
     _check(config)
     if config.init_heads:
         config = replace(config, training=replace(config.training, adapter_steps=0))
-    policy = load_skippable_policy(config.policy)
+    policy = load_skippable_policy(config.policy, config.compute)
     demonstrations = demonstrations_for(config.data, policy.spec)
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
     del settings["training"]

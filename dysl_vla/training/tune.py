@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from dysl_vla.data.selection import demonstrations_for
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.extras import needs_extra
-from dysl_vla.policies import load_policy, load_skippable_policy
+from dysl_vla.policies import ComputeConfig, load_policy, load_skippable_policy
 from dysl_vla.training.replay import Replay, Replayed
 from dysl_vla.workers import use_one_inference_thread
 
@@ -54,6 +54,7 @@ class TuneConfig:
     """Episodes of each task for that, at each setting; a smaller loss than one episode of them cannot be seen."""
     workers: int = 1
     """Processes for that."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
 
         suite, tasks = resolve_tasks(_evaluation(config, Path(), 0), load_policy(str(config.policy)).provenance)
         config = replace(config, suite=suite.name, robot="", tasks=",".join(tasks))
-    curve = measure_curve(config.policy, config.data)
+    curve = measure_curve(config.policy, config.data, config.compute)
     try:
         if config.target_ms is not None:
             chosen = choose_by_time(curve, config.target_ms)
@@ -123,10 +124,10 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
     return curve, chosen
 
 
-def measure_curve(folder: Path, data: Path) -> list[Point]:
+def measure_curve(folder: Path, data: Path, compute: ComputeConfig | None = None) -> list[Point]:
     """Replay held-out demonstrations at every setting of the knob, the settings taking turns on each episode."""
     use_one_inference_thread()
-    policy = load_skippable_policy(str(folder))
+    policy = load_skippable_policy(str(folder), compute)
     replay = Replay(policy, demonstrations_for(data, policy.spec))
     parts: dict[float, list[Replayed]] = {skip: [] for skip in SETTINGS}
     with closing(load_dysl(policy, folder)) as dysl:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dysl_vla.errors import CheckpointError, ConfigError
-from dysl_vla.policies import load_policy
+from dysl_vla.policies import ComputeConfig, load_policy
 from dysl_vla.policies.dysl import DyslPolicy, SkipSettings, load_dysl, save_operating_point, save_skips
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan
@@ -227,3 +227,12 @@ def test_random_exits_run_so_many_layers_and_can_be_repeated() -> None:
         static = plan.num_layers - len(plan.dynamic_layers)
         assert draws.sum(axis=1).mean() + static == pytest.approx(wanted, rel=0.03)
         assert exits.draw(3) == draws[3].tolist()
+
+
+def test_heads_follow_their_policy_to_other_numbers(checkpoint: Path) -> None:
+    policy = load_policy(str(checkpoint), compute=ComputeConfig(dtype="bfloat16"))
+    assert isinstance(policy, DyslPolicy)
+    assert next(policy.heads.parameters()).dtype == torch.bfloat16
+    before, after = play(load_policy(str(checkpoint), skip=1), range(3)), play(policy, range(3))
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_allclose(one.actions, other.actions, atol=0.1)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import LlamaModel
 
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError, ObservationError
-from dysl_vla.policies import Policy
+from dysl_vla.policies import ComputeConfig, Policy, load_policy
 from dysl_vla.policies.mini_vla import Crop, MiniVLA, PackedConv2d
 from dysl_vla.policies.mock import MockPolicy
 from dysl_vla.skip_controller.torch_backend import Forward
@@ -149,3 +150,30 @@ def test_the_backbone_is_told_what_it_would_find_out_itself(tiny_policy: MiniVLA
         alone = tiny_policy.backbone(inputs_embeds=inputs["inputs_embeds"]).last_hidden_state
     assert torch.equal(told, alone)
     assert all(len(value) == 2 for value in inputs.values())
+
+
+def test_every_tensor_is_made_where_the_policy_is(tiny_policy: MiniVLA) -> None:
+    """On torch's device without memory, an operation with a tensor of the CPU fails."""
+    policy = tiny_policy.to("meta")
+    inputs, _ = policy.collate(policy.encode(observations(2), [policy.reset()] * 2))
+    assert {value.device.type for value in inputs.values()} == {"meta"}
+    assert policy.act(inputs, Forward()).device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_policy_is_loaded_with_other_numbers(tiny_policy: MiniVLA, tmp_path: Path, dtype: str) -> None:
+    tiny_policy.save_pretrained(tmp_path)
+    plain, other = load_policy(str(tmp_path)), load_policy(str(tmp_path), compute=ComputeConfig(dtype=dtype))
+    [one], [two] = (p.infer(observations(1), [p.reset()]) for p in (plain, other))
+    np.testing.assert_allclose(one.actions, two.actions, atol=0.05)
+    assert plain.fingerprint != other.fingerprint
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_policy: MiniVLA, tmp_path: Path) -> None:
+    tiny_policy.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="device: 'nowhere' cannot be used"):
+        load_policy(str(tmp_path), compute=ComputeConfig(device="nowhere"))
+    with pytest.raises(ConfigError, match="dtype must be one of"):
+        ComputeConfig(dtype="int3")
+    with pytest.raises(ConfigError, match="leave them out"):
+        load_policy("mock", compute=ComputeConfig(dtype="bfloat16"))
