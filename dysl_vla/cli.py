@@ -164,11 +164,11 @@ def _eval(arguments: Sequence[str]) -> int:
     from dysl_vla.eval.report import render_report
     from dysl_vla.eval.runner import evaluate
 
-    result = evaluate(config)
-    for one in result.get("variants", {"": result}).values():
-        print(render_report(one))
-    if len(result.get("variants", ())) > 1:
-        runs = [config.out / name for name in result["variants"]]
+    variants = evaluate(config)["variants"]
+    for figures in variants.values():
+        print(render_report(figures))
+    if len(variants) > 1:
+        runs = [config.out / name for name in variants]
         print(render_comparison(runs, compare(runs)))
     print(f"Records: {config.out}")
     return 0
@@ -208,14 +208,14 @@ def _control(arguments: Sequence[str]) -> int:
 def _control_replay(arguments: Sequence[str]) -> int:
     from dysl_vla.deploy.cycle_log import replay
 
-    def play(folder: tyro.conf.Positional[Path], robot: str = "") -> int:
+    def play(folder: tyro.conf.Positional[Path], robot: str | None = None) -> int:
         """Send the actions of a control log to a robot again, at their times, within the log's limits.
 
         Args:
             folder: Of `dysl control --log`.
-            robot: KIND:NAME; empty: the log's.
+            robot: KIND:NAME. When not given, it is the robot of the log.
         """
-        for name, value in replay(folder, robot).items():
+        for name, value in replay(folder, robot or "").items():
             print(f"{name}: {value}")
         return 0
 

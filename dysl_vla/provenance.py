@@ -93,27 +93,28 @@ def origins(record: Any) -> Iterator[dict[str, Any]]:
         yield from origins(record.get("skipping"))
 
 
-def training_suite(record: Any, suite: str, tasks: str) -> tuple[str, str]:
-    """Where a policy is played: what was asked for; when no suite was, where most of its last demonstrations are.
+def training_suite(record: Any, suite: str | None = None, tasks: str | None = None) -> tuple[str, str | None]:
+    """The suite and tasks that a policy is run on: those asked for, else those of its last training.
 
     Args:
-        record: Its provenance.
-        suite: Asked for; empty: none.
-        tasks: Asked for, separated by commas; empty: all of the suite's that was asked for, or those demonstrated.
+        record: The policy's provenance.
+        suite: The suite asked for. Without one it is that of most episodes of the last demonstrations.
+        tasks: The tasks asked for, separated by commas. Without any they are the demonstrated ones, if no suite was
+            asked for, either.
 
     Returns:
-        Suite and tasks.
+        The suite's name, and the tasks, separated by commas; None: all of the suite.
 
     Raises:
-        ConfigError: No suite was asked for, and its provenance names none.
+        ConfigError: No suite was asked for, and the provenance names none.
     """
     if suite:
         return suite, tasks
     last = _last_origins(record)
     if not last:
         raise ConfigError(
-            "suite: this policy does not say which suite it was trained in; name one, or evaluate it on held-out "
-            "demonstrations with --data DIR."
+            "suite must be given, because this policy does not say which one it was trained in; name one, or evaluate "
+            "the policy on held-out demonstrations with --data DIR."
         )
     episodes: Counter[str] = Counter()
     for origin in last:
