@@ -7,6 +7,7 @@ configuration; what a command would then do is left out.
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -156,6 +157,23 @@ def test_what_else_is_typed_exists() -> None:
     ]
     assert len(found) > 3
     assert set(found) <= set(extras)
+
+
+def test_modules_and_names_in_a_sentence_exist() -> None:
+    """`skip_controller.plan.SkipPlan`, and `skip_controller/plan.py`."""
+    parts = {path.stem for path in (ROOT / "dysl_vla").glob("[a-z]*")}
+    dotted, files = [], []
+    for code in code_in_sentences():
+        if re.fullmatch(r"[\w/]+\.(py|sh|json)|[\w/]+/", code) and not code.startswith(("runs/", "videos/")):
+            files += [code] if "/" in code else []
+        elif re.fullmatch(r"\w+(\.\w+)*\.(?!jsonl)\w+", code) and code.split(".")[0] in parts - {"errors"}:
+            dotted.append(code)
+    assert len(dotted) > 10
+    assert len(files) > 10
+    for name in dotted:
+        pkgutil.resolve_name(f"dysl_vla.{name}")
+    for name in files:
+        assert (ROOT / name).exists() or (ROOT / "dysl_vla" / name).exists(), name
 
 
 @pytest.fixture(scope="module")
