@@ -113,8 +113,8 @@ def training_suite(record: Any, suite: str | None = None, tasks: str | None = No
     last = _last_origins(record)
     if not last:
         raise ConfigError(
-            "suite must be given, because this policy does not say which one it was trained in; name one, or evaluate "
-            "the policy on held-out demonstrations with --data DIR."
+            "suite: this policy does not say which suite it was trained in; name one, or evaluate it on held-out "
+            "demonstrations with --data DIR."
         )
     episodes: Counter[str] = Counter()
     for origin in last:
