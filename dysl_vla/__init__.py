@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ActionChunk": "dysl_vla.types",
-    "BackbonePolicy": "dysl_vla.policies",
+    "BackbonePolicy": "dysl_vla.policies.backbone",
     "Bundle": "dysl_vla.deploy.runtime",
     "Client": "dysl_vla.deploy.client",
     "ControlLoop": "dysl_vla.deploy.control",
@@ -25,6 +25,7 @@ _PUBLIC = {
     "PolicySpec": "dysl_vla.types",
     "SkipHeads": "dysl_vla.skip_controller.heads",
     "SkipPlan": "dysl_vla.skip_controller.plan",
+    "SkippablePolicy": "dysl_vla.policies",
     "attach": "dysl_vla.skip_controller.skipping",
     "detach": "dysl_vla.skip_controller.skipping",
     "evaluate": "dysl_vla.eval.runner",

@@ -12,7 +12,7 @@ Nothing is ever unpickled. An edited configuration is found because it differs f
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -188,6 +188,15 @@ def canonical(config: Any) -> str:
         }
 
     return json.dumps(given(asdict(config)), sort_keys=True)
+
+
+def add_weights(digest: Any, weights: Mapping[str, Tensor]) -> None:
+    """Add weights of any type and device to a digest of `hashlib`."""
+    from torch import uint8
+
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().tobytes())
 
 
 def add_to_manifest(folder: Path, names: Sequence[str]) -> None:

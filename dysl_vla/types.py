@@ -291,10 +291,12 @@ class EpisodeState:
     Attributes:
         executed: The latest executed actions, oldest first, each (action,) in the embodiment's units.
         needed_at: Deadline of the coming inference, in seconds of `time.perf_counter`; None for no limit.
+        guidance: Memory of layer skipping; None for a policy that skips nothing.
     """
 
     executed: deque[FloatArray] = field(default_factory=lambda: deque(maxlen=64))
     needed_at: float | None = None
+    guidance: Any = None
 
     def has_time(self, seconds: float) -> bool:
         """Tell whether so many seconds are left before the deadline."""

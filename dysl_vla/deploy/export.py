@@ -22,7 +22,6 @@ from dysl_vla.checkpoint import CONFIG as DOCUMENT
 from dysl_vla.checkpoint import MANIFEST, TOKENIZER, find_checkpoint
 from dysl_vla.deploy.runtime import (
     BACKBONE,
-    EMBEDS,
     ENCODER,
     EXAMPLE,
     FILES,
@@ -34,7 +33,7 @@ from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import TEMPORARY, atomic_write, is_unused, locked_dir, read_json, sha256, write_json, write_text
 from dysl_vla.images import looked_at
-from dysl_vla.policies import ExportablePolicy, load_backbone_policy
+from dysl_vla.policies import ExportablePolicy, load_skippable_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
 
 with needs_extra("export"):
@@ -46,17 +45,20 @@ with needs_extra("policy"):
     import torch
     from torch import Tensor, nn
 
-    from dysl_vla.policies.dysl import has_skips, load_dysl, read_skips
+    from dysl_vla.policies.dysl import SkipSettings, has_skips, load_dysl, read_skips
     from dysl_vla.skip_controller.conditional import ConditionalDecoder
     from dysl_vla.skip_controller.heads import SkipHeads
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
+    from dysl_vla.skip_controller.torch_backend import TorchBackend
 
 OPSET = 18
 ONE_FILE = 1_900_000_000
 """Bytes of weights up to which a graph is one file: a protobuf must stay below 2 GiB."""
 DATA = ".data"
 """What a graph's file is called, and this, is the file of the weights of a larger one."""
+OTHER_INSTRUCTIONS = ("Pick up the red cube.", "put  it in the bin", "x" * 200)
+"""They show whether the tokenizer alone makes the token ids, which it does not where a policy has a template."""
 INSIDE = 1024
 """Bytes of a tensor that a larger graph still holds itself: shapes and the like are needed to read it."""
 
@@ -82,7 +84,7 @@ def export(config: ExportConfig) -> Path:
         Its folder.
 
     Raises:
-        ConfigError: The policy cannot be exported, or `out` holds something else, or its disk has no room.
+        ConfigError: The policy cannot be exported, or `out` holds something else, or its disk has no space.
         CheckpointError: The policy is damaged, or the exported one computes something else.
         MissingExtraError: onnx is not installed.
     """
@@ -95,7 +97,7 @@ def export(config: ExportConfig) -> Path:
     if not has_skips(folder):
         raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
     with locked_dir(config.out), tempfile.TemporaryDirectory(dir=config.out, prefix=".", suffix=TEMPORARY) as name:
-        _check_room(config, policy)  # after `claimed` has removed what an export that was killed left behind
+        _check_disk(config, policy)  # after `locked_dir` has removed what an export that was killed left behind
         made = Path(name)
         _write(config, policy, folder, made)
         try:
@@ -118,7 +120,7 @@ def _files(folder: Path) -> list[str]:
     return [*FILES, *(name for name in data if (folder / name).exists())]
 
 
-def _check_room(config: ExportConfig, policy: ExportablePolicy) -> None:
+def _check_disk(config: ExportConfig, policy: ExportablePolicy) -> None:
     """Refuse what the disk cannot take before time is spent on it."""
     modules = [part for part in (policy, policy.backbone) if isinstance(part, nn.Module)]
     weights = {id(one): one for part in modules for one in (*part.parameters(), *part.buffers())}
@@ -129,27 +131,30 @@ def _check_room(config: ExportConfig, policy: ExportablePolicy) -> None:
     if free < needed:
         raise ConfigError(
             f"out: {config.out} needs about {needed / 1e6:,.1f} MB while the bundle is written, and its disk has "
-            f"{free / 1e6:,.1f} MB free; make room there, or give a folder on another disk."
+            f"{free / 1e6:,.1f} MB free; free some, or give a folder on another disk."
         )
 
 
 def _exportable(name: str) -> ExportablePolicy:
-    policy = load_backbone_policy(name)
-    for part in ("resizes", "crops", "text_tokens", "embed", "token_ids"):
+    policy = load_skippable_policy(name)
+    for part in ("backbone", "resizes", "crops", "tokenizer", "inputs", "decode", "token_ids"):
         if not hasattr(policy, part):
             raise ConfigError(f"policy: {name!r} offers no {part!r}; export needs a policies.ExportablePolicy.")
+    if policy.has_memory or policy.followers:
+        what = "remembers earlier inferences" if policy.has_memory else "has decoders that follow another"
+        raise ConfigError(f"policy: {name!r} {what}, which a bundle cannot; serve it with dysl serve.")
     return cast("ExportablePolicy", policy)
 
 
 class _Encoder(nn.Module):
-    """A policy's `embed`, as a module."""
+    """A policy's `inputs`, as a module."""
 
     def __init__(self, policy: ExportablePolicy) -> None:
         super().__init__()
         self._policy = policy
 
-    def forward(self, images: dict[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
-        return self._policy.embed(images, state, token_ids)
+    def forward(self, images: dict[str, Tensor], state: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
+        return self._policy.inputs(images, state, token_ids)
 
 
 class _Decode(nn.Module):
@@ -170,66 +175,17 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
     heads.requires_grad_(False)
     example = _example(policy)
     with tqdm(total=4, desc="exporting", unit="part") as progress:
-        images = {camera: torch.from_numpy(view[None]) for camera, view in _views(policy, example).items()}
-        state = torch.from_numpy(example[STATE_KEY][None])
-        token_ids = torch.tensor([policy.token_ids(str(example[TASK_KEY]))])
-        encoder = _Encoder(policy)
-        _write_graph(
-            encoder,
-            (images, state, token_ids),
-            ([*(IMAGE_PREFIX + camera for camera in images), STATE_KEY, "token_ids"], [EMBEDS]),
-            out / ENCODER,
-        )
+        _write_encoder(policy, example, out)
         progress.update()
-        with torch.no_grad():
-            embeds = encoder(images, state, token_ids)
-        points = torch.zeros(len(settings.plan.blocks), dtype=torch.int64)
-        _write_graph(
-            ConditionalDecoder(policy.backbone, settings.plan, heads, _Decode(policy)),
-            ({EMBEDS: embeds}, points, torch.tensor(0.0), torch.tensor(0)),
-            (
-                [EMBEDS, "allow_points", "threshold", "resume_from"],
-                ["actions", "asked", "log_odds", "left", "first_hidden"],
-            ),
-            out / BACKBONE,
-        )
+        _write_backbone(policy, settings.plan, heads, example, out)
         progress.update()
         if config.precision == "int8":
             for name in (ENCODER, BACKBONE):
                 _quantize(out / name)
         progress.update()
-        write_text(out / TOKENIZER, (folder / TOKENIZER).read_text(encoding="utf-8"))
-        instructions = [*policy.provenance.get("data", {}).get("instructions", []), str(example[TASK_KEY])]
-        write_json(
-            out / DOCUMENT,
-            {
-                "policy_type": POLICY_TYPE,
-                "format": FORMAT,
-                "precision": config.precision,
-                "spec": asdict(policy.spec),
-                "resizes": policy.resizes,
-                "crops": policy.crops,
-                "text_tokens": policy.text_tokens,
-                "instructions": {text: policy.token_ids(text) for text in instructions},
-                "skipping": {
-                    "plan": asdict(settings.plan),
-                    "statistics": asdict(settings.statistics),
-                    "lookahead": settings.lookahead,
-                    "importance": settings.importance,
-                    "skip": settings.skip if config.skip is None else config.skip,
-                },
-                "provenance": {
-                    **policy.provenance,
-                    "skipping": document.get("provenance"),
-                    "export": {
-                        **provenance.record(),
-                        "policy": policy.fingerprint,
-                        "config": json.loads(json.dumps(asdict(config), default=str)),
-                    },
-                },
-            },
-        )
-        answers = _answers(policy, settings.plan, heads, embeds)
+        write_text(out / TOKENIZER, policy.tokenizer.to_str())
+        write_json(out / DOCUMENT, _document(config, policy, settings, document, str(example[TASK_KEY])))
+        answers = _answers(policy, settings.plan, heads, example)
         if config.precision != "fp32":  # what this bundle answers here is what it shall answer elsewhere
             exact, answers = answers, _own_answers(out, example, policy, len(settings.plan.blocks))
             distances = [float(np.abs(answers[name] - exact[name]).max()) for name in exact]
@@ -238,6 +194,80 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
             np.savez(file, **example, **answers)
         write_json(out / MANIFEST, {name: sha256(out / name) for name in _files(out)})
         progress.update()
+
+
+def _write_encoder(policy: ExportablePolicy, example: dict[str, NDArray[Any]], out: Path) -> None:
+    """From pictures, state and token ids to the decoder's arguments."""
+    arguments = _encoder_arguments(policy, example)
+    names = [*(IMAGE_PREFIX + camera for camera in arguments[0]), STATE_KEY, "token_ids"]
+    _write_graph(_Encoder(policy), arguments, (names, list(_inputs(policy, example))), out / ENCODER)
+
+
+def _write_backbone(
+    policy: ExportablePolicy, plan: SkipPlan, heads: SkipHeads, example: dict[str, NDArray[Any]], out: Path
+) -> None:
+    """The decoder, with adapters, controllers and the action head."""
+    inputs = _inputs(policy, example)
+    points = torch.zeros(len(plan.blocks), dtype=torch.int64)
+    _write_graph(
+        ConditionalDecoder(policy.backbone, plan, heads, _Decode(policy)),
+        (inputs, points, torch.tensor(0.0), torch.tensor(0)),
+        (
+            [*inputs, "allow_points", "threshold", "resume_from"],
+            ["actions", "asked", "log_odds", "left", "first_hidden"],
+        ),
+        out / BACKBONE,
+    )
+
+
+def _encoder_arguments(
+    policy: ExportablePolicy, example: dict[str, NDArray[Any]]
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    images = {camera: torch.from_numpy(view[None]) for camera, view in _views(policy, example).items()}
+    token_ids = torch.tensor([policy.token_ids(str(example[TASK_KEY]))])
+    return images, torch.from_numpy(example[STATE_KEY][None]), token_ids
+
+
+@torch.no_grad()
+def _inputs(policy: ExportablePolicy, example: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
+    """The decoder's arguments for the example."""
+    return policy.inputs(*_encoder_arguments(policy, example))
+
+
+def _document(
+    config: ExportConfig, policy: ExportablePolicy, settings: SkipSettings, made: dict[str, Any], instruction: str
+) -> dict[str, Any]:
+    """The bundle's config.json."""
+    instructions = [*policy.provenance.get("data", {}).get("instructions", []), instruction]
+    token_ids = {text: policy.token_ids(text) for text in [*instructions, *OTHER_INSTRUCTIONS]}
+    return {
+        "policy_type": POLICY_TYPE,
+        "format": FORMAT,
+        "precision": config.precision,
+        "spec": asdict(policy.spec),
+        "resizes": policy.resizes,
+        "crops": policy.crops,
+        "instructions": {text: token_ids[text] for text in instructions},
+        "takes_other_instructions": all(
+            policy.tokenizer.encode(text).ids == list(ids) for text, ids in token_ids.items()
+        ),
+        "skipping": {
+            "plan": asdict(settings.plan),
+            "statistics": asdict(settings.statistics),
+            "lookahead": settings.lookahead,
+            "importance": settings.importance,
+            "skip": settings.skip if config.skip is None else config.skip,
+        },
+        "provenance": {
+            **policy.provenance,
+            "skipping": made.get("provenance"),
+            "export": {
+                **provenance.record(),
+                "policy": policy.fingerprint,
+                "config": json.loads(json.dumps(asdict(config), default=str)),
+            },
+        },
+    }
 
 
 def robot_to_try(bundle: Path) -> str:
@@ -273,15 +303,19 @@ def _views(policy: ExportablePolicy, example: dict[str, NDArray[Any]]) -> dict[s
     }
 
 
-@torch.no_grad()
-def _answers(policy: ExportablePolicy, plan: SkipPlan, heads: SkipHeads, embeds: Tensor) -> dict[str, NDArray[Any]]:
-    """The policy's actions, normalised, (chunk, action), of the whole backbone and of as little as possible."""
-    full = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
-    skipper = attach(policy.backbone, plan, heads)
-    with skipper.step(np.zeros((1, len(plan.blocks)), np.int64), threshold=-1.0):
-        skipping = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
+@torch.inference_mode()
+def _answers(
+    policy: ExportablePolicy, plan: SkipPlan, heads: SkipHeads, example: dict[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """The policy's actions, normalised, (chunk, action): of `infer`, with all layers, and with as few as possible."""
+    observation = {**example, TASK_KEY: str(example[TASK_KEY])}
+    [full] = policy.infer([observation], [policy.reset()])
+    skipper = attach(policy.layers, plan, heads)
+    backend = TorchBackend(skipper, policy.act, policy.remember, threshold=-1.0)
+    inputs = policy.collate(policy.encode([observation], [policy.reset()]))
+    skipping = backend.run(inputs, np.zeros((1, len(plan.blocks)), np.int64))
     skipper.detach()
-    return {"full": full[0].numpy(), "skipping": skipping[0].numpy()}
+    return {"full": policy.spec.action_normalisation.apply(full.actions), "skipping": skipping.actions[0]}
 
 
 @contextmanager
@@ -308,8 +342,9 @@ def _own_answers(
         STATE_KEY: example[STATE_KEY][None],
         "token_ids": np.array([policy.token_ids(str(example[TASK_KEY]))]),
     }
-    [embeds] = encoder.run(None, feeds)
-    common = {EMBEDS: embeds, "allow_points": np.zeros(blocks, np.int64), "resume_from": np.array(0)}
+    names = [node.name for node in encoder.get_outputs()]
+    encoded = dict(zip(names, encoder.run(None, feeds), strict=True))
+    common = {**encoded, "allow_points": np.zeros(blocks, np.int64), "resume_from": np.array(0)}
     return {
         name: backbone.run(None, {**common, "threshold": np.array(threshold, np.float32)})[0][0]
         for name, threshold in (("full", np.inf), ("skipping", -np.inf))

@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 
 from dysl_vla.checkpoint import CONFIG as DOCUMENT
 from dysl_vla.checkpoint import MANIFEST, TOKENIZER, check_manifest, read_document
-from dysl_vla.errors import CheckpointError, ConfigError, MissingExtraError
+from dysl_vla.errors import CheckpointError, ConfigError, MissingExtraError, ObservationError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import sha256
 from dysl_vla.images import Place, looked_at
-from dysl_vla.skip_controller.guidance import VERIFY_TIME_DECAY, DyslState, GuidanceState, SkipGuidance
+from dysl_vla.skip_controller.guidance import SkipGuidance
+from dysl_vla.skip_controller.guided_step import GuidedStep, PassResult, Resumed, VerificationBudget
 from dysl_vla.skip_controller.operating import SkipStatistics, with_present_names
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.types import (
@@ -37,12 +38,9 @@ from dysl_vla.types import (
     TASK_KEY,
     ActionChunk,
     EpisodeState,
-    FloatArray,
-    InferenceTiming,
     Normalisation,
     Observation,
     PolicySpec,
-    SkipTrace,
     gripper_columns,
 )
 
@@ -66,7 +64,7 @@ class Bundle:
 
     Args:
         folder: Of `dysl export`.
-        skip: The knob, from 0, the full model, to 1; None: the exported operating point.
+        skip: How much to skip, from 0, the full model, to 1; None: the exported operating point.
         threads: Of ONNX Runtime, for one operation.
 
     Raises:
@@ -93,7 +91,7 @@ class Bundle:
             self.provenance: Mapping[str, Any] = document["provenance"]
             self._places = {name: _place(crop) for name, crop in document["crops"].items()}
             self._resizes = {name: (int(size[0]), int(size[1])) for name, size in document.get("resizes", {}).items()}
-            self._text_tokens = int(document["text_tokens"])
+            self._takes_others = bool(document.get("takes_other_instructions", True))
             self._token_ids = {text: _ids(ids) for text, ids in document["instructions"].items()}
             skipping = with_present_names(document["skipping"])
             self._plan = SkipPlan(
@@ -106,14 +104,11 @@ class Bundle:
             self._lookahead, self._importance = int(skipping["lookahead"]), str(skipping["importance"])
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{folder / DOCUMENT}: {type(error).__name__}: {error}; export it again.") from error
-        self._target_of = {e: block.target for block in self._plan.blocks for e in self._plan.exits_of(block)}
-        self._lengths = np.array([block.length for block in self._plan.blocks], np.int64)
         self._encoder = _session(folder / ENCODER, threads)
-        self._backbone = _session(folder / BACKBONE, threads)
+        self._backend = _OnnxBackend(_session(folder / BACKBONE, threads), self._plan)
         self._encoder_inputs = [node.name for node in self._encoder.get_inputs()]
         self._encoded_names = [node.name for node in self._encoder.get_outputs()]
-        self._from_start = np.array(0, np.int64)
-        self._verify_s = 0.0  # what verification took, at most lately
+        self._budget = VerificationBudget()
         self._tokenizer: Any = None
         self.set_skip(self._exported_skip)
         self.check_example()
@@ -130,7 +125,7 @@ class Bundle:
         return hashlib.sha256(f"{self._digest}{self.skip}".encode()).hexdigest()
 
     def set_skip(self, skip: float) -> None:
-        """Turn the knob, for episodes that begin afterwards.
+        """Change how much to skip, for episodes that begin afterwards.
 
         Raises:
             ConfigError: Below 0 or above 1.
@@ -138,23 +133,35 @@ class Bundle:
         self._is_full = skip == 0
         point = self._statistics.point(1.0 if self._is_full else skip)
         self.skip = skip
-        self._threshold = np.array(_log_odds(point.threshold), np.float32)
-        self._guide = SkipGuidance(
-            self._lengths.tolist(),
+        self._backend.threshold = _log_odds(point.threshold)
+        lengths = [block.length for block in self._plan.blocks]
+        self._lengths = np.array([lengths], np.int64)
+        self._guidance = SkipGuidance(
+            lengths,
             len(self.spec.action_names),
             point.thresholds,
             lookahead=self._lookahead,
             importance=self._importance,
             grippers=gripper_columns(self.spec.action_names),
         )
+        self._step = GuidedStep(self.spec, self._guidance, lengths, budget=self._budget)
 
-    def reset(self) -> DyslState:
+    def reset(self) -> EpisodeState:
         """The state of an episode that begins."""
-        return DyslState(guide=self._guide.reset())
+        return EpisodeState(guidance=self._guidance.reset())
 
     def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
         """Predict a chunk for each episode, one after the other; see `Policy.infer`."""
         return [self._infer(observation, state) for observation, state in zip(observations, states, strict=True)]
+
+    def _infer(self, observation: Observation, state: EpisodeState) -> ActionChunk:
+        started = time.perf_counter()
+        self.spec.check_observation(observation)
+        encoded = self._encode(observation)
+        encode_s = time.perf_counter() - started
+        points = self._lengths if self._is_full else None
+        [chunk] = self._step.infer(self._backend, encoded, [state], encode_s=encode_s, allow_points=points)
+        return chunk
 
     def check_example(self) -> None:
         """Answer the recorded observation as the exporting machine did.
@@ -175,13 +182,11 @@ class Bundle:
             raise CheckpointError(f"{path}: cannot be read ({error}); export it again.") from error
         self.spec.check_observation(observation)
         encoded = self._encode(observation)
-        full, everything = np.array(math.inf, np.float32), np.array(-math.inf, np.float32)
-        skipping = self._run(encoded, np.zeros_like(self._lengths), everything, self._from_start)
-        first = min(self._skips(skipping[3]))
-        started = time.perf_counter()
-        resumed = self._run({**encoded, EMBEDS: skipping[4]}, self._lengths, full, np.array(first))
-        self._verify_s = time.perf_counter() - started
-        answers = {"skipping": skipping[0][0], "full": resumed[0][0]}
+        self._backend.threshold = -math.inf  # every block is left at its first exit
+        skipping = self._backend.run(encoded, np.zeros_like(self._lengths))
+        resumed = self._backend.resume(encoded, skipping)
+        self._budget.took(resumed.llm_s)
+        answers = {"skipping": skipping.actions[0], "full": resumed.actions[0]}
         for name, actions in answers.items():
             distance = float(np.abs(actions - wanted[name]).max())
             limit = TOLERANCES[self.precision]
@@ -191,64 +196,6 @@ class Bundle:
                     f"deviations; at most {limit:g} may. Do not run this bundle here; export it on such a machine, "
                     "or with --precision fp32."
                 )
-
-    def _infer(self, observation: Observation, state: EpisodeState) -> ActionChunk:
-        clock = time.perf_counter
-        spec = self.spec
-        guide = getattr(state, "guide", None)
-        if not isinstance(state, DyslState) or not isinstance(guide, GuidanceState):
-            raise TypeError("states: must be made by this policy's reset().")
-        started = clock()
-        spec.check_observation(observation)
-        encoded = self._encode(observation)
-        seen = clock()
-        self._guide.observe(guide, state.latest(spec.action_normalisation, len(spec.action_names)))
-        points = self._lengths if self._is_full else guide.allow_points
-        observed = clock()
-        answer, asked, logits, lefts, first = self._run(encoded, points, self._threshold, self._from_start)
-        thought = clock()
-        actions: FloatArray = answer[0]
-        skips = self._skips(lefts)
-        wanted = self._guide.update_and_check(guide, actions, spec.execute_steps) and bool(skips)
-        is_verified = wanted and state.has_time(self._verify_s)
-        if wanted and not is_verified:
-            self._verify_s *= VERIFY_TIME_DECAY  # one that was slow by chance must not forbid all that follow
-        verify_s = 0.0
-        resumed_from = None
-        judged = clock()
-        if is_verified:
-            resumed_from = min(skips)
-            exact = self._run({**encoded, EMBEDS: first}, self._lengths, self._threshold, np.array(resumed_from))
-            actions = exact[0][0]
-            verify_s = clock() - judged
-            self._verify_s = max(verify_s, VERIFY_TIME_DECAY * self._verify_s)
-            self._guide.update_and_check(guide, actions, spec.execute_steps)
-        world = spec.action_normalisation.undo(actions)
-        ended = clock()
-        return ActionChunk(
-            actions=world,
-            timing=InferenceTiming(
-                encode_s=seen - started,
-                llm_s=thought - observed + verify_s,
-                decode_s=0.0,  # the action head is part of the backbone's graph
-                guidance_s=observed - seen + (ended - thought) - verify_s,
-            ),
-            skips=SkipTrace(
-                layers_run=self._layers_run(skips),
-                skips=skips,
-                outputs={
-                    layer: 1 / (1 + math.exp(-float(np.clip(logit, -50, 50))))
-                    for layer, is_asked, logit in zip(self._target_of, asked, logits, strict=True)
-                    if is_asked
-                },
-                allow_points=tuple(points.tolist()),
-                continuity=guide.continuity,
-                is_verified=is_verified,
-                is_verification_late=wanted and not is_verified,
-                resumed_from=resumed_from,
-                verify_s=verify_s,
-            ),
-        )
 
     def _encode(self, observation: Observation) -> dict[str, NDArray[Any]]:
         feeds: dict[str, NDArray[Any]] = {}
@@ -262,49 +209,79 @@ class Bundle:
                 feeds[name] = looked_at(observation[name], self._resizes.get(camera), self._places[camera])[None]
         return dict(zip(self._encoded_names, self._encoder.run(None, feeds), strict=True))
 
-    def _run(
-        self,
-        encoded: Mapping[str, NDArray[Any]],
-        points: NDArray[np.int64],
-        threshold: NDArray[np.float32],
-        resume_from: NDArray[np.int64],
-    ) -> list[NDArray[Any]]:
-        """One pass of the backbone; its arguments and answers are those of `ConditionalDecoder`."""
-        answers: list[NDArray[Any]] = self._backbone.run(
-            None, {**encoded, "allow_points": points, "threshold": threshold, "resume_from": resume_from}
-        )
-        return answers
-
     def _tokens(self, instruction: str) -> NDArray[np.int64]:
         known = self._token_ids.get(instruction)
         if known is not None:
             return known
+        listed = "; ".join(self._token_ids)
+        if not self._takes_others:
+            raise ObservationError(
+                f"{TASK_KEY}: {instruction!r:.80} is none of this bundle's instructions ({listed}), and its policy "
+                "does not make token ids by its tokenizer alone; give one of them."
+            )
         if self._tokenizer is None:
             try:
                 from tokenizers import Tokenizer
             except ModuleNotFoundError as error:
-                listed = "; ".join(self._token_ids)
                 raise MissingExtraError(
                     f"{TASK_KEY}: {instruction!r:.80} is none of this bundle's instructions ({listed}); for others: "
                     "pip install tokenizers"
                 ) from error
             self._tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
-            self._tokenizer.enable_padding(length=self._text_tokens)
-            self._tokenizer.enable_truncation(self._text_tokens)
         if len(self._token_ids) > MAX_INSTRUCTIONS:
             self._token_ids.clear()
         self._token_ids[instruction] = _ids(self._tokenizer.encode(instruction).ids)
         return self._token_ids[instruction]
 
-    def _skips(self, lefts: NDArray[np.bool_]) -> dict[int, int]:
-        exits = zip(self._target_of.items(), lefts.tolist(), strict=True)
-        return {layer: target for (layer, target), left in exits if left}
 
-    def _layers_run(self, skips: Mapping[int, int]) -> NDArray[np.bool_]:
-        run = np.ones(self._plan.num_layers, np.bool_)
-        for layer, target in skips.items():
-            run[layer:target] = False
-        return run
+class _OnnxBackend:
+    """The backbone's graph, for a batch of one. Implements `guided_step.Backend`.
+
+    Attributes:
+        threshold: Log-odds of a controller above which a block is left.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, plan: SkipPlan) -> None:
+        self.threshold = math.inf
+        self._session, self._depth = session, plan.num_layers
+        self._target_of = {e: block.target for block in plan.blocks for e in plan.exits_of(block)}
+        self._all_layers = np.array([block.length for block in plan.blocks], np.int64)
+        self._from_start = np.array(0, np.int64)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], allow_points: NDArray[np.int64]) -> PassResult:
+        """One pass that may skip; the graph's arguments and answers are those of `ConditionalDecoder`."""
+        started = time.perf_counter()
+        actions, asked, logits, lefts, first = self._answers(inputs, allow_points[0], self._from_start)
+        llm_s = time.perf_counter() - started  # the action head is part of the graph
+        exits = list(zip(self._target_of.items(), asked.tolist(), logits, lefts.tolist(), strict=True))
+        targets = {layer: target for (layer, target), _, _, is_left in exits if is_left}
+        layers_run = np.ones((1, self._depth), np.bool_)
+        for layer, target in targets.items():
+            layers_run[0, layer:target] = False
+        outputs = {layer: _probability(logit) for (layer, _), is_asked, logit, _ in exits if is_asked}
+        return PassResult(actions, [targets], [outputs], layers_run, llm_s, handle=first)
+
+    def resume(self, inputs: Mapping[str, NDArray[Any]], passed: PassResult) -> Resumed:
+        """The full model's actions, from what the first skipped layer got."""
+        started = time.perf_counter()
+        first_skip = np.array(passed.first_skip, np.int64)
+        answers = self._answers({**inputs, EMBEDS: passed.handle}, self._all_layers, first_skip)
+        return Resumed(answers[0], time.perf_counter() - started)
+
+    def remember(self, inputs: Mapping[str, NDArray[Any]], states: Mapping[int, EpisodeState]) -> None:
+        """Nothing: a policy with memory is not exported."""
+
+    def _answers(
+        self, inputs: Mapping[str, NDArray[Any]], points: NDArray[np.int64], resume_from: NDArray[np.int64]
+    ) -> list[NDArray[Any]]:
+        threshold = np.array(self.threshold, np.float32)
+        feeds = {**inputs, "allow_points": points, "threshold": threshold, "resume_from": resume_from}
+        answers: list[NDArray[Any]] = self._session.run(None, feeds)
+        return answers
+
+
+def _probability(logit: float) -> float:
+    return 1 / (1 + math.exp(-float(np.clip(logit, -50, 50))))
 
 
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:

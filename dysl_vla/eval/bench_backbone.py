@@ -20,16 +20,17 @@ from dysl_vla.checkpoint import CONFIG, SHIPPED, find_checkpoint
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import read_json
-from dysl_vla.policies import load_backbone_policy
+from dysl_vla.policies import load_skippable_policy
 
 with needs_extra("policy"):
     import torch
     from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig
 
+    from dysl_vla.skip_controller.decoders import find_all_layers
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.layer_similarity import choose_static_layers
     from dysl_vla.skip_controller.plan import SkipPlan
-    from dysl_vla.skip_controller.skipping import attach, find_all_layers
+    from dysl_vla.skip_controller.skipping import attach
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Shares of the layers that are skipped, a kind of pass each."""
@@ -179,7 +180,7 @@ def _decoder(text: str, dtype: torch.dtype) -> torch.nn.Module:
     if (Path(text) / CONFIG).is_file() or (SHIPPED / text / CONFIG).is_file():
         folder = find_checkpoint(text)
         if "policy_type" in read_json(folder / CONFIG):
-            return load_backbone_policy(text).backbone.to(dtype)
+            return _backbone_of(text).to(dtype)
     model: torch.nn.Module = AutoModel.from_config(_architecture(text), dtype=dtype)  # type: ignore[no-untyped-call]
     return model.eval()
 
@@ -188,6 +189,13 @@ def _size(text: str) -> tuple[int, int] | None:
     """Layers and width of "24x2048"; None for another form."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def _backbone_of(name: str) -> torch.nn.Module:
+    backbone = getattr(load_skippable_policy(name), "backbone", None)
+    if not isinstance(backbone, torch.nn.Module):
+        raise ConfigError(f"config: {name} is a policy without a `backbone`; give its decoder's configuration.")
+    return backbone
 
 
 def _architecture(text: str) -> PretrainedConfig:

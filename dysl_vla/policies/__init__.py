@@ -11,19 +11,23 @@ from typing import cast
 from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_policy_type
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.policies.base import BackbonePolicy, ExportablePolicy, Policy, check_fingerprint, is_known_as, policies
+from dysl_vla.policies.base import ExportablePolicy, Policy, SkippablePolicy, check_fingerprint, is_known_as, policies
 from dysl_vla.skip_controller.operating import Ablation
 
 __all__ = [
-    "BackbonePolicy",
     "ExportablePolicy",
     "Policy",
+    "SkippablePolicy",
     "check_fingerprint",
     "is_known_as",
-    "load_backbone_policy",
     "load_policy",
+    "load_skippable_policy",
     "policies",
 ]
+
+
+PARTS = ("layers", "width", "followers", "has_memory", "encode", "collate", "act", "remember", "save_pretrained")
+"""What a `SkippablePolicy` offers beside a `Policy`."""
 
 
 def load_policy(name: str, *, skip: float | None = None, ablation: Ablation | None = None) -> Policy:
@@ -58,17 +62,17 @@ def load_policy(name: str, *, skip: float | None = None, ablation: Ablation | No
     if not has_skips(folder):
         _check_full(name, skip, ablation)
         return policy
-    return load_dysl(_with_backbone(name, policy), folder, skip, ablation)
+    return load_dysl(_skippable(name, policy), folder, skip, ablation)
 
 
-def load_backbone_policy(name: str) -> BackbonePolicy:
-    """Load a policy, without its skipping, whose backbone's layers can be skipped.
+def load_skippable_policy(name: str) -> SkippablePolicy:
+    """Load a policy, without its skipping, whose layers can be skipped.
 
     Raises:
-        ConfigError: There is none of that name, or it is not built around a backbone.
+        ConfigError: There is none of that name, or its layers cannot be skipped.
         CheckpointError: It is damaged, foreign or edited.
     """
-    return _with_backbone(name, load_policy(name, skip=0))
+    return _skippable(name, load_policy(name, skip=0))
 
 
 def _check_full(name: str, skip: float | None, ablation: Ablation | None) -> None:
@@ -76,11 +80,13 @@ def _check_full(name: str, skip: float | None, ablation: Ablation | None) -> Non
         raise ConfigError(f"skip: policy {name!r} has no adapters and controllers; train them with dysl distill.")
 
 
-def _with_backbone(name: str, policy: Policy) -> BackbonePolicy:
-    missing = [part for part in ("encode", "backbone", "decode", "save_pretrained") if not hasattr(policy, part)]
+def _skippable(name: str, policy: Policy) -> SkippablePolicy:
+    missing = [part for part in PARTS if not hasattr(policy, part)]
     if missing:
-        raise ConfigError(f"policy: {name!r} offers no {missing[0]!r}; layer skipping needs a policies.BackbonePolicy.")
-    return cast("BackbonePolicy", policy)
+        raise ConfigError(
+            f"policy: {name!r} offers no {missing[0]!r}; layer skipping needs a policies.SkippablePolicy."
+        )
+    return cast("SkippablePolicy", policy)
 
 
 def _load(name: str) -> tuple[Policy, Path]:

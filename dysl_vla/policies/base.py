@@ -1,4 +1,4 @@
-"""The policy protocol: all that evaluation, collection and control know of a policy."""
+"""The policy protocol: all that evaluation, collection and control know of a policy, and what skipping adds to it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from dysl_vla.types import ActionChunk, EpisodeState, Observation, PolicySpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from dysl_vla.skip_controller.torch_backend import Forward
 
 
 @runtime_checkable
@@ -53,35 +55,76 @@ class Policy(Protocol):
         """
 
 
-class BackbonePolicy(Policy, Protocol):
-    """A policy in three parts, around a Hugging Face decoder: what layer skipping needs to know of it.
+class SkippablePolicy(Policy, Protocol):
+    """A policy whose decoder's layers can be skipped: its inference in four steps, so that one of them can be repeated.
 
-    `decode(backbone(**encode(observations)).last_hidden_state)` are its actions, normalised.
+    `infer` does the same: encode each observation, collate the batch, act and remember. Skipping calls `act` again
+    where the full model must predict again. `policies.backbone.BackbonePolicy` does most of it for a policy whose
+    action comes from one forward of a Hugging Face decoder.
     """
 
     @property
-    def backbone(self) -> nn.Module:
-        """The decoder, with one list of layers; its forward answers `last_hidden_state`."""
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers, by whose running `act` is made faster."""
 
-    def encode(self, observations: Sequence[Observation]) -> dict[str, Tensor]:
-        """What the backbone's forward gets: arguments by name, each with the batch first.
+    @property
+    def width(self) -> int:
+        """Width of the decoder's hidden states."""
+
+    @property
+    def followers(self) -> Sequence[nn.ModuleList]:
+        """Layers of other decoders, of the same depth and run after it, which skip what the decoder skips."""
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether an inference depends on those before it, by way of `remember`."""
+
+    def encode(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[Any]:
+        """Everything before the decoder: one item an episode, which `collate` understands. It remembers nothing.
 
         Raises:
             ObservationError: An observation does not fit the spec.
         """
 
-    def decode(self, hidden: Tensor) -> Tensor:
-        """The backbone's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
+    def collate(self, items: Sequence[Any]) -> tuple[Any, Tensor | None]:
+        """A batch of items as `act` takes it.
+
+        Returns:
+            The inputs, and which tokens of the decoder's first forward are no padding, (batch, tokens); None: all.
+        """
+
+    def act(self, inputs: Any, forward: Forward) -> Tensor:
+        """Run the decoder, as often as it takes, and decode its answer. It is pure: the same inputs, the same answer.
+
+        Args:
+            inputs: Of `collate`. What `remember` needs may be left in them.
+            forward: Says what ran, and whether the answer must be differentiable.
+
+        Returns:
+            Normalised actions, (batch, chunk, action).
+        """
+
+    def remember(self, inputs: Any, states: Mapping[int, EpisodeState]) -> None:
+        """Keep what the next inference needs, in the states of the rows whose actions are final.
+
+        Args:
+            inputs: Of the `act` that computed the actions.
+            states: Row of the batch to the state of its episode.
+        """
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a checkpoint that the class of its type loads."""
 
 
-class ExportablePolicy(BackbonePolicy, Protocol):
-    """A policy that `dysl export` can take away from Python: its encoder is a function of tensors.
+class ExportablePolicy(SkippablePolicy, Protocol):
+    """A policy that `dysl export` can take away from Python: one forward, and an encoder that is a function of tensors.
 
-    `encode` must answer `{"inputs_embeds": embed(...)}` and otherwise only what the backbone would assume by itself.
+    What `encode` and `collate` make of observations must be what `inputs` makes of the same, resized and cropped.
     """
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The decoder; its forward answers `last_hidden_state`."""
 
     @property
     def resizes(self) -> Mapping[str, tuple[int, int]]:
@@ -89,26 +132,26 @@ class ExportablePolicy(BackbonePolicy, Protocol):
 
     @property
     def crops(self) -> Mapping[str, Place]:
-        """Camera name to the part of its resized image that `embed` gets: top, left, height, width, in pixels."""
+        """Camera name to the part of its resized image that `inputs` gets: top, left, height, width, in pixels."""
 
     @property
-    def text_tokens(self) -> int:
-        """Tokens of an instruction: shorter ones are padded, longer ones cut."""
+    def tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` of instructions, with its padding and truncation."""
 
-    def embed(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
-        """Everything that the backbone reads.
+    def inputs(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
+        """The decoder's arguments, `inputs_embeds` among them; others may be left out that it would assume by itself.
 
         Args:
             images: Camera name to (batch, height, width, 3) uint8, resized and cropped.
             state: (batch, state) float32, in the world's units.
             token_ids: (batch, text) of the instruction.
-
-        Returns:
-            (batch, tokens, hidden).
         """
 
+    def decode(self, hidden: Tensor) -> Tensor:
+        """The decoder's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
+
     def token_ids(self, instruction: str) -> list[int]:
-        """An instruction's token ids, `text_tokens` of them."""
+        """An instruction's token ids, of one length for all instructions."""
 
 
 def is_known_as(policy: Policy, fingerprint: str) -> bool:

@@ -17,34 +17,26 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dysl_vla.checkpoint import add_to_manifest, canonical, read_document, validated
+from dysl_vla.checkpoint import add_to_manifest, add_weights, canonical, read_document, validated
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import atomic_write, write_json
-from dysl_vla.policies.base import BackbonePolicy, is_known_as
-from dysl_vla.skip_controller.guidance import (
-    VERIFY_TIME_DECAY,
-    DyslState,
-    GuidanceState,
-    SkipGuidance,
-    importance_measures,
-)
+from dysl_vla.policies.base import SkippablePolicy, is_known_as
+from dysl_vla.skip_controller.guidance import SkipGuidance, importance_measures
+from dysl_vla.skip_controller.guided_step import GuidedStep, VerificationBudget
 from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
 from dysl_vla.skip_controller.operating import Ablation, RandomExits, SkipStatistics, with_present_names
 from dysl_vla.skip_controller.plan import SkipPlan
-from dysl_vla.skip_controller.skipping import Step, attach
+from dysl_vla.skip_controller.skipping import attach
+from dysl_vla.skip_controller.torch_backend import TorchBackend, to_numpy
 from dysl_vla.types import (
     ActionChunk,
     EpisodeState,
-    FloatArray,
-    InferenceTiming,
     Observation,
     PolicySpec,
-    SkipTrace,
     gripper_columns,
 )
 
@@ -91,21 +83,21 @@ class DyslPolicy:
     """A policy and its skipping. Implements `Policy`.
 
     Args:
-        policy: Whose backbone skips; it is attached to the heads, and must not be used otherwise meanwhile.
+        policy: Whose layers are skipped; they are attached to the heads, and must not be used otherwise meanwhile.
         heads: Adapters and controllers.
         settings: The checkpoint's.
-        skip: The knob, above 0 to 1; None: the checkpoint's operating point.
-        ablation: Parts to leave out.
+        skip: How much to skip, above 0 to 1; None: the checkpoint's operating point.
+        ablation: Parts of the method to leave out.
         provenance: How the heads were made.
 
     Raises:
-        ConfigError: The heads do not fit the backbone, or the guide not the actions.
+        ConfigError: The heads do not fit the decoder, or the guidance not the actions.
         CheckpointError: They were trained for other weights.
     """
 
     def __init__(
         self,
-        policy: BackbonePolicy,
+        policy: SkippablePolicy,
         heads: SkipHeads,
         settings: SkipSettings,
         *,
@@ -128,14 +120,13 @@ class DyslPolicy:
         self._provenance = dict(provenance or {})
         self._settings = settings
         self._ablation = ablation or Ablation()
-        self._verify_s = 0.0  # what verification took, at most lately
-        self._lengths = np.array([block.length for block in settings.plan.blocks], np.int64)
-        self.set_skip(settings.skip if skip is None else skip)
+        self._budget = VerificationBudget()
         if self._ablation.random:
             if settings.mean_layers is None:
                 raise ConfigError("random: the checkpoint does not say how many layers to run; tune it first.")
             self._random = RandomExits(settings.plan, settings.mean_layers)
-        self._skipper = attach(policy.backbone, settings.plan, heads)
+        self._skipper = attach(policy.layers, settings.plan, heads, followers=policy.followers)
+        self.set_skip(settings.skip if skip is None else skip)
 
     @property
     def spec(self) -> PolicySpec:
@@ -155,163 +146,94 @@ class DyslPolicy:
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """Of the policy that skips; that of its adapters and controllers under `skipping`."""
+        """The provenance of the policy that skips; that of its adapters and controllers under `skipping`."""
         return {**self._policy.provenance, "skipping": self._provenance}
 
     @property
     def fingerprint(self) -> str:
-        """Of weights, settings and ablation."""
+        """SHA-256 of the heads' weights, settings (which name the policy's fingerprint) and ablation."""
         digest = hashlib.sha256()
-        for part in (replace(self._settings, skip=self.skip), self._ablation):  # the settings name the teacher
+        for part in (replace(self._settings, skip=self.skip), self._ablation):
             digest.update(canonical(part).encode())
-        for name, value in sorted(self.heads.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().numpy().tobytes())
+        add_weights(digest, self.heads.state_dict())
         return digest.hexdigest()
 
     def set_skip(self, skip: float) -> None:
-        """Turn the knob, for episodes that begin afterwards.
+        """Change how much to skip, for episodes that begin afterwards.
 
         Raises:
             ConfigError: Not above 0, or above 1, or not the stored setting where skips are random.
         """
         if self._ablation.random and skip != self._settings.skip:
             raise ConfigError(f"skip: random runs as many layers as the stored setting does, {self._settings.skip}.")
-        self._point = self._settings.statistics.point(skip)
+        settings, spec = self._settings, self._policy.spec
+        point = settings.statistics.point(skip)
         self.skip = skip
-        self._guide = SkipGuidance(
-            self._lengths.tolist(),
-            self._settings.action_dim,
-            self._point.thresholds,
-            lookahead=self._settings.lookahead,
-            importance=self._settings.importance,
-            grippers=gripper_columns(self._policy.spec.action_names),
+        lengths = [block.length for block in settings.plan.blocks]
+        self._guidance = SkipGuidance(
+            lengths,
+            settings.action_dim,
+            point.thresholds,
+            lookahead=settings.lookahead,
+            importance=settings.importance,
+            grippers=gripper_columns(spec.action_names),
+        )
+        self._step = GuidedStep(spec, self._guidance, lengths, self._ablation, self._budget)
+        self._backend = TorchBackend(
+            self._skipper,
+            self._policy.act,
+            self._policy.remember,
+            threshold=point.threshold,
+            force_skip=self._ablation.random,
         )
 
     def close(self) -> None:
         """Take the skipping off the policy again."""
         self._skipper.detach()
 
-    def reset(self) -> DyslState:
+    def reset(self) -> EpisodeState:
         """The state of an episode that begins."""
-        return DyslState(guide=self._guide.reset())
+        state = self._policy.reset()
+        state.guidance = self._guidance.reset()
+        return state
 
     @torch.inference_mode()
     def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
         """Predict a chunk for each episode of a batch; see `Policy.infer`."""
         started = time.perf_counter()
-        inputs = self._policy.encode(observations)
-        return self.act(inputs, states, time.perf_counter() - started)
+        items = self._policy.encode(observations, states)
+        return self.infer_encoded(items, states, time.perf_counter() - started)
 
     @torch.inference_mode()
-    def act(
-        self, inputs: Mapping[str, Tensor], states: Sequence[EpisodeState], encode_s: float = 0.0
+    def infer_encoded(
+        self, items: Sequence[Any], states: Sequence[EpisodeState], encode_s: float = 0.0
     ) -> list[ActionChunk]:
         """What `infer` does after encoding.
 
         Args:
-            inputs: Of the policy's `encode`.
+            items: Of the policy's `encode`, one an episode.
             states: Of `reset`, one an episode.
-            encode_s: What encoding took.
+            encode_s: Seconds that encoding took.
         """
-        clock = time.perf_counter
-        spec = self._policy.spec
-        started = clock()
-        guides = [self._observe(state) for state in states]
-        points = np.stack([self._points(guide) for guide in guides])
-        if self._ablation.random:
-            points = self._random_points(inputs)
-        observed = clock()
-        with self._skipper.step(
-            points,
-            threshold=self._point.threshold,
-            mask=inputs.get("attention_mask"),
-            force_skip=self._ablation.random,
-        ) as step:
-            hidden = self._policy.backbone(**inputs).last_hidden_state
-        thought = clock()
-        actions: FloatArray = self._policy.decode(hidden).float().cpu().numpy()
-        decoded = clock()
-        wanted = [
-            self._guide.update_and_check(guide, row, spec.execute_steps)
-            and bool(step.targets[index])
-            and self._ablation.verification
-            for index, (guide, row) in enumerate(zip(guides, actions, strict=True))
-        ]
-        verified = [ask and state.has_time(self._verify_s) for ask, state in zip(wanted, states, strict=True)]
-        if any(wanted) and not any(verified):
-            self._verify_s *= VERIFY_TIME_DECAY  # one that was slow by chance must not forbid all that follow
-        judged = clock()
-        verify_s = again_s = 0.0
-        first_skip = step.first_skip
-        if any(verified):
-            with self._skipper.verify(step):
-                exact = self._policy.backbone(**inputs).last_hidden_state
-            verify_s = clock() - judged
-            self._verify_s = max(verify_s, VERIFY_TIME_DECAY * self._verify_s)
-            actions = np.where(
-                np.array(verified)[:, None, None], self._policy.decode(exact).float().cpu().numpy(), actions
-            )
-            again_s = clock() - judged - verify_s
-            for guide, row, is_verified in zip(guides, actions, verified, strict=True):
-                if is_verified:
-                    self._guide.update_and_check(guide, row, spec.execute_steps)
-        world = spec.action_normalisation.undo(actions)
-        ended = clock()
-        timing = InferenceTiming(
-            encode_s=encode_s,
-            llm_s=thought - observed + verify_s,
-            decode_s=decoded - thought + again_s,
-            guidance_s=observed - started + (ended - decoded) - verify_s - again_s,
-        )
-        return [
-            ActionChunk(
-                actions=world[row],
-                timing=timing,
-                skips=_trace(
-                    step,
-                    row,
-                    guide,
-                    resumed_from=first_skip if verified[row] else None,
-                    is_late=wanted[row] and not verified[row],
-                    verify_s=verify_s,
-                ),
-            )
-            for row, guide in enumerate(guides)
-        ]
-
-    def _observe(self, state: EpisodeState) -> GuidanceState:
-        guide = getattr(state, "guide", None)
-        if not isinstance(state, DyslState) or not isinstance(guide, GuidanceState):
-            raise TypeError("states: must be made by this policy's reset().")
-        self._guide.observe(guide, state.latest(self._policy.spec.action_normalisation, self._settings.action_dim))
-        return guide
-
-    def _points(self, guide: GuidanceState) -> NDArray[np.int64]:
-        return guide.allow_points if self._ablation.guidance else np.zeros_like(self._lengths)
-
-    def _random_points(self, inputs: Mapping[str, Tensor]) -> NDArray[np.int64]:
-        """Drawn by what each row sees, so that they can be repeated, and no episode is another's."""
-        seen = max(inputs.values(), key=Tensor.numel).float().cpu().numpy()
-        return np.array([self._random.draw(zlib.crc32(row.tobytes())) for row in seen])
+        started = time.perf_counter()
+        inputs = self._policy.collate(items)
+        points = np.array([self._random.draw(_seed_of(item)) for item in items]) if self._ablation.random else None
+        encode_s += time.perf_counter() - started
+        return self._step.infer(self._backend, inputs, states, encode_s=encode_s, allow_points=points)
 
 
-def _trace(
-    step: Step, row: int, guide: GuidanceState, *, resumed_from: int | None, is_late: bool, verify_s: float
-) -> SkipTrace:
-    return SkipTrace(
-        layers_run=step.layers_run[row],
-        skips=step.targets[row],
-        outputs=step.outputs[row],
-        allow_points=tuple(step.allow_points[row].tolist()),
-        continuity=guide.continuity,
-        is_verified=resumed_from is not None,
-        is_verification_late=is_late,
-        resumed_from=resumed_from,
-        controllers_s=step.controllers_s,
-        adapters_s=step.adapters_s,
-        verify_s=verify_s,
-    )
+def _seed_of(item: Any) -> int:
+    """A number that what a row sees decides, so that random exits can be repeated, and none is a neighbour's."""
+    seen = max(_tensors(item), key=Tensor.numel)
+    return zlib.crc32(to_numpy(seen).tobytes())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [one for part in value for one in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
 def has_skips(folder: Path) -> bool:
@@ -385,7 +307,7 @@ def load_heads(folder: Path) -> tuple[SkipHeads, SkipSettings, dict[str, Any]]:
 
 
 def load_dysl(
-    policy: BackbonePolicy, folder: Path, skip: float | None = None, ablation: Ablation | None = None
+    policy: SkippablePolicy, folder: Path, skip: float | None = None, ablation: Ablation | None = None
 ) -> DyslPolicy:
     """Give a policy the skipping of its checkpoint.
 
@@ -400,6 +322,6 @@ def load_dysl(
         ConfigError: A value of `skip` that cannot work.
     """
     heads, settings, provenance = load_heads(folder)
-    like = next(policy.backbone.parameters())
+    like = next(policy.layers.parameters())
     heads.to(like.device, like.dtype)
     return DyslPolicy(policy, heads.eval(), settings, skip=skip, ablation=ablation, provenance=provenance)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,17 +21,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from dysl_vla.checkpoint import Checkpoint, canonical, find_checkpoint, load_checkpoint, save_checkpoint
+from dysl_vla.checkpoint import Checkpoint, add_weights, canonical, find_checkpoint, load_checkpoint, save_checkpoint
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.images import Place, looked_at
+from dysl_vla.policies.backbone import EMBEDS, BackbonePolicy
 from dysl_vla.policies.base import policies
 from dysl_vla.types import (
     IMAGE_PREFIX,
     STATE_KEY,
     TASK_KEY,
-    ActionChunk,
     EpisodeState,
-    InferenceTiming,
     Observation,
     PolicySpec,
 )
@@ -214,8 +212,8 @@ class CameraEncoder(nn.Module):
         return tokens
 
 
-class MiniVLA(nn.Module):
-    """The policy; see the module. Implements `BackbonePolicy`.
+class MiniVLA(BackbonePolicy, nn.Module):
+    """The policy; see the module. Implements `ExportablePolicy`.
 
     Args:
         config: Its shape.
@@ -225,6 +223,7 @@ class MiniVLA(nn.Module):
         ConfigError: The tokenizer has another vocabulary than the configuration.
     """
 
+    backbone: LlamaModel
     _positions: Tensor
     _mask: Tensor
 
@@ -267,42 +266,41 @@ class MiniVLA(nn.Module):
         self._state_std = torch.tensor(config.spec.state_normalisation.std)
         self._token_ids: dict[str, list[int]] = {}
 
-    def encode(self, observations: Sequence[Observation]) -> dict[str, Tensor]:
-        """What the backbone's forward gets for these observations; see `BackbonePolicy.encode`."""
+    def encode(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[dict[str, Tensor]]:
+        """Everything before the decoder; see `SkippablePolicy.encode`."""
         for observation in observations:
             self.spec.check_observation(observation)
-        images = {name: self._images(name, observations) for name in self.spec.cameras}
+        device = self.read_out.device
+        images = {name: self._images(name, observations).to(device) for name in self.spec.cameras}
         state = torch.from_numpy(np.stack([observation[STATE_KEY] for observation in observations]))
         token_ids = torch.tensor([self.token_ids(observation[TASK_KEY]) for observation in observations])
-        embeds = self.embed(images, state.float(), token_ids)
-        return {  # all but the first are what the backbone would find out by itself, in a tenth of a millisecond
-            "inputs_embeds": embeds,
+        embeds = self.inputs(images, state.float().to(device), token_ids.to(device))[EMBEDS]
+        return [{EMBEDS: row} for row in embeds]
+
+    def collate(self, items: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], None]:
+        """Items as one batch of the decoder's arguments; see `SkippablePolicy.collate`."""
+        embeds = torch.stack([item[EMBEDS] for item in items])
+        inputs = {  # all but the first are what the backbone would find out by itself, in a tenth of a millisecond
+            EMBEDS: embeds,
             "position_ids": self._positions.expand(len(embeds), -1),
             "attention_mask": self._mask.expand(len(embeds), -1),
         }
+        return inputs, None
 
-    def embed(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> Tensor:
-        """Everything that the backbone reads.
-
-        Args:
-            images: Camera name to (batch, height, width, 3) uint8, already cropped.
-            state: (batch, state), in the world's units.
-            token_ids: (batch, text) of the instruction.
-
-        Returns:
-            (batch, tokens, hidden); the read-out token is the last.
-        """
+    def inputs(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
+        """What the decoder reads; see `ExportablePolicy.inputs`. The read-out token is the last."""
+        dtype = self.read_out.dtype
         text = self.backbone.embed_tokens(token_ids)
-        deviations = (state - self._state_mean) / self._state_std
+        deviations = (state - self._state_mean.to(state.device)) / self._state_std.to(state.device)
         if self.config.state_clip is not None:
             deviations = deviations.clamp(-self.config.state_clip, self.config.state_clip)
-        proprio = self.state_token(deviations)[:, None]
+        proprio = self.state_token(deviations.to(dtype))[:, None]
         views = [
-            self.cameras[_module_name(name)]((images[name].permute(0, 3, 1, 2).float() / 255).sub_(0.5))
+            self.cameras[_module_name(name)]((images[name].permute(0, 3, 1, 2).to(dtype) / 255).sub_(0.5))
             for name in self.config.spec.cameras
         ]
         read_out = self.read_out.expand(len(state), 1, -1)
-        return torch.cat([text, proprio, *views, read_out], dim=1)
+        return {EMBEDS: torch.cat([text, proprio, *views, read_out], dim=1)}
 
     def decode(self, hidden: Tensor) -> Tensor:
         """The backbone's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
@@ -331,27 +329,8 @@ class MiniVLA(nn.Module):
 
     def _digest(self, config: str, added: str = "") -> str:
         digest = hashlib.sha256(f"{config}{self.tokenizer.to_str()}{added}".encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.cpu().numpy().tobytes())
+        add_weights(digest, self.state_dict())
         return digest.hexdigest()
-
-    def reset(self) -> EpisodeState:
-        """The state of an episode that begins."""
-        return EpisodeState()
-
-    @torch.inference_mode()
-    def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
-        """Predict a chunk for each episode of a batch; see `Policy.infer`."""
-        started = time.perf_counter()
-        inputs = self.encode(observations)
-        encoded = time.perf_counter()
-        hidden = self.backbone(**inputs).last_hidden_state
-        thought = time.perf_counter()
-        actions = self.spec.action_normalisation.undo(self.decode(hidden).numpy())
-        decoded = time.perf_counter()
-        timing = InferenceTiming(encode_s=encoded - started, llm_s=thought - encoded, decode_s=decoded - thought)
-        return [ActionChunk(actions=row, timing=timing) for row in actions]
 
     @property
     def resizes(self) -> Mapping[str, tuple[int, int]]:
@@ -363,18 +342,13 @@ class MiniVLA(nn.Module):
         """Camera name to the part that is looked at; see `ExportablePolicy`."""
         return {name: (c.top, c.left, c.height, c.width) for name, c in self.config.crops.items()}
 
-    @property
-    def text_tokens(self) -> int:
-        """Tokens of an instruction."""
-        return self.config.text_tokens
-
     def _images(self, name: str, observations: Sequence[Observation]) -> Tensor:
         place, size = self.crops[name], self.resizes.get(name)
         views = [looked_at(observation[IMAGE_PREFIX + name], size, place) for observation in observations]
         return torch.from_numpy(np.stack(views))
 
     def token_ids(self, instruction: str) -> list[int]:
-        """An instruction's token ids, `text_tokens` of them."""
+        """An instruction's token ids, `config.text_tokens` of them."""
         if instruction not in self._token_ids:
             if len(self._token_ids) > 1000:
                 self._token_ids.clear()

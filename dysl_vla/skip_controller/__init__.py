@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "Guide": "guidance",
+    "SkipGuidance": "guidance",
     "GuidanceState": "guidance",
     "HeadsConfig": "heads",
     "SkipHeads": "heads",

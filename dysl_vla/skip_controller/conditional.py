@@ -6,6 +6,7 @@ skipped is not computed. For a batch of one, and one forward a control step.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller.decoders import MARK, find_layers
 from dysl_vla.skip_controller.heads import SkipHeads
 from dysl_vla.skip_controller.plan import SkipPlan
-from dysl_vla.skip_controller.skipping import find_layers
 
 EMBEDS = "inputs_embeds"
 
@@ -41,7 +42,7 @@ class ConditionalDecoder(nn.Module):
         super().__init__()
         self.decoder, self.heads, self.decode = decoder, heads, decode
         layers = find_layers(decoder, plan.num_layers)
-        if "_skipper" in layers.__dict__:
+        if MARK in layers.__dict__:
             raise ConfigError("decoder: is attached; detach it first.")
         self._layers = list(layers)
         self._block_of = {
@@ -52,6 +53,8 @@ class ConditionalDecoder(nn.Module):
         self.exits = [layer for block in plan.blocks for layer in plan.exits_of(block)]
         if not self.exits:
             raise ConfigError(f"plan: {plan} leaves layer 0 alone to skip, and the first layer always runs.")
+        takes_cache = "use_cache" in inspect.signature(decoder.forward).parameters
+        self._without_cache = {"use_cache": False} if takes_cache else {}
         self._running: list[Callable[..., Any]] = []
 
     def forward(
@@ -110,7 +113,7 @@ class ConditionalDecoder(nn.Module):
             return torch.cond(passes, lambda h: h.clone(), lambda h: original(h, *arguments, **named), (hidden,))
 
         self._running.append(run)
-        hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
+        hidden = self.decoder(**inputs, **self._without_cache).last_hidden_state
         self._running.pop()
         answer: Tensor = self.decode(hidden)
         return answer, torch.stack(asked), torch.stack(logits), torch.stack(lefts), first

@@ -26,19 +26,14 @@ from numpy.typing import NDArray
 
 from dysl_vla.errors import ActionError, ConfigError
 from dysl_vla.registry import Registry
-from dysl_vla.types import EpisodeState, FloatArray, Normalisation
 
 ImportanceMeasure = Callable[[NDArray[np.float32] | NDArray[np.float64]], float | None]
 """Normalised successive actions, (time, action), to a number that falls where they get important; None: too few."""
-importance_measures: Registry[ImportanceMeasure] = Registry("importance signal", "dysl_vla.importance")
-"""Importance signals by name."""
+importance_measures: Registry[ImportanceMeasure] = Registry("importance measure", "dysl_vla.importance")
+"""Importance measures by name."""
 
 WINDOW = 5
 """Actions that continuity looks back on: k of the paper, which finds 1 and 9 worse."""
-
-
-VERIFY_TIME_DECAY = 0.95
-"""Per verification that was asked for: how the largest time that one took is forgotten."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +75,6 @@ class GuidanceState:
     change: float | None = None
     previous_drop: bool = False
     drop: bool = False
-
-
-@dataclass
-class DyslState(EpisodeState):
-    """What a policy that skips layers remembers of an episode.
-
-    Attributes:
-        guide: Of guidance.
-    """
-
-    guide: GuidanceState | None = None
-
-    def latest(self, normalisation: Normalisation, action_dim: int) -> FloatArray:
-        """The executed actions that guidance looks back on, normalised, (at most WINDOW + 1, action)."""
-        actions = list(self.executed)[-WINDOW - 1 :]
-        return normalisation.apply(np.array(actions, np.float32) if actions else np.empty((0, action_dim), np.float32))
 
 
 class SkipGuidance:

@@ -19,19 +19,20 @@ Every step is a function of (seed, step). Knows no policy, no file and no enviro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dysl_vla.errors import ConfigError
+from dysl_vla.schedule import cosine_with_warmup
 from dysl_vla.skip_controller.skipping import Skipper
+from dysl_vla.skip_controller.torch_backend import Act, Forward
 
-Backbone = Callable[[Mapping[str, Tensor]], Tensor]
-"""The decoder's arguments to its output, (batch, tokens, hidden)."""
+Batch = tuple[Any, Tensor | None]
+"""A policy's inputs, and which tokens of its first forward are no padding, (batch, tokens); None: all."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class FullModelAnswer:
 
     Attributes:
         actions: (batch, chunk, action), normalised.
-        targets: What each block's target gets, (batch, tokens, hidden).
+        targets: What each block's target gets in the first forward, (batch, tokens, hidden).
     """
 
     actions: Tensor
@@ -109,8 +110,7 @@ class HeadsTrainer:
 
     Args:
         skipper: The decoder, attached with heads; its own weights must be frozen.
-        decode: Its output to normalised actions, (batch, chunk, action).
-        run: Its forward.
+        act: The policy's: inputs to normalised actions, (batch, chunk, action), by any number of forwards.
         execute_steps: Actions of a chunk that are executed.
         config: How.
 
@@ -119,20 +119,13 @@ class HeadsTrainer:
         tolerance: The running quantile of errors.
     """
 
-    def __init__(
-        self,
-        skipper: Skipper,
-        run: Backbone,
-        decode: Callable[[Tensor], Tensor],
-        execute_steps: int,
-        config: DistillConfig,
-    ) -> None:
+    def __init__(self, skipper: Skipper, act: Act, execute_steps: int, config: DistillConfig) -> None:
         if skipper.heads is None:
             raise ConfigError("heads: the decoder was attached without; there is nothing to train.")
         self._exits = [skipper.plan.exits_of(block) for block in skipper.plan.blocks]
         if not any(self._exits):
             raise ConfigError(f"plan: {skipper.plan} leaves layer 0 alone to skip, and the first layer always runs.")
-        self._skipper, self._run, self._decode = skipper, run, decode
+        self._skipper, self._act = skipper, act
         self._mixed = mixed_precision(skipper.layers)
         self._heads: nn.Module = skipper.heads
         self._execute = execute_steps
@@ -145,11 +138,12 @@ class HeadsTrainer:
         )
 
     @torch.no_grad()
-    def target(self, inputs: Mapping[str, Tensor]) -> FullModelAnswer:
+    def answer(self, batch: Batch) -> FullModelAnswer:
         """What the full model makes of a batch; the same for every step, so it can be kept."""
-        with self._mixed, self._skipper.record() as layers:
-            actions = self._decode(self._run(inputs))
-        return FullModelAnswer(actions, [layers[block.target] for block in self._skipper.plan.blocks])
+        with self._mixed, self._skipper.record() as forwards:
+            actions = self._act(batch[0], Forward())
+        first = _recorded(forwards)[0]
+        return FullModelAnswer(actions, [first[block.target] for block in self._skipper.plan.blocks])
 
     def rng(self) -> np.random.Generator:
         """Of the step that comes; draw the batch from it, then hand it to `update`."""
@@ -160,30 +154,28 @@ class HeadsTrainer:
         """The step that comes trains adapters alone."""
         return self.step < self._config.adapter_steps
 
-    def update(
-        self, inputs: Mapping[str, Tensor], target: FullModelAnswer | None, rng: np.random.Generator
-    ) -> dict[str, float]:
+    def update(self, batch: Batch, answer: FullModelAnswer | None, rng: np.random.Generator) -> dict[str, float]:
         """One optimizer step.
 
         Args:
-            inputs: A batch of the decoder's arguments.
-            target: Of `target`, needed in stage 2.
+            batch: The policy's inputs, and which tokens of the first forward are no padding.
+            answer: The full model's to the batch, needed in stage 2.
             rng: Of `rng`.
 
         Returns:
             Figures by name.
 
         Raises:
-            ConfigError: The loss is not finite any more.
+            ConfigError: The loss is not finite any more, or the policy's `act` has no gradient.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
         with self._mixed:
             if self.is_first_stage:
-                loss, figures = self._adapter_loss(inputs)
+                loss, figures = self._adapter_loss(batch)
             else:
-                assert target is not None
-                loss, figures = self._skip_loss(inputs, target, rng)
+                assert answer is not None
+                loss, figures = self._skip_loss(batch, answer, rng)
         if not math.isfinite(loss.item()):
             raise ConfigError(f"learning_rate: the loss is {loss.item()} at step {self.step}; start with a lower one.")
         self.optimizer.zero_grad(set_to_none=True)
@@ -198,39 +190,51 @@ class HeadsTrainer:
         first, config = self.is_first_stage, self._config
         done = self.step if first else self.step - config.adapter_steps
         total = config.adapter_steps if first else config.skip_steps
-        warm = min(1.0, (done + 1) / max(1, config.warmup))
-        return config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / total)))
+        return cosine_with_warmup(config.learning_rate, done, total, config.warmup)
 
-    def _adapter_loss(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        with torch.no_grad(), self._skipper.record() as layers:
-            self._run(inputs)
+    def _adapter_loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Each adapter's error, over all forwards of the full model."""
+        inputs, mask = batch
+        with torch.no_grad(), self._skipper.record() as forwards:
+            self._act(inputs, Forward())
         assert self._skipper.heads is not None
-        mask = inputs.get("attention_mask")
-        errors = {
-            layer: relative_error(self._skipper.heads.adapters[str(layer)](layers[layer]), layers[block.target], mask)
-            for block, exits in zip(self._skipper.plan.blocks, self._exits, strict=True)
-            for layer in exits
-        }
+        adapters = self._skipper.heads.adapters
+        errors = {}
+        for block, exits in zip(self._skipper.plan.blocks, self._exits, strict=True):
+            for layer in exits:
+                parts = [
+                    relative_error(adapters[str(layer)](layers[layer]), layers[block.target], None if later else mask)
+                    for later, layers in enumerate(_recorded(forwards))
+                ]
+                errors[layer] = torch.stack(parts).mean()
         loss = torch.stack(list(errors.values())).mean()
         return loss, {"loss": loss.item()} | {f"adapter_error/{layer}": e.item() for layer, e in errors.items()}
 
     def _skip_loss(
-        self, inputs: Mapping[str, Tensor], target: FullModelAnswer, rng: np.random.Generator
+        self, batch: Batch, answer: FullModelAnswer, rng: np.random.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         config, plan = self._config, self._skipper.plan
         is_mixture = config.objective == "mixture"
-        exits = self._sample_exits(rng)
-        mask = inputs.get("attention_mask")
-        with self._skipper.force_exits(exits, is_mixture=is_mixture, mask=mask) as forced:
-            actions = self._decode(self._run(inputs))
+        places = self._sample_exits(rng)
+        inputs, mask = batch
+        # Act, every block left at its exit.
+        with self._skipper.force_exits(places, is_mixture=is_mixture, mask=mask) as forced:
+            actions = self._act(inputs, Forward(forced, needs_gradient=True))
+        if not actions.requires_grad:
+            raise ConfigError(
+                "act: its actions have no gradient, so heads cannot learn from them; where `forward.needs_gradient` is "
+                "set, answer with what is differentiable (an expectation over bins in place of an argmax)."
+            )
+        # The adapters' loss: how far actions, and the hidden states that the targets got, are from the full model's.
         chosen = list(forced.outputs)
-        distance = (actions - target.actions).abs().mean(dim=2)
+        distance = (actions - answer.actions).abs().mean(dim=2)
         error = distance[:, : self._execute].mean(dim=1)
         task = (1 - config.executed_weight) * distance.mean() + config.executed_weight * error.mean()
-        hidden = torch.stack([relative_error(forced.targets[b], target.targets[b], mask) for b in chosen]).mean()
+        hidden = torch.stack([relative_error(forced.targets[b], answer.targets[b], mask) for b in chosen]).mean()
+        # The controllers' loss: was it harmless to skip?
         outputs = torch.stack([forced.outputs[b] for b in chosen])  # (blocks, batch)
         if is_mixture:
-            kept = outputs.new_tensor([float(plan.blocks[b].target - (exits[b] or 0)) for b in chosen])
+            kept = outputs.new_tensor([float(plan.blocks[b].target - (places[b] or 0)) for b in chosen])
             controllers = config.layer_weight * ((1 - outputs) * kept[:, None]).sum(dim=0).mean()
         else:
             self._update_tolerance(error.detach())
@@ -261,6 +265,13 @@ class HeadsTrainer:
         quantile = float(error.float().quantile(self._config.quantile))
         begun = self.tolerance > 0
         self.tolerance = 0.99 * self.tolerance + 0.01 * quantile if begun else quantile
+
+
+def _recorded(forwards: list[list[Tensor]]) -> list[list[Tensor]]:
+    """What `Skipper.record` kept, if it kept anything."""
+    if not forwards:
+        raise ConfigError("act: it ran no layer of the policy's `layers`; name the decoder's own list of layers.")
+    return forwards
 
 
 def mixed_precision(decoder: nn.Module) -> torch.autocast:

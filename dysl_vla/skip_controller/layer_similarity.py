@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,42 +12,45 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.skip_controller.skipping import find_all_layers
 
 
-def similarities(decoder: nn.Module, inputs: Mapping[str, Tensor]) -> NDArray[np.float64]:
+def similarities(layers: nn.ModuleList, run: Callable[[], object], mask: Tensor | None = None) -> NDArray[np.float64]:
     """Mean cosine similarity of each layer's input and output.
 
     Args:
-        decoder: With one list of layers.
-        inputs: Its arguments; with an `attention_mask`, (batch, tokens), padding does not count.
+        layers: The decoder's.
+        run: Runs the decoder; where it does so several times, all of its forwards count alike.
+        mask: (batch, tokens) of the first forward, 1 for tokens and 0 for padding, which does not count; None: none.
 
     Returns:
         (layers,), in [-1, 1].
 
     Raises:
-        ConfigError: It has no list of layers.
+        ConfigError: A layer was not run.
     """
-    layers = find_all_layers(decoder)
-    means: list[float] = []
-    mask = inputs.get("attention_mask")
+    means: list[list[float]] = [[] for _ in layers]
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: object) -> None:
+    def hook(index: int, _: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: object) -> None:
         before = args[0] if args else next(iter(kwargs.values()))
         after = output[0] if isinstance(output, (tuple, list)) else output
         assert isinstance(after, Tensor)
         cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-        weight = torch.ones_like(cosine) if mask is None else mask.to(cosine.dtype)
-        means.append(float((cosine * weight).sum() / weight.sum()))
+        weight = torch.ones_like(cosine) if mask is None or means[index] else mask.to(cosine.dtype)
+        means[index].append(float((cosine * weight).sum() / weight.sum()))
 
-    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    handles = [
+        layer.register_forward_hook(partial(hook, index), with_kwargs=True) for index, layer in enumerate(layers)
+    ]
     try:
         with torch.no_grad():
-            decoder(**inputs)
+            run()
     finally:
         for handle in handles:
             handle.remove()
-    return np.array(means)
+    idle = [index for index, values in enumerate(means) if not values]
+    if idle:
+        raise ConfigError(f"layers: layer {idle[0]} of the policy's `layers` was not run by its `act`.")
+    return np.array([sum(values) / len(values) for values in means])
 
 
 def choose_static_layers(similarity: NDArray[np.float64], ratio: float, longest_block: int = 0) -> tuple[int, ...]:

@@ -31,6 +31,8 @@ from tqdm import tqdm
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import append_line, atomic_write, read_lines, write_lines
 from dysl_vla.policies.mini_vla import MiniVLA
+from dysl_vla.schedule import cosine_with_warmup
+from dysl_vla.training.optimizer_state import optimizer_tensors, restore_optimizer
 from dysl_vla.types import FloatArray, ImageArray, Normalisation
 
 SHIFT = 4
@@ -236,12 +238,7 @@ class BehaviourCloning:
         (self._out / STATE_FILE).unlink()
 
     def _rate(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / max(1, self._config.warmup))
-        return (
-            self._config.learning_rate
-            * warm
-            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self._config.steps)))
-        )
+        return cosine_with_warmup(self._config.learning_rate, step, self._config.steps, self._config.warmup)
 
     def _update(self) -> float:
         rng = np.random.default_rng([self._config.seed, self.step])
@@ -282,7 +279,7 @@ class BehaviourCloning:
         steps = np.arange(chunk)
         exists = steps < self._remaining[frames][:, None]
         positions = np.minimum(frames[:, None] + steps, len(self._targets) - 1)
-        embeds = policy.embed(images, state, token_ids)
+        embeds = policy.inputs(images, state, token_ids)["inputs_embeds"]
         predicted = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
         error = (predicted - self._targets[torch.from_numpy(positions)]).abs()
         weight = torch.from_numpy(exists).unsqueeze(-1).float()
@@ -321,9 +318,7 @@ class BehaviourCloning:
             self._policy.save_pretrained(self._out)
         state = {f"weights.{name}": p.detach() for name, p in self._parameters.items()}
         state |= {f"average.{name}": value for name, value in self._average.items()}
-        for name, parameter in self._parameters.items():
-            moments = self._adam.state[parameter]
-            state |= {f"adam.{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        state |= optimizer_tensors(self._parameters, self._adam)
         with atomic_write(self._out / STATE_FILE) as temporary:
             save_file(state, temporary, metadata={"step": str(self.step), "seconds": str(self._seconds)})
 
@@ -340,11 +335,7 @@ class BehaviourCloning:
                 for name, parameter in self._parameters.items():
                     parameter.copy_(file.get_tensor(f"weights.{name}"))
                     self._average[name].copy_(file.get_tensor(f"average.{name}"))
-                    self._adam.state[parameter] = {
-                        "step": torch.tensor(float(step)),
-                        "exp_avg": file.get_tensor(f"adam.exp_avg.{name}"),
-                        "exp_avg_sq": file.get_tensor(f"adam.exp_avg_sq.{name}"),
-                    }
+                restore_optimizer(self._parameters, self._adam, file)
         except (SafetensorError, KeyError) as error:
             raise CheckpointError(f"{path}: is damaged ({error}); remove it to train from the start.") from error
         self.step = step

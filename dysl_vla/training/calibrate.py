@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from dysl_vla.data.split import split_for
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import atomic_write, is_unused, read_json, write_json
-from dysl_vla.policies import BackbonePolicy, load_backbone_policy
+from dysl_vla.policies import SkippablePolicy, load_skippable_policy
 from dysl_vla.training.encoding import encode
 
 with needs_extra("policy"):
@@ -25,6 +26,7 @@ with needs_extra("policy"):
 
     from dysl_vla.skip_controller.layer_similarity import choose_static_layers, similarities
     from dysl_vla.skip_controller.plan import SkipPlan
+    from dysl_vla.skip_controller.torch_backend import Forward
 
 PLAN, PICTURE = "plan.json", "similarity.png"
 
@@ -64,7 +66,7 @@ def calibrate(config: CalibrateConfig) -> Path:
         raise ConfigError(f"frames: {config.frames} must be at least 1.")
     if not is_unused(config.out) and not (config.out / PLAN).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no plan; give a new folder.")
-    policy = load_backbone_policy(config.policy)
+    policy = load_skippable_policy(config.policy)
     demonstrations = demonstrations_for(config.data, policy.spec)
     measured = measure(policy, demonstrations, config.frames)
     static = choose_static_layers(measured, config.static_ratio, config.longest_block)
@@ -82,7 +84,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     return config.out / PLAN
 
 
-def calibrated_plan(policy: BackbonePolicy, demonstrations: Demonstrations) -> SkipPlan:
+def calibrated_plan(policy: SkippablePolicy, demonstrations: Demonstrations) -> SkipPlan:
     """The plan that `dysl calibrate` would write with its defaults."""
     measured = measure(policy, demonstrations, CalibrateConfig.frames)
     static = choose_static_layers(measured, CalibrateConfig.static_ratio, CalibrateConfig.longest_block)
@@ -95,17 +97,18 @@ def with_exits(plan: SkipPlan, exits: str) -> SkipPlan:
     return replace(plan, exits=first if exits == "first" else ())
 
 
-def measure(policy: BackbonePolicy, demonstrations: Demonstrations, frames: int) -> NDArray[np.float64]:
+def measure(policy: SkippablePolicy, demonstrations: Demonstrations, frames: int) -> NDArray[np.float64]:
     """Similarity of each layer's input and output, (layers,)."""
     split = split_for(len(demonstrations.rows), policy.provenance)
     chosen = choose_frames(demonstrations, frames, split, held_out=True)
     encoded = encode(policy, demonstrations, chosen, "held-out frames")
-    bar = tqdm(total=len(encoded.indices), desc="measuring layers", unit="frame")
+    bar = tqdm(total=len(encoded.items), desc="measuring layers", unit="frame")
     with torch.inference_mode(), bar:
         sums, count = np.zeros(1), 0
-        for rows, inputs in encoded.batches():
+        for rows, items in encoded.batches():
             size = rows.stop - rows.start
-            sums = sums + size * similarities(policy.backbone, inputs)
+            inputs, mask = policy.collate(items)
+            sums = sums + size * similarities(policy.layers, partial(policy.act, inputs, Forward()), mask)
             count += size
             bar.update(size)
     return np.asarray(sums / count, np.float64)

@@ -37,7 +37,7 @@ from dysl_vla.files import (
     write_json,
     write_lines,
 )
-from dysl_vla.policies import BackbonePolicy, is_known_as, load_backbone_policy
+from dysl_vla.policies import SkippablePolicy, is_known_as, load_skippable_policy
 from dysl_vla.training.calibrate import calibrated_plan, read_plan
 from dysl_vla.training.encoding import Encoded, encode
 from dysl_vla.training.replay import Replay
@@ -56,6 +56,7 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.heads_trainer import DistillConfig, FullModelAnswer, HeadsTrainer, mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
+    from dysl_vla.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
 REPORT_EVERY = 50
@@ -104,7 +105,7 @@ def distill(config: DistillRunConfig) -> Path:
     _check(config)
     if config.init_heads:
         config = replace(config, training=replace(config.training, adapter_steps=0))
-    policy = load_backbone_policy(config.policy)
+    policy = load_skippable_policy(config.policy)
     demonstrations = demonstrations_for(config.data, policy.spec)
     if config.importance == "gripper" and not gripper_columns(policy.spec.action_names):
         raise ConfigError(f"signal: none of the actions is a gripper's: {', '.join(policy.spec.action_names)}.")
@@ -172,7 +173,7 @@ class InitialHeads:
     provenance: dict[str, Any]
 
 
-def _initial_heads(name: str, policy: BackbonePolicy) -> InitialHeads:
+def _initial_heads(name: str, policy: SkippablePolicy) -> InitialHeads:
     folder = find_checkpoint(name)
     if not has_skips(folder):
         raise ConfigError(f"init_heads: {name} has no heads yet; distill without --init-heads.")
@@ -189,87 +190,87 @@ class _Run:
         self,
         config: DistillRunConfig,
         plan: SkipPlan,
-        policy: BackbonePolicy,
+        policy: SkippablePolicy,
         demonstrations: Demonstrations,
         initial: InitialHeads | None,
     ) -> None:
         self._initial = initial
         self._config, self._policy, self._demonstrations = config, policy, demonstrations
-        backbone = policy.backbone
         for parameter in _parameters(policy):
             parameter.requires_grad_(False)
         torch.manual_seed(config.training.seed)
-        self._heads = initial.heads if initial else _new_heads(config, plan, backbone)
-        like = next(backbone.parameters())
-        self._heads.to(like.device)
-        with mixed_precision(backbone):
-            self._skipper = attach(backbone, plan, self._heads)
-        self._distillation = HeadsTrainer(
-            self._skipper,
-            lambda inputs: backbone(**inputs).last_hidden_state,
-            policy.decode,
-            policy.spec.execute_steps,
-            config.training,
-        )
+        self._heads = initial.heads if initial else _new_heads(config, plan, policy)
+        self._heads.to(next(policy.layers.parameters()).device)
+        with mixed_precision(policy.layers):
+            self._skipper = attach(policy.layers, plan, self._heads, followers=policy.followers)
+        self._trainer = HeadsTrainer(self._skipper, policy.act, policy.spec.execute_steps, config.training)
 
     def run(self) -> None:
-        config, distillation = self._config, self._distillation
+        config, trainer = self._config, self._trainer
         seconds = self._resume()
-        if distillation.step < config.training.steps:
+        if trainer.step < config.training.steps:
             seconds = self._train(seconds)
         self._finish(seconds)
 
     def _train(self, seconds: float) -> float:
-        config, distillation = self._config, self._distillation
+        config, trainer = self._config, self._trainer
         split = split_for(len(self._demonstrations.rows), self._policy.provenance)
         chosen = choose_frames(self._demonstrations, config.frames, split, held_out=False)
         frames = encode(self._policy, self._demonstrations, chosen, "frames", augment_copies=config.augment_copies)
-        targets: FullModelAnswer | None = None
-        board = SummaryWriter(str(config.out / "tensorboard"), purge_step=distillation.step + 1)
+        answers: FullModelAnswer | None = None
+        board = SummaryWriter(str(config.out / "tensorboard"), purge_step=trainer.step + 1)
         started = time.monotonic() - seconds
         figures: list[dict[str, float]] = []
-        with tqdm(total=config.training.steps, initial=distillation.step, desc="distilling", unit="step") as progress:
-            while distillation.step < config.training.steps:
-                if targets is None and not distillation.is_first_stage:
-                    targets = self._targets(frames)
-                rng = distillation.rng()
-                rows = np.sort(rng.integers(0, len(frames.indices), config.training.batch))
-                figures.append(distillation.update(frames.batch(rows), targets and _rows(targets, rows), rng))
+        with tqdm(total=config.training.steps, initial=trainer.step, desc="distilling", unit="step") as progress:
+            while trainer.step < config.training.steps:
+                if answers is None and not trainer.is_first_stage:
+                    answers = self._answers(frames)
+                rng = trainer.rng()
+                rows = np.sort(rng.integers(0, len(frames.items), config.training.batch))
+                batch = self._policy.collate(frames.rows(rows))
+                if trainer.is_first_stage:
+                    answer = None
+                else:  # padded items have their places in this very batch
+                    answer = trainer.answer(batch) if answers is None else _rows(answers, rows)
+                figures.append(trainer.update(batch, answer, rng))
                 progress.update()
-                stage_ends = distillation.step in (config.training.adapter_steps, config.training.steps)
-                if distillation.step % REPORT_EVERY == 0 or stage_ends:
+                stage_ends = trainer.step in (config.training.adapter_steps, config.training.steps)
+                if trainer.step % REPORT_EVERY == 0 or stage_ends:
                     point = {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
                     figures.clear()
                     seconds = time.monotonic() - started
-                    append_line(
-                        config.out / CURVE_FILE, {"step": distillation.step, **point, "seconds": round(seconds, 1)}
-                    )
+                    append_line(config.out / CURVE_FILE, {"step": trainer.step, **point, "seconds": round(seconds, 1)})
                     for name, value in point.items():
-                        board.add_scalar(name, value, distillation.step)
+                        board.add_scalar(name, value, trainer.step)
                     shown = {name: f"{value:.4f}" for name, value in point.items() if "/" not in name}
                     progress.set_postfix(shown)
-                if distillation.step % SAVE_EVERY == 0 or stage_ends:
+                if trainer.step % SAVE_EVERY == 0 or stage_ends:
                     self._save_state(seconds)
         board.close()
         return seconds
 
-    def _targets(self, frames: Encoded) -> FullModelAnswer:
-        """The full model's answer to every frame, once."""
+    def _answers(self, frames: Encoded) -> FullModelAnswer | None:
+        """The full model's answer to every frame, once; None where batches are padded, each in its own way."""
         everything: FullModelAnswer | None = None
-        count = len(frames.indices)
+        count = len(frames.items)
         with tqdm(total=count, desc="asking the full model", unit="frame") as progress:
-            for rows, inputs in frames.batches():
-                target = self._distillation.target(inputs)
-                parts = [target.actions, *target.targets]
+            for rows, items in frames.batches():
+                batch = self._policy.collate(items)
+                if batch[1] is not None and not batch[1].all():
+                    return None
+                answer = self._trainer.answer(batch)
+                parts = [answer.actions, *answer.targets]
                 if everything is None:
                     needed = sum(part[0].nbytes for part in parts) * count
                     check_memory(needed, f"{count} answers of the full model", "give fewer --frames")
                     actions, *targets = [part.new_empty((count, *part.shape[1:])) for part in parts]
                     everything = FullModelAnswer(actions, targets)
+                pairs = zip(everything.targets, answer.targets, strict=True)
+                if any(kept.shape[1:] != part.shape[1:] for kept, part in pairs):
+                    return None
                 for kept, part in zip([everything.actions, *everything.targets], parts, strict=True):
                     kept[rows] = part
                 progress.update(rows.stop - rows.start)
-        assert everything is not None
         return everything
 
     def _finish(self, seconds: float) -> None:
@@ -278,7 +279,7 @@ class _Run:
         lookahead = min(LOOKAHEAD, spec.chunk_length - spec.execute_steps)
         usual = "gripper" if gripper_columns(spec.action_names) else "continuity"
         importance = config.importance or (self._initial.importance if self._initial else usual)
-        self._heads.to(next(self._policy.backbone.parameters()).dtype)
+        self._heads.to(next(self._policy.layers.parameters()).dtype)
         replay = Replay(self._policy, self._demonstrations)
         statistics = replay.statistics(self._skipper, lookahead, importance)
         self._skipper.detach()
@@ -307,15 +308,13 @@ class _Run:
         (config.out / STATE_FILE).unlink(missing_ok=True)
 
     def _save_state(self, seconds: float) -> None:
-        distillation = self._distillation
-        state = {f"weights.{name}": p.detach() for name, p in distillation.parameters.items()}
-        for name, parameter in distillation.parameters.items():
-            for key, value in distillation.optimizer.state.get(parameter, {}).items():
-                state[f"adam.{name}.{key}"] = value
+        trainer = self._trainer
+        state = {f"weights.{name}": p.detach() for name, p in trainer.parameters.items()}
+        state |= optimizer_tensors(trainer.parameters, trainer.optimizer)
         metadata = {
-            "step": str(distillation.step),
+            "step": str(trainer.step),
             "seconds": str(seconds),
-            "tolerance": distillation.tolerance.hex(),
+            "tolerance": trainer.tolerance.hex(),
         }
         with atomic_write(self._config.out / STATE_FILE) as temporary:
             save_file(state, temporary, metadata=metadata)
@@ -323,41 +322,36 @@ class _Run:
     @torch.no_grad()
     def _resume(self) -> float:
         """Read the state, if there is one; seconds spent so far."""
-        path, distillation = self._config.out / STATE_FILE, self._distillation
+        path, trainer = self._config.out / STATE_FILE, self._trainer
         seconds = 0.0
         if path.exists():
             try:
                 with safe_open(path, framework="pt") as file:
                     metadata = file.metadata()
-                    names = set(file.keys())
-                    for name, parameter in distillation.parameters.items():
+                    for name, parameter in trainer.parameters.items():
                         parameter.copy_(file.get_tensor(f"weights.{name}"))
-                        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{name}.{key}" in names]
-                        if keys:
-                            moments = {key: file.get_tensor(f"adam.{name}.{key}") for key in keys}
-                            distillation.optimizer.state[parameter] = moments
-                distillation.step = int(metadata["step"])
-                distillation.tolerance = float.fromhex(metadata["tolerance"])
+                    restore_optimizer(trainer.parameters, trainer.optimizer, file)
+                trainer.step = int(metadata["step"])
+                trainer.tolerance = float.fromhex(metadata["tolerance"])
                 seconds = float(metadata["seconds"])
             except (SafetensorError, KeyError, RuntimeError) as error:
                 raise CheckpointError(f"{path}: is damaged ({error}); remove it to train from the start.") from error
         curve = self._config.out / CURVE_FILE
-        write_lines(curve, [point for point in read_lines(curve) if point["step"] <= distillation.step])
+        write_lines(curve, [point for point in read_lines(curve) if point["step"] <= trainer.step])
         return seconds
 
 
-def _new_heads(config: DistillRunConfig, plan: SkipPlan, backbone: torch.nn.Module) -> SkipHeads:
-    hidden = int(backbone.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
-    weights = sum(p.numel() for p in backbone.parameters())
-    size = config.adapter_size or default_adapter_size(hidden, weights, len(plan.dynamic_layers))
-    return SkipHeads(plan, HeadsConfig(hidden, size, config.controller_size))
+def _new_heads(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePolicy) -> SkipHeads:
+    weights = sum(p.numel() for p in policy.layers.parameters())
+    size = config.adapter_size or default_adapter_size(policy.width, weights, len(plan.dynamic_layers))
+    return SkipHeads(plan, HeadsConfig(policy.width, size, config.controller_size))
 
 
-def _parameters(policy: BackbonePolicy) -> Iterator[torch.nn.Parameter]:
+def _parameters(policy: SkippablePolicy) -> Iterator[torch.nn.Parameter]:
     """All that a policy learned: what must stay as it is."""
-    yield from (policy if isinstance(policy, torch.nn.Module) else policy.backbone).parameters()
+    yield from (policy if isinstance(policy, torch.nn.Module) else policy.layers).parameters()
 
 
-def _rows(target: FullModelAnswer, rows: Any) -> FullModelAnswer:
+def _rows(answer: FullModelAnswer, rows: Any) -> FullModelAnswer:
     chosen = torch.from_numpy(rows)
-    return FullModelAnswer(target.actions[chosen], [target[chosen] for target in target.targets])
+    return FullModelAnswer(answer.actions[chosen], [target[chosen] for target in answer.targets])

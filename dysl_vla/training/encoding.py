@@ -1,9 +1,10 @@
-"""Demonstrations as a policy's backbone reads them, and what the full model makes of them."""
+"""Demonstrations as a policy's decoder reads them: each frame encoded once, and kept in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +15,14 @@ from dysl_vla.data.selection import observations
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import check_memory
-from dysl_vla.policies import BackbonePolicy
-from dysl_vla.types import IMAGE_PREFIX, Observation
+from dysl_vla.policies import SkippablePolicy
+from dysl_vla.types import IMAGE_PREFIX, EpisodeState, Observation
 
 with needs_extra("policy"):
     import torch
     from torch import Tensor
 
+    from dysl_vla.skip_controller.torch_backend import Forward, to_numpy
     from dysl_vla.training.behaviour_cloning import SHIFT
 
 BATCH = 32
@@ -28,32 +30,31 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Encoded:
-    """Frames, encoded; the first dimension of everything counts them.
+    """Frames, encoded.
 
     Attributes:
-        indices: (frames,) of the dataset, rising; augment_copies copies have their frame's.
-        inputs: The backbone's arguments, each (frames, ...).
+        indices: (frames,) of the dataset, rising; copies have their frame's.
+        items: What the policy's `encode` made of each.
     """
 
     indices: NDArray[np.int64]
-    inputs: dict[str, Tensor]
+    items: list[Any]
 
-    def batch(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        """The backbone's arguments for some rows."""
-        chosen = torch.from_numpy(rows)
-        return {name: value[chosen] for name, value in self.inputs.items()}
+    def rows(self, rows: NDArray[np.int64]) -> list[Any]:
+        """The items of some rows."""
+        return [self.items[row] for row in rows.tolist()]
 
-    def batches(self, size: int = BATCH) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """All frames in order, as views."""
-        for start in range(0, len(self.indices), size):
-            rows = slice(start, min(start + size, len(self.indices)))
-            yield rows, {name: value[rows] for name, value in self.inputs.items()}
+    def batches(self, size: int = BATCH) -> Iterator[tuple[slice, list[Any]]]:
+        """All items in order."""
+        for start in range(0, len(self.items), size):
+            rows = slice(start, min(start + size, len(self.items)))
+            yield rows, self.items[rows]
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def encode(
-    policy: BackbonePolicy,
+    policy: SkippablePolicy,
     demonstrations: Demonstrations,
     chosen: NDArray[np.int64],
     what: str,
@@ -61,6 +62,9 @@ def encode(
     augment_copies: int = 0,
 ) -> Encoded:
     """Encode chosen frames.
+
+    A policy with memory gets its state by acting on the demonstration from its beginning, at the moments at which it
+    would look; of the chosen frames, the moment before each is taken then.
 
     Args:
         policy: Its encoder.
@@ -74,39 +78,115 @@ def encode(
         DatasetError: A file is damaged.
         ObservationError: The frames do not fit the policy.
     """
-    inputs: dict[str, Tensor] = {}
-    pending: list[Observation] = []
-    done = 0
-    indices = np.repeat(chosen, 1 + augment_copies)
     resizes: Mapping[str, tuple[int, int]] = getattr(policy, "resizes", {})
-    with tqdm(total=len(indices), desc=f"encoding {what}", unit="frame") as progress:
+    if policy.has_memory:
+        chosen = _moments(demonstrations, chosen, policy.spec.execute_steps)
+    total = len(chosen) * (1 + augment_copies)
+    items: list[Any] = []
+    indices: list[int] = []
+    with tqdm(total=total, desc=f"encoding {what}", unit="frame") as progress:
+        for index, some in _encoded(policy, demonstrations, chosen, resizes, augment_copies):
+            if not items:
+                check_memory(
+                    sum(map(_bytes, some)) // len(some) * total, f"{total} encoded frames", "give fewer --frames"
+                )
+            indices += index
+            items += some
+            progress.update(len(some))
+    return Encoded(np.array(indices, np.int64), items)
 
-        def flush() -> None:
-            nonlocal done
-            encoded = policy.encode(pending)
-            if not inputs:
-                needed = sum(value[0].nbytes for value in encoded.values()) * len(indices)
-                check_memory(needed, f"{len(indices)} encoded frames", "give fewer --frames")
-            for name, value in encoded.items():
-                if name not in inputs:
-                    inputs[name] = value.new_empty((len(indices), *value.shape[1:]))
-                inputs[name][done : done + len(pending)] = value
-            done += len(pending)
-            progress.update(len(pending))
-            pending.clear()
 
-        for index, observation in observations(demonstrations, chosen):
-            if index != indices[done + len(pending)]:
+def _encoded(
+    policy: SkippablePolicy,
+    demonstrations: Demonstrations,
+    chosen: NDArray[np.int64],
+    resizes: Mapping[str, tuple[int, int]],
+    copies: int,
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Frames and their copies, some at a time: indices, items."""
+    walk = _Walk(policy, demonstrations, chosen) if policy.has_memory else None
+    pending: list[tuple[int, Observation]] = []
+    read = 0
+    for index, observation in observations(demonstrations, chosen if walk is None else walk.needed):
+        state = policy.reset() if walk is None else walk.state_at(index)
+        if walk is None or index in walk.chosen:
+            if index != chosen[read]:
                 raise DatasetError(f"{demonstrations.root}: frame {index} comes out of order in its videos.")
-            pending.append(observation)
-            pending.extend(
-                _shift(observation, resizes, np.random.default_rng([index, copy])) for copy in range(augment_copies)
-            )
-            if len(pending) >= BATCH:
-                flush()
-        if pending:
-            flush()
-    return Encoded(indices, inputs)
+            read += 1
+            pending.append((index, observation))
+            pending += [
+                (index, _shift(observation, resizes, np.random.default_rng([index, copy]))) for copy in range(copies)
+            ]
+        if pending and (walk is not None or len(pending) >= BATCH):
+            yield _flushed(policy, pending, state)
+        if walk is not None:
+            walk.act(observation, state)
+    if pending:
+        yield _flushed(policy, pending, policy.reset())
+
+
+def _flushed(
+    policy: SkippablePolicy, pending: list[tuple[int, Observation]], state: EpisodeState
+) -> tuple[list[int], list[Any]]:
+    indices, seen = [index for index, _ in pending], [observation for _, observation in pending]
+    pending.clear()
+    return indices, policy.encode(seen, [state] * len(seen))
+
+
+class _Walk:
+    """A policy with memory on its way through demonstrations."""
+
+    def __init__(self, policy: SkippablePolicy, demonstrations: Demonstrations, chosen: NDArray[np.int64]) -> None:
+        self._policy = policy
+        self._starts = {row.start for row in demonstrations.rows}
+        self._state = policy.reset()
+        self.chosen = set(chosen.tolist())
+        self.needed = _moments_before(demonstrations, chosen, policy.spec.execute_steps)
+
+    def state_at(self, index: int) -> EpisodeState:
+        """The episode's state, at a moment that follows the last one."""
+        if index in self._starts:
+            self._state = self._policy.reset()
+        return self._state
+
+    def act(self, observation: Observation, state: EpisodeState) -> None:
+        """Let the full model act at a moment."""
+        spec = self._policy.spec
+        inputs, _ = self._policy.collate(self._policy.encode([observation], [state]))
+        actions = to_numpy(self._policy.act(inputs, Forward()))[0]
+        self._policy.remember(inputs, {0: state})
+        state.executed.extend(spec.action_normalisation.undo(actions[: spec.execute_steps]))
+
+
+def _moments(demonstrations: Demonstrations, chosen: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
+    """The moments at which a policy would look, at or before chosen frames."""
+    moments = [
+        row.start + (frame - row.start) // steps * steps
+        for row in demonstrations.rows
+        for frame in chosen[(chosen >= row.start) & (chosen < row.start + row.length)].tolist()
+    ]
+    return np.unique(np.array(moments, np.int64))
+
+
+def _moments_before(demonstrations: Demonstrations, chosen: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
+    """All moments of the chosen frames' episodes up to the last chosen one of each."""
+    needed: list[int] = []
+    for row in demonstrations.rows:
+        here = chosen[(chosen >= row.start) & (chosen < row.start + row.length)]
+        if len(here):
+            needed += range(row.start, int(here[-1]) + 1, steps)
+    return np.array(needed, np.int64)
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of the tensors in an item."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        value = vars(value).values() if hasattr(value, "__dict__") else ()
+    return sum(map(_bytes, value))
 
 
 def _shift(observation: Observation, resizes: Mapping[str, tuple[int, int]], rng: np.random.Generator) -> Observation:

@@ -19,7 +19,7 @@ from dysl_vla.data.selection import choose_frames, evenly, observations
 from dysl_vla.data.split import Split, split_for
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.policies import BackbonePolicy
+from dysl_vla.policies import SkippablePolicy
 from dysl_vla.training.encoding import Encoded, encode
 from dysl_vla.types import FloatArray, SkipTrace, gripper_columns
 
@@ -30,6 +30,7 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.guidance import WINDOW, SkipGuidance, Thresholds
     from dysl_vla.skip_controller.operating import SkipStatistics
     from dysl_vla.skip_controller.skipping import Skipper
+    from dysl_vla.skip_controller.torch_backend import Forward, TorchBackend, to_numpy
 
 EPISODES = 60
 """Held-out episodes that are replayed, at most."""
@@ -78,7 +79,7 @@ class Replay:
         DatasetError: None is held out.
     """
 
-    def __init__(self, policy: BackbonePolicy, demonstrations: Demonstrations) -> None:
+    def __init__(self, policy: SkippablePolicy, demonstrations: Demonstrations) -> None:
         self._policy = policy
         split = split_for(len(demonstrations.rows), policy.provenance)
         held_out = [row for index, row in enumerate(demonstrations.rows) if split.is_held_out(index)]
@@ -89,11 +90,8 @@ class Replay:
         self._episodes = [np.arange(row.start, row.start + row.length, step) for row in rows]
         self.encode_s = _encoding_time(policy, demonstrations, split)
         self.encoded: Encoded = encode(policy, demonstrations, np.concatenate(self._episodes), "held-out episodes")
-        self._targets = np.concatenate(
-            [
-                policy.decode(policy.backbone(**inputs).last_hidden_state).detach().float().numpy()
-                for _, inputs in self.encoded.batches()
-            ]
+        self._answers = np.concatenate(
+            [to_numpy(policy.act(policy.collate(items)[0], Forward())) for _, items in self.encoded.batches()]
         )
 
     def statistics(self, skipper: Skipper, lookahead: int, importance: str) -> SkipStatistics:
@@ -108,21 +106,20 @@ class Replay:
             importance=importance,
             grippers=gripper_columns(spec.action_names),
         )
+        backend = TorchBackend(skipper, self._policy.act, self._policy.remember, threshold=-1.0)
+        points = np.zeros((1, len(plan.blocks)), np.int64)
         outputs: list[float] = []
         drops: list[float] = []
         surprises: list[float] = []
         row = 0
-        with torch.inference_mode(), tqdm(total=len(self.encoded.indices), desc="measuring", unit="inference") as bar:
+        with torch.inference_mode(), tqdm(total=len(self.encoded.items), desc="measuring", unit="inference") as bar:
             for moments in self._episodes:
                 state = guide.reset()
                 for before in range(len(moments)):
-                    inputs = self.encoded.batch(np.array([row]))
                     guide.observe(state, self._executed(row, before))
-                    points = np.zeros((1, len(plan.blocks)), np.int64)
-                    with skipper.step(points, threshold=-1.0, mask=inputs.get("attention_mask")) as step:
-                        hidden = self._policy.backbone(**inputs).last_hidden_state
-                    predicted = self._policy.decode(hidden).float().cpu().numpy()[0]
-                    outputs.extend(step.outputs[0].values())
+                    passed = backend.run(self._policy.collate([self.encoded.items[row]]), points)
+                    predicted = passed.actions[0]
+                    outputs.extend(passed.outputs[0].values())
                     if state.change is not None and state.change < 0:
                         drops.append(-state.change)
                     surprise = guide.predicted_drop(state, predicted, spec.execute_steps)
@@ -137,7 +134,7 @@ class Replay:
         """What counts as executed at a moment that has so many before it in its episode: the latest, normalised."""
         steps = self._policy.spec.execute_steps
         known = min(before, math.ceil((WINDOW + 1) / steps))
-        taken: FloatArray = self._targets[row - known : row, :steps]
+        taken: FloatArray = self._answers[row - known : row, :steps]
         return taken.reshape(-1, taken.shape[-1])
 
     def play(self, policy: DyslPolicy) -> Replayed:
@@ -155,10 +152,10 @@ class Replay:
             row = first + before
             state.executed.clear()
             state.executed.extend(policy.spec.action_normalisation.undo(self._executed(row, before)))
-            [chunk] = policy.act(self.encoded.batch(np.array([row])), [state])
+            [chunk] = policy.infer_encoded([self.encoded.items[row]], [state])
             assert chunk.skips is not None
             predicted = policy.spec.action_normalisation.apply(chunk.actions[:steps])
-            errors.append(np.abs(predicted - self._targets[row][:steps]).mean())
+            errors.append(np.abs(predicted - self._answers[row][:steps]).mean())
             traces.append(chunk.skips)
             llm.append(chunk.timing.llm_s)
             rest.append(chunk.timing.decode_s + chunk.timing.guidance_s)
@@ -168,13 +165,13 @@ class Replay:
         return len(self._episodes)
 
 
-def _encoding_time(policy: BackbonePolicy, demonstrations: Demonstrations, split: Split) -> float:
+def _encoding_time(policy: SkippablePolicy, demonstrations: Demonstrations, split: Split) -> float:
     """Mean seconds of encoding one observation."""
     times = []
     first = choose_frames(demonstrations, TIMED, split, held_out=True)[:TIMED]
     with torch.inference_mode():
         for _, observation in observations(demonstrations, first):
             started = time.perf_counter()
-            policy.encode([observation])
+            policy.encode([observation], [policy.reset()])
             times.append(time.perf_counter() - started)
     return float(np.mean(times))

@@ -15,7 +15,7 @@ from dysl_vla.data.selection import demonstrations_for
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.extras import needs_extra
-from dysl_vla.policies import load_backbone_policy, load_policy
+from dysl_vla.policies import load_policy, load_skippable_policy
 from dysl_vla.training.replay import Replay, Replayed
 from dysl_vla.workers import use_one_inference_thread
 
@@ -126,7 +126,7 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
 def measure_curve(folder: Path, data: Path) -> list[Point]:
     """Replay held-out demonstrations at every setting of the knob, the settings taking turns on each episode."""
     use_one_inference_thread()
-    policy = load_backbone_policy(str(folder))
+    policy = load_skippable_policy(str(folder))
     replay = Replay(policy, demonstrations_for(data, policy.spec))
     parts: dict[float, list[Replayed]] = {skip: [] for skip in SETTINGS}
     with closing(load_dysl(policy, folder)) as dysl:

@@ -226,7 +226,7 @@ def test_a_chattering_answer_does_not_reach_the_gripper() -> None:
 
 @pytest.mark.parametrize("name", ["gripper", "gripper.pos", "left_gripper.pos"])
 def test_every_kind_of_gripper_has_a_rate(name: str) -> None:
-    world = EmbodimentSpec({}, (), ("shoulder.pos", name), (-100.0, 0.0), (100.0, 100.0), 20.0)
+    embodiment = EmbodimentSpec({}, (), ("shoulder.pos", name), (-100.0, 0.0), (100.0, 100.0), 20.0)
     limiter = ActionLimiter(Limits(gripper_rate=40.0), world, 20.0)
     sent, breaches = limiter.check(np.array([0, 100], np.float32), np.zeros(2, np.float32), 0.0)
     assert sent.tolist() == [0, 2]

@@ -116,7 +116,7 @@ def other_example(data: bytes) -> bytes:
     [
         (edit("backbone.onnx", lambda data: data[:-1] + b"x", True), "backbone.onnx: is damaged or edited"),
         (edit("backbone.onnx", lambda data: data[: len(data) // 2]), "ONNX Runtime .* refuses"),
-        (edit("config.json", lambda data: data.replace(b'"format": 2', b'"format": 9')), "is of format 9"),
+        (edit("config.json", lambda data: data.replace(b'"format": 3', b'"format": 9')), "is of format 9"),
         (edit("config.json", lambda data: data.replace(b'"spec"', b'"sepc"')), "KeyError: 'spec'"),
         (edit("example.npz", other_example), "differ from the recorded"),
         (edit("example.npz", lambda data: data[:100]), "cannot be read"),
@@ -263,7 +263,9 @@ def test_a_disk_without_room_is_told_before_tracing_begins(
     config = ExportConfig(folder, str(skipping_checkpoint), precision=precision)
     monkeypatch.setattr("torch.export.export", begin)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 9 - 9999 * killed.exists()))
-    with pytest.raises(ConfigError, match=rf"out: {folder} needs about {needed / 1e6:.1f} MB while .* MB free; make"):
+    with pytest.raises(
+        ConfigError, match=rf"out: {folder} needs about {needed / 1e6:.1f} MB while .* MB free; free some"
+    ):
         export(config)
     assert [path.name for path in folder.iterdir()] == [".lock"]
     killed.mkdir()

@@ -36,7 +36,7 @@ bundle = Bundle(Path(sys.argv[1]))
 spec = bundle.spec
 
 class Robot:
-    world = EmbodimentSpec(spec.cameras, spec.state_names, spec.action_names, (-1.0,) * 3, (1.0,) * 3, spec.rate_hz)
+    embodiment = EmbodimentSpec(spec.cameras, spec.state_names, spec.action_names, (-1.0,) * 3, (1.0,) * 3, spec.rate_hz)
     sent = 0
     def connect(self, rate_hz): pass
     def observe(self, after):

@@ -101,11 +101,11 @@ def test_more_skip_runs_no_more_layers() -> None:
 
 
 TABLES = st.lists(st.floats(0, 10), min_size=2, max_size=9).map(sorted).map(tuple)
-KNOBS = st.floats(0.001, 1)
+SKIPS = st.floats(0.001, 1)
 
 
-@given(TABLES, TABLES, TABLES, KNOBS, KNOBS)
-def test_a_higher_knob_never_asks_for_more_layers(
+@given(TABLES, TABLES, TABLES, SKIPS, SKIPS)
+def test_a_higher_skip_never_asks_for_more_layers(
     outputs: Any, drops: Any, surprises: Any, one: float, other: float
 ) -> None:
     statistics = SkipStatistics(outputs, drops, surprises)
@@ -117,7 +117,7 @@ def test_a_higher_knob_never_asks_for_more_layers(
 
 def test_a_verified_chunk_is_the_full_models_exactly() -> None:
     policy = make_dysl(skip=0.5)
-    policy._guide.verify = lambda *_: True  # type: ignore[method-assign]
+    policy._guidance.update_and_check = lambda *_: True  # type: ignore[method-assign]
     full = make_tiny_policy(num_layers=6)
     verified = [c for c in play(policy, range(30)) if c.skips.is_verified]
     assert verified
@@ -129,11 +129,11 @@ def test_a_verified_chunk_is_the_full_models_exactly() -> None:
             assert chunk.timing.llm_s >= chunk.skips.verify_s > 0
 
 
-def test_switches_leave_parts_out() -> None:
+def test_an_ablation_leaves_parts_out() -> None:
     unguided = play(make_dysl(skip=0.9, ablation=Ablation(guidance=False)), range(20), executed=3.0)
     assert all(chunk.skips.allow_points == (0, 0) for chunk in unguided)
     asking = make_dysl(skip=0.5, ablation=Ablation(verification=False))
-    asking._guide.verify = lambda *_: True  # type: ignore[method-assign]
+    asking._guidance.update_and_check = lambda *_: True  # type: ignore[method-assign]
     assert not any(chunk.skips.is_verified for chunk in play(asking, range(20)))
     random = play(make_dysl(ablation=Ablation(False, False, True)), range(400))
     assert all(not chunk.skips.outputs for chunk in random)
@@ -177,14 +177,14 @@ def test_heads_of_other_weights_are_refused() -> None:
         DyslPolicy(make_parts(seed=5)[0], heads, settings)
 
 
-def test_a_guide_for_other_actions_is_refused() -> None:
+def test_a_guidance_for_other_actions_is_refused() -> None:
     policy, heads, settings = make_parts()
     with pytest.raises(ConfigError, match="actions of 7 dimensions"):
         DyslPolicy(policy, heads, SkipSettings(**{**settings.__dict__, "action_dim": 7}))
 
 
 @pytest.mark.parametrize("skip", [-0.1, 1.1, float("nan")])
-def test_a_knob_out_of_range_is_refused(checkpoint: Path, skip: float) -> None:
+def test_a_skip_out_of_range_is_refused(checkpoint: Path, skip: float) -> None:
     with pytest.raises(ConfigError, match="skip"):
         load_policy(str(checkpoint), skip=skip)
 

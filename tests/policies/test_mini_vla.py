@@ -16,6 +16,7 @@ from dysl_vla.errors import ConfigError, ObservationError
 from dysl_vla.policies import Policy
 from dysl_vla.policies.mini_vla import Crop, MiniVLA, PackedConv2d
 from dysl_vla.policies.mock import MockPolicy
+from dysl_vla.skip_controller.torch_backend import Forward
 from dysl_vla.types import Normalisation
 from tests.conftest import make_tiny_policy
 
@@ -113,8 +114,8 @@ def test_the_fingerprint_follows_everything_that_decides_actions() -> None:
 
 def test_gradients_reach_every_weight(tiny_policy: MiniVLA) -> None:
     images = {"top": torch.randint(0, 255, (2, 32, 32, 3)), "wrist": torch.randint(0, 255, (2, 16, 16, 3))}
-    embeds = tiny_policy.embed(images, torch.ones(2, 2), torch.ones(2, 9, dtype=torch.long))
-    tiny_policy.decode(tiny_policy.backbone(inputs_embeds=embeds).last_hidden_state).abs().sum().backward()
+    inputs = tiny_policy.inputs(images, torch.ones(2, 2), torch.ones(2, 9, dtype=torch.long))
+    tiny_policy.act(inputs, Forward()).abs().sum().backward()
     assert [n for n, p in tiny_policy.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -143,7 +144,7 @@ def test_packed_convolutions_answer_as_plain_ones_whatever_changes() -> None:
 
 def test_the_backbone_is_told_what_it_would_find_out_itself(tiny_policy: MiniVLA) -> None:
     with torch.inference_mode():
-        inputs = tiny_policy.encode(observations(2))
+        inputs, _ = tiny_policy.collate(tiny_policy.encode(observations(2), [tiny_policy.reset()] * 2))
         told = tiny_policy.backbone(**inputs).last_hidden_state
         alone = tiny_policy.backbone(inputs_embeds=inputs["inputs_embeds"]).last_hidden_state
     assert torch.equal(told, alone)

@@ -19,14 +19,14 @@ GUIDE = SkipGuidance(BLOCKS, 2, Thresholds(eta=0.1, eta_verify=0.2))
 class Episode:
     """An episode that is guided: remembers all that was executed."""
 
-    def __init__(self, guide: SkipGuidance = GUIDE) -> None:
-        self.guide = guide
-        self.state = guide.reset()
+    def __init__(self, guidance: SkipGuidance = GUIDE) -> None:
+        self.guidance = guidance
+        self.state = guidance.reset()
         self.executed = np.empty((0, 2))
 
     def observe(self, chunk: np.ndarray) -> None:
         self.executed = np.concatenate([self.executed, chunk])
-        self.guide.observe(self.state, self.executed)
+        self.guidance.observe(self.state, self.executed)
 
 
 VALUES = st.floats(-3, 3, width=32)
@@ -102,7 +102,7 @@ def test_only_the_first_fall_is_verified() -> None:
     still, jump = np.zeros((1, 2)), np.array([[1.0, 1.0]])
     asked = []
     for predicted in (still, jump, jump, still, jump):
-        asked.append(GUIDE.verify(episode.state, predicted, 1))
+        asked.append(GUIDE.update_and_check(episode.state, predicted, 1))
         episode.observe(still)  # what was executed stays smooth
     assert asked == [False, True, False, False, True]
 
@@ -112,25 +112,25 @@ def test_a_verified_prediction_replaces_the_verdict_on_the_first() -> None:
     still, jump = np.zeros((1, 2)), np.array([[1.0, 1.0]])
     for _ in range(4):
         episode.observe(still)
-    assert GUIDE.verify(episode.state, jump, 1)
-    assert not GUIDE.verify(episode.state, still, 1)  # predicted again: no fall after all
+    assert GUIDE.update_and_check(episode.state, jump, 1)
+    assert not GUIDE.update_and_check(episode.state, still, 1)  # predicted again: no fall after all
     episode.observe(still)
-    assert GUIDE.verify(episode.state, jump, 1)
+    assert GUIDE.update_and_check(episode.state, jump, 1)
 
 
 @pytest.mark.parametrize(("lookahead", "protected_after"), [(0, 8), (4, 4)])
-def test_foresight_protects_before_the_fall(lookahead: int, protected_after: int) -> None:
+def test_looking_ahead_protects_before_the_drop(lookahead: int, protected_after: int) -> None:
     """A chunk of six, two executed at a time; the gripper closes at action 8."""
-    guide = SkipGuidance((3,), 2, Thresholds(0.1, 0.2), lookahead=lookahead)
+    guidance = SkipGuidance((3,), 2, Thresholds(0.1, 0.2), lookahead=lookahead)
     trajectory = np.zeros((30, 2))
     trajectory[8:, 1] = 1.0
-    state = guide.reset()
+    state = guidance.reset()
     for executed in range(0, 20, 2):
-        guide.observe(state, trajectory[:executed])
+        guidance.observe(state, trajectory[:executed])
         if state.allow_points.any():
             assert executed == protected_after + 2
             return
-        assert not guide.update_and_check(state, trajectory[executed : executed + 6], 2) or lookahead == 0
+        assert not guidance.update_and_check(state, trajectory[executed : executed + 6], 2) or lookahead == 0
     pytest.fail("never protected")
 
 
@@ -142,7 +142,7 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(value: float) -> None
     with pytest.raises(ActionError, match="not finite"):
         GUIDE.observe(state, np.array([[0.0, value]]))
     with pytest.raises(ActionError, match="not finite"):
-        GUIDE.verify(state, np.array([[0.0, value]]), 1)
+        GUIDE.update_and_check(state, np.array([[0.0, value]]), 1)
     with pytest.raises(ActionError, match="built for 2 dimensions"):
         GUIDE.observe(state, np.zeros((1, 3)))
     np.testing.assert_array_equal(state.recent, before.recent)
@@ -161,19 +161,19 @@ def test_continuity_is_the_mean_distance_of_neighbours(actions: np.ndarray) -> N
     assert value <= 0
 
 
-def test_the_importance_signal_is_interchangeable() -> None:
+def test_the_importance_measure_is_interchangeable() -> None:
     moving = np.zeros((6, 2))
     moving[3:, 0] = 1.0  # the arm jumps, the gripper rests
     assert continuity(moving) == pytest.approx(-0.2)
     assert gripper(moving[:, 1:]) == 0.0
     assert gripper(moving[:, :1]) == gripper(moving) == pytest.approx(-0.2)
     for name in ("continuity", "gripper"):
-        guide = SkipGuidance(BLOCKS, 2, Thresholds(0.1, 0.2), signal=name)
-        state = guide.reset()
-        guide.observe(state, np.zeros((6, 2)))
-        guide.observe(state, moving)
+        guidance = SkipGuidance(BLOCKS, 2, Thresholds(0.1, 0.2), importance=name)
+        state = guidance.reset()
+        guidance.observe(state, np.zeros((6, 2)))
+        guidance.observe(state, moving)
         assert state.allow_points.tolist() == ([2, 2] if name == "continuity" else [0, 0])
-    with pytest.raises(ConfigError, match="unknown importance signal 'touch'; there are: continuity, gripper"):
+    with pytest.raises(ConfigError, match="unknown importance measure 'touch'; there are: continuity, gripper"):
         SkipGuidance(BLOCKS, 2, Thresholds(0.1, 0.2), importance="touch")
     assert importance_measures.names() == ["continuity", "gripper"]
 
@@ -183,10 +183,10 @@ def test_the_signal_sees_every_gripper_and_nothing_else(grippers: tuple[int, ...
     """Bimanual arms have one in the middle of their actions."""
     moving = np.zeros((6, 3))
     moving[3:, 0] = 1.0
-    guide = SkipGuidance(BLOCKS, 3, Thresholds(0.1, 0.2), importance="gripper", grippers=grippers)
-    state = guide.reset()
-    guide.observe(state, np.zeros((6, 3)))
-    guide.observe(state, moving)
+    guidance = SkipGuidance(BLOCKS, 3, Thresholds(0.1, 0.2), importance="gripper", grippers=grippers)
+    state = guidance.reset()
+    guidance.observe(state, np.zeros((6, 3)))
+    guidance.observe(state, moving)
     assert state.allow_points.tolist() == points
 
 

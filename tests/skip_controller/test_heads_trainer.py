@@ -35,8 +35,7 @@ def make(
     return (
         HeadsTrainer(
             skipper,
-            lambda inputs: model(**inputs).last_hidden_state,
-            lambda hidden: read_out(hidden[:, -1]).view(-1, 4, 2),
+            lambda inputs, _: read_out(model(**inputs).last_hidden_state[:, -1]).view(-1, 4, 2),
             execute_steps=2,
             config=DistillConfig(
                 adapter_steps,
@@ -53,25 +52,25 @@ def make(
     )
 
 
-def run(distillation: HeadsTrainer, steps: int, dtype: torch.dtype = torch.float32) -> list[dict[str, float]]:
+def run(trainer: HeadsTrainer, steps: int, dtype: torch.dtype = torch.float32) -> list[dict[str, float]]:
     data = torch.randn(64, 5, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-    target = distillation.target({"inputs_embeds": data})
+    answer = trainer.answer(({"inputs_embeds": data}, None))
     figures = []
     for _ in range(steps):
-        rng = distillation.rng()
+        rng = trainer.rng()
         rows = torch.from_numpy(rng.integers(0, len(data), 16))
-        some = type(target)(target.actions[rows], [target[rows] for target in target.targets])
-        figures.append(distillation.update({"inputs_embeds": data[rows]}, some, rng))
+        some = type(answer)(answer.actions[rows], [target[rows] for target in answer.targets])
+        figures.append(trainer.update(({"inputs_embeds": data[rows]}, None), some, rng))
     return figures
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("objective", ["tolerance", "mixture"])
 def test_both_stages_learn_in_float32_and_leave_the_backbone_alone(objective: str, dtype: torch.dtype) -> None:
-    distillation, model = make(objective, dtype=dtype)
-    assert {parameter.dtype for parameter in distillation.parameters.values()} == {torch.float32}
+    trainer, model = make(objective, dtype=dtype)
+    assert {parameter.dtype for parameter in trainer.parameters.values()} == {torch.float32}
     before = copy.deepcopy(model.state_dict())
-    figures = run(distillation, 90, dtype)
+    figures = run(trainer, 90, dtype)
     first, second = figures[:30], figures[30:]
     assert np.mean([f["loss"] for f in first[-5:]]) < 0.85 * np.mean([f["loss"] for f in first[:5]])
     assert np.mean([f["task_loss"] for f in second[-20:]]) < np.mean([f["task_loss"] for f in second[:20]])
@@ -79,18 +78,18 @@ def test_both_stages_learn_in_float32_and_leave_the_backbone_alone(objective: st
 
 
 def test_the_first_stage_leaves_controllers_alone() -> None:
-    distillation, _ = make()
-    before = {n: p.detach().clone() for n, p in distillation.parameters.items()}
-    run(distillation, 5)
-    for name, value in distillation.parameters.items():
+    trainer, _ = make()
+    before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
+    run(trainer, 5)
+    for name, value in trainer.parameters.items():
         assert torch.equal(value, before[name]) == name.startswith("controllers"), name
 
 
 def test_the_second_stage_skips_one_layer_of_a_block_at_most_and_of_one_block_at_least() -> None:
-    distillation, _ = make(adapter_steps=0)
+    trainer, _ = make(adapter_steps=0)
     seen = set()
     for seed in range(200):
-        places = distillation._sample_exits(np.random.default_rng(seed))
+        places = trainer._sample_exits(np.random.default_rng(seed))
         for place, block in zip(places, PLAN.blocks, strict=True):
             assert place is None or block.first <= place < block.target
         assert places != [None, None]
@@ -99,26 +98,26 @@ def test_the_second_stage_skips_one_layer_of_a_block_at_most_and_of_one_block_at
 
 
 def test_the_second_stage_can_leave_all_blocks_equally_deep() -> None:
-    distillation, _ = make(adapter_steps=0, joint_exit_prob=1.0)
-    drawn = {tuple(distillation._sample_exits(np.random.default_rng(seed))) for seed in range(50)}
+    trainer, _ = make(adapter_steps=0, joint_exit_prob=1.0)
+    drawn = {tuple(trainer._sample_exits(np.random.default_rng(seed))) for seed in range(50)}
     assert drawn == {(1, 4), (2, None)}  # the second block has one dynamic layer
 
 
 def test_blocks_are_left_at_the_plans_exits_alone() -> None:
-    distillation, _ = make(adapter_steps=0, plan=replace(PLAN, exits=(1, 4)))
-    drawn = {tuple(distillation._sample_exits(np.random.default_rng(seed))) for seed in range(100)}
+    trainer, _ = make(adapter_steps=0, plan=replace(PLAN, exits=(1, 4)))
+    drawn = {tuple(trainer._sample_exits(np.random.default_rng(seed))) for seed in range(100)}
     assert drawn == {(1, 4), (1, None), (None, 4)}
-    assert sorted(distillation._skipper.heads.adapters) == ["1", "4"]
-    run(distillation, 3)
-    with pytest.raises(ConfigError, match="places: 2 is not among"), distillation._skipper.force_exits([2, 4]):
+    assert sorted(trainer._skipper.heads.adapters) == ["1", "4"]
+    run(trainer, 3)
+    with pytest.raises(ConfigError, match="exits: 2 is not among"), trainer._skipper.force_exits([2, 4]):
         pass
     with pytest.raises(ConfigError, match="leaves layer 0 alone"):
         make(plan=SkipPlan(6, (1,)))
 
 
 def test_a_mixture_that_never_skips_is_the_full_model() -> None:
-    distillation, model = make()
-    skipper = distillation._skipper
+    trainer, model = make()
+    skipper = trainer._skipper
     data = torch.randn(3, 5, 16)
     full = model(inputs_embeds=data).last_hidden_state
     with torch.no_grad():
@@ -130,12 +129,12 @@ def test_a_mixture_that_never_skips_is_the_full_model() -> None:
 
 
 def test_training_runs_what_inference_runs() -> None:
-    distillation, model = make()
-    run(distillation, 40)
+    trainer, model = make()
+    run(trainer, 40)
     data = torch.randn(3, 5, 16)
-    with torch.no_grad(), distillation._skipper.force_exits([2, 4]):
+    with torch.no_grad(), trainer._skipper.force_exits([2, 4]):
         trained = model(inputs_embeds=data).last_hidden_state
-    with torch.no_grad(), distillation._skipper.step(np.array([[1, 0]] * 3), force_skip=True) as step:
+    with torch.no_grad(), trainer._skipper.step(np.array([[1, 0]] * 3), force_skip=True) as step:
         decreed = model(inputs_embeds=data).last_hidden_state
     assert step.targets == [{2: 3, 4: 5}] * 3
     assert step.outputs == [{}] * 3
@@ -143,9 +142,9 @@ def test_training_runs_what_inference_runs() -> None:
 
 
 @pytest.mark.parametrize("places", [[0, None], [3, None], [1, 5], [1]])
-def test_places_that_are_not_of_their_block_are_refused(places: list[int | None]) -> None:
-    distillation, _ = make()
-    with pytest.raises(ConfigError, match="places"), distillation._skipper.force_exits(places):
+def test_exits_that_are_not_of_their_block_are_refused(places: list[int | None]) -> None:
+    trainer, _ = make()
+    with pytest.raises(ConfigError, match="exits"), trainer._skipper.force_exits(places):
         pass
 
 

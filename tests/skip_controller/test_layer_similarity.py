@@ -48,7 +48,8 @@ def test_similarity_compares_what_a_layer_gets_with_what_it_gives() -> None:
         # the second layer's output is its input
         model.layers[1].self_attn.o_proj.weight.zero_()
         model.layers[1].mlp.down_proj.weight.zero_()
-    measured = similarities(model, {"inputs_embeds": torch.randn(2, 4, 16)})
+    embeds = torch.randn(2, 4, 16)
+    measured = similarities(model.layers, lambda: model(inputs_embeds=embeds))
     assert measured.shape == (3,)
     assert measured[1] == pytest.approx(1)
     assert max(measured[0], measured[2]) < 0.9

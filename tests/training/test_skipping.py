@@ -21,16 +21,17 @@ from dysl_vla.cli import main
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError
-from dysl_vla.eval import tuning
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.plot import plot
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
 from dysl_vla.eval.runner import evaluate
 from dysl_vla.files import write_json
-from dysl_vla.policies import load_backbone_policy, load_policy
+from dysl_vla.policies import load_policy, load_skippable_policy
 from dysl_vla.policies.dysl import load_dysl
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.policies.mock import MockPolicy
+from dysl_vla.training import distill as distill_module
+from dysl_vla.training import tune as tune_module
 from dysl_vla.training.calibrate import read_plan
 from dysl_vla.training.distill import DistillRunConfig, distill
 from dysl_vla.training.replay import Replay, Replayed
@@ -44,7 +45,7 @@ def test_replayed_episodes_know_nothing_of_each_other(
     distilled: Path, mock_demos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dysl_vla.data.split.EVERY", 5)
-    policy = load_backbone_policy(str(distilled))
+    policy = load_skippable_policy(str(distilled))
     replay = Replay(policy, Demonstrations(mock_demos))
     assert len(replay) == 4
     with closing(load_dysl(policy, distilled, 0.5)) as dysl:
@@ -108,7 +109,7 @@ def test_heads_are_trained_further_from_what_they_were(
     before, after = (load_file(folder / "skip.safetensors") for folder in (distilled, tmp_path / "more"))
     moved = {name: float((after[name].float() - value.float()).abs().max()) for name, value in before.items()}
     assert 0 < max(moved.values()) < 1e-3
-    [point] = [json.loads(line) for line in (tmp_path / "further/distill.jsonl").read_text().splitlines()]
+    [point] = [json.loads(line) for line in (tmp_path / "more/distill.jsonl").read_text().splitlines()]
     assert point["step"] == 2  # no stage 1
     first, second = (json.loads((folder / "skip.json").read_text()) for folder in (distilled, tmp_path / "more"))
     assert (settings["importance"], second["importance"]) == ("gripper", "continuity")
@@ -116,7 +117,7 @@ def test_heads_are_trained_further_from_what_they_were(
     assert second["provenance"]["init"] == first["provenance"]
     distill(replace(config, init_heads=True))  # finished: nothing to do
     shutil.copytree(tmp_path / "more", begun, dirs_exist_ok=True)
-    with pytest.raises(ConfigError, match="begun"):  # other heads than those that it went on from
+    with pytest.raises(ConfigError, match="initial"):  # other heads than those that it went on from
         distill(replace(config, init_heads=True))
     for change, named in (({"adapter_size": 8}, "adapter_size"), ({"policy": str(teacher)}, "init_heads")):
         with pytest.raises(ConfigError, match=named):
@@ -129,22 +130,21 @@ def test_a_distillation_that_was_stopped_ends_like_one_that_was_not(
 ) -> None:
     out = distilled.parent / "stopped"
     config = DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, training=TRAINING)
-    from dysl_vla.data import distilling
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distilling, "SAVE_EVERY", 30)
+    monkeypatch.setattr(distill_module, "SAVE_EVERY", 30)
     with monkeypatch.context() as patch:
-        patch.setattr(distilling._Run, "_finish", stop)
-        original = distilling._Run._save_state
+        patch.setattr(distill_module._Run, "_finish", stop)
+        original = distill_module._Run._save_state
 
-        def save_then_stop(run: distilling._Run, seconds: float) -> None:
+        def save_then_stop(run: distill_module._Run, seconds: float) -> None:
             original(run, seconds)
-            if run._distillation.step == 30:
+            if run._trainer.step == 30:
                 raise KeyboardInterrupt
 
-        patch.setattr(distilling._Run, "_save_state", save_then_stop)
+        patch.setattr(distill_module._Run, "_save_state", save_then_stop)
         with pytest.raises(KeyboardInterrupt):
             distill(config)
     distill(config)
@@ -218,7 +218,7 @@ def test_tuning_stores_what_meets_the_target(distilled: Path, mock_demos: Path) 
 def test_tuning_looks_where_it_will_play_before_it_measures(
     distilled: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(tuning, "measure_curve", lambda *_: pytest.fail("minutes were spent"))
+    monkeypatch.setattr(tune_module, "measure_curve", lambda *_: pytest.fail("minutes were spent"))
     with pytest.raises(ConfigError, match=message):
         tune(replace(TuneConfig(distilled, Path("demonstrations"), target_success_drop=0.1), **change))
 
@@ -243,12 +243,12 @@ def test_tuning_by_success_takes_the_fastest_that_loses_no_more(monkeypatch: pyt
     def compared(folders: list[Path]) -> list[SimpleNamespace]:
         return [SimpleNamespace(success=SimpleNamespace(difference=-losses[folders[1].name]))]
 
-    monkeypatch.setattr(tuning, "_evaluate", measured)
+    monkeypatch.setattr(tune_module, "_evaluate", measured)
     monkeypatch.setattr("dysl_vla.eval.compare.compare", compared)
-    curve = [tuning.Point(skip, 4, 1, 2, 0.1, 0) for skip in (1.0, 0.9, 0.5)]
+    curve = [tune_module.Point(skip, 4, 1, 2, 0.1, 0) for skip in (1.0, 0.9, 0.5)]
 
     def choose(drop: float) -> float:
-        return tuning._choose_by_success(TuneConfig(Path("p"), Path("d"), target_success_drop=drop), curve).skip
+        return tune_module._choose_by_success(TuneConfig(Path("p"), Path("d"), target_success_drop=drop), curve).skip
 
     assert (choose(0.1), choose(0.02), choose(0.01)) == (1.0, 0.9, 0.5)
     assert asked == [0, 1.0, 0, 1.0, 0.9, 0, 1.0, 0.9, 0.5]  # the full model once

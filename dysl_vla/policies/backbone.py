@@ -1,0 +1,110 @@
+"""What policies share whose action comes from one forward of a Hugging Face decoder, as in MiniVLA and OpenVLA-OFT."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dysl_vla.skip_controller.decoders import find_all_layers
+from dysl_vla.skip_controller.torch_backend import Forward, to_numpy
+from dysl_vla.types import ActionChunk, EpisodeState, InferenceTiming, Observation
+
+if TYPE_CHECKING:
+    from dysl_vla.policies.base import SkippablePolicy
+
+EMBEDS, MASK = "inputs_embeds", "attention_mask"
+
+
+@torch.inference_mode()
+def infer_full(
+    policy: SkippablePolicy, observations: Sequence[Observation], states: Sequence[EpisodeState]
+) -> list[ActionChunk]:
+    """Inference with all layers, for any policy that offers the four steps; see `Policy.infer`."""
+    started = time.perf_counter()
+    inputs, _ = policy.collate(policy.encode(observations, states))
+    encode_s = time.perf_counter() - started
+    forward = Forward()
+    actions = policy.spec.action_normalisation.undo(to_numpy(policy.act(inputs, forward)))
+    llm_s, decode_s = forward.times()
+    policy.remember(inputs, dict(enumerate(states)))
+    timing = InferenceTiming(encode_s=encode_s, llm_s=llm_s, decode_s=decode_s)
+    return [ActionChunk(actions=row, timing=timing) for row in actions]
+
+
+class BackbonePolicy:
+    """Base of a policy around one forward of a decoder: it is left to write `encode`, `decode` and the checkpoint.
+
+    An item of `encode` is a dictionary of the decoder's arguments for one episode, without the batch:
+    `inputs_embeds`, (tokens, hidden), and others whose first dimension is its tokens. Items of different lengths are
+    padded in a batch, and hidden from the decoder by its `attention_mask`.
+
+    Attributes:
+        backbone: The decoder, with one list of layers; its forward answers `last_hidden_state`.
+        padding_side: Where shorter items are padded, "left" or "right"; the last token, if `decode` reads it, must stay
+            the last, so that a policy with a read-out token pads on the left.
+    """
+
+    backbone: nn.Module
+    padding_side = "left"
+    followers: Sequence[nn.ModuleList] = ()
+    has_memory = False
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        return find_all_layers(self.backbone)
+
+    @property
+    def width(self) -> int:
+        """Width of the decoder's hidden states."""
+        config: Any = self.backbone.config
+        return int(config.get_text_config().hidden_size)
+
+    def encode(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[Any]:
+        """Everything before the decoder; see `SkippablePolicy.encode`."""
+        raise NotImplementedError
+
+    def decode(self, hidden: Tensor) -> Tensor:
+        """The decoder's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
+        raise NotImplementedError
+
+    def collate(self, items: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Items as one batch of the decoder's arguments; see `SkippablePolicy.collate`."""
+        lengths = [len(item[EMBEDS]) for item in items]
+        longest = max(lengths)
+        if min(lengths) == longest:
+            batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+            return batch, batch.get(MASK)
+        batches: dict[str, list[Tensor]] = {}
+        for item, length in zip(items, lengths, strict=True):
+            ones = torch.ones(length, dtype=torch.long, device=item[EMBEDS].device)
+            for name, value in {MASK: ones, **item}.items():
+                batches.setdefault(name, []).append(self._padded(value, longest - length))
+        stacked = {name: torch.stack(values) for name, values in batches.items()}
+        return stacked, stacked[MASK]
+
+    def _padded(self, value: Tensor, missing: int) -> Tensor:
+        """A tensor whose first dimension, its tokens, is filled up with zeros."""
+        zeros = value.new_zeros((missing, *value.shape[1:]))
+        return torch.cat([zeros, value] if self.padding_side == "left" else [value, zeros])
+
+    def act(self, inputs: Mapping[str, Tensor], forward: Forward) -> Tensor:
+        """One forward of the decoder, and its decoding; see `SkippablePolicy.act`."""
+        hidden = self.backbone(**inputs).last_hidden_state
+        forward.decoder_is_done()
+        return self.decode(hidden)
+
+    def reset(self) -> EpisodeState:
+        """The state of an episode that begins."""
+        return EpisodeState()
+
+    def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
+        """Predict a chunk for each episode of a batch; see `Policy.infer`."""
+        return infer_full(cast("SkippablePolicy", self), observations, states)
+
+    def remember(self, inputs: Any, states: Mapping[int, EpisodeState]) -> None:
+        """Nothing: these policies depend on what they see alone."""

@@ -1,0 +1,239 @@
+"""One guided inference: observe what was executed, run with skips, check what came out, verify where it is surprising.
+
+NumPy alone. What runs the layers is a `Backend`: PyTorch (`torch_backend`) in training and evaluation, ONNX Runtime
+(`deploy.runtime`) on a robot. A batch is a list of episodes, each with a state of its own; a row's actions do not
+depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dysl_vla.skip_controller.guidance import WINDOW, GuidanceState, SkipGuidance
+from dysl_vla.skip_controller.operating import Ablation
+from dysl_vla.types import (
+    ActionChunk,
+    EpisodeState,
+    FloatArray,
+    InferenceTiming,
+    Normalisation,
+    PolicySpec,
+    SkipTrace,
+)
+
+clock = time.perf_counter
+VERIFY_TIME_DECAY = 0.95
+"""Factor, for each verification that was asked for, by which the largest time that one took is forgotten."""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a backend answers about one pass over a batch.
+
+    Attributes:
+        actions: (batch, chunk, action), normalised.
+        targets: For each row, the layers that skips jumped to: {layer skipped at: target}.
+        outputs: For each row, the controllers' outputs by layer.
+        layers_run: (batch, layers).
+        llm_s: Seconds of the decoder, adapters and controllers included.
+        decode_s: Seconds from the decoder's output to actions.
+        controllers_s: Seconds of `llm_s` in controllers.
+        adapters_s: Seconds of `llm_s` in adapters.
+        handle: What the backend needs to resume.
+    """
+
+    actions: FloatArray
+    targets: Sequence[Mapping[int, int]]
+    outputs: Sequence[Mapping[int, float]]
+    layers_run: NDArray[np.bool_]
+    llm_s: float
+    decode_s: float = 0.0
+    controllers_s: float = 0.0
+    adapters_s: float = 0.0
+    handle: Any = None
+
+    @property
+    def first_skip(self) -> int | None:
+        """The first layer at which any row skipped; None when none did."""
+        return min((layer for row in self.targets for layer in row), default=None)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The full model's answer to a batch that had skipped.
+
+    Attributes:
+        actions: (batch, chunk, action), normalised.
+        llm_s: Seconds of the layers that ran.
+        decode_s: Seconds from the decoder's output to actions.
+    """
+
+    actions: FloatArray
+    llm_s: float
+    decode_s: float = 0.0
+
+
+class Backend(Protocol):
+    """What runs a policy's layers."""
+
+    def run(self, inputs: Any, allow_points: NDArray[np.int64]) -> PassResult:
+        """One pass that may skip.
+
+        Args:
+            inputs: The policy's, of a batch.
+            allow_points: (batch, blocks), dynamic layers of each block that must run before skipping is allowed.
+        """
+
+    def resume(self, inputs: Any, passed: PassResult) -> Resumed:
+        """The full model's actions for the same inputs, going on from the first layer at which any row skipped."""
+
+    def remember(self, inputs: Any, states: Mapping[int, EpisodeState]) -> None:
+        """Let the policy keep what the next inference needs, of rows whose actions are final.
+
+        Args:
+            inputs: As they were run last.
+            states: Row to the state of its episode.
+        """
+
+
+class VerificationBudget:
+    """Is there time to verify? A verification is expected to take as long as the slowest one lately."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def affords(self, state: EpisodeState) -> bool:
+        """Whether a verification can still end in time."""
+        return state.has_time(self._seconds)
+
+    def took(self, seconds: float) -> None:
+        """One was run."""
+        self._seconds = max(seconds, VERIFY_TIME_DECAY * self._seconds)
+
+    def was_refused(self) -> None:
+        """None of those that were asked for was run: one that was slow by chance must not forbid all that follow."""
+        self._seconds *= VERIFY_TIME_DECAY
+
+
+class GuidedStep:
+    """Guided inference of one policy; holds no episode.
+
+    Args:
+        spec: The policy's.
+        guidance: Moves the allow points.
+        block_lengths: Dynamic layers of each block.
+        ablation: Which parts of the method are on.
+        budget: Of the time for verification; None: a new one.
+    """
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        guidance: SkipGuidance,
+        block_lengths: Sequence[int],
+        ablation: Ablation | None = None,
+        budget: VerificationBudget | None = None,
+    ) -> None:
+        self._spec = spec
+        self._guidance = guidance
+        self._no_layer = np.zeros(len(block_lengths), np.int64)
+        self._ablation = ablation or Ablation()
+        self._budget = budget or VerificationBudget()
+
+    def infer(
+        self,
+        backend: Backend,
+        inputs: Any,
+        states: Sequence[EpisodeState],
+        *,
+        encode_s: float = 0.0,
+        allow_points: NDArray[np.int64] | None = None,
+    ) -> list[ActionChunk]:
+        """Predict a chunk for each episode of a batch.
+
+        Args:
+            backend: Runs the layers.
+            inputs: What it takes.
+            states: One an episode, whose `guidance` is of `SkipGuidance.reset`.
+            encode_s: Seconds that making the inputs took, for the record.
+            allow_points: (batch, blocks), in place of the guidance's.
+
+        Raises:
+            TypeError: A state is another policy's.
+        """
+        started = clock()
+        spec, guidance = self._spec, self._guidance
+        # Take in what was executed, and move the allow points.
+        memories = [self._observe(state) for state in states]
+        if allow_points is None:
+            is_guided = self._ablation.guidance
+            allow_points = np.stack([memory.allow_points if is_guided else self._no_layer for memory in memories])
+        # Run, skipping as far as the controllers and allow points let it.
+        passed = backend.run(inputs, allow_points)
+        actions = passed.actions
+        # Check which rows' actions are surprising, and for which of them there is time to verify.
+        wanted = [
+            guidance.update_and_check(memory, row, spec.execute_steps) and bool(targets) and self._ablation.verification
+            for memory, row, targets in zip(memories, actions, passed.targets, strict=True)
+        ]
+        verified = [ask and self._budget.affords(state) for ask, state in zip(wanted, states, strict=True)]
+        if any(wanted) and not any(verified):
+            self._budget.was_refused()
+        backend.remember(inputs, {row: states[row] for row, is_verified in enumerate(verified) if not is_verified})
+        # Verify: the full model goes on from the first skip, and guidance sees what will be executed.
+        llm_s, decode_s, verify_s = passed.llm_s, passed.decode_s, 0.0
+        if any(verified):
+            exact = backend.resume(inputs, passed)
+            verify_s = exact.llm_s
+            self._budget.took(verify_s)
+            llm_s, decode_s = llm_s + verify_s, decode_s + exact.decode_s
+            actions = np.where(np.array(verified)[:, None, None], exact.actions, actions)
+            for memory, row, is_verified in zip(memories, actions, verified, strict=True):
+                if is_verified:
+                    guidance.update_and_check(memory, row, spec.execute_steps)
+            backend.remember(inputs, {row: states[row] for row, is_verified in enumerate(verified) if is_verified})
+        # Account for time and layers.
+        world = spec.action_normalisation.undo(actions)
+        timing = InferenceTiming(encode_s, llm_s, decode_s, guidance_s=clock() - started - llm_s - decode_s)
+        first_skip = passed.first_skip if any(verified) else None
+        return [
+            ActionChunk(
+                actions=world[row],
+                timing=timing,
+                skips=SkipTrace(
+                    layers_run=passed.layers_run[row],
+                    skips=passed.targets[row],
+                    outputs=passed.outputs[row],
+                    allow_points=tuple(allow_points[row].tolist()),
+                    continuity=memory.continuity,
+                    is_verified=verified[row],
+                    is_verification_late=wanted[row] and not verified[row],
+                    resumed_from=first_skip if verified[row] else None,
+                    controllers_s=passed.controllers_s,
+                    adapters_s=passed.adapters_s,
+                    verify_s=verify_s,
+                ),
+            )
+            for row, memory in enumerate(memories)
+        ]
+
+    def _observe(self, state: EpisodeState) -> GuidanceState:
+        memory = state.guidance
+        if not isinstance(memory, GuidanceState):
+            raise TypeError("states: they must be made by this policy's reset().")
+        self._guidance.observe(
+            memory, latest_executed(state, self._spec.action_normalisation, len(self._spec.action_names))
+        )
+        return memory
+
+
+def latest_executed(state: EpisodeState, normalisation: Normalisation, action_dim: int) -> FloatArray:
+    """The executed actions that guidance looks back on, normalised, (at most WINDOW + 1, action)."""
+    actions = list(state.executed)[-WINDOW - 1 :]
+    return normalisation.apply(np.array(actions, np.float32) if actions else np.empty((0, action_dim), np.float32))

@@ -1,0 +1,96 @@
+"""What an attached decoder is doing: one of four things at a time, or, outside of them, nothing but its own forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass
+class Step:
+    """One control step of a batch, while it runs and after.
+
+    Attributes:
+        allow_points: (batch, blocks): dynamic layers of each block that must run before skipping is allowed.
+        threshold: A controller's output above it skips.
+        mask: (batch, tokens), 1 for tokens and 0 for padding; None: no padding.
+        force_skip: Rows skip at their allow points, and no controller is asked.
+        targets: For each row, the layer that each skip jumps to: {layer skipped at: target}.
+        outputs: For each row, the controllers' outputs by layer.
+        layers_run: (batch, layers): which layers ran in the deciding pass.
+        first_skip: The first layer at which any row skipped; None when none did.
+        first_hidden: What that layer got, (batch, tokens, hidden): the full model's, exactly.
+        tokens: Tokens of the deciding pass.
+        controllers_s: Seconds in controllers, reading their answers included.
+        adapters_s: Seconds in adapters.
+        cache: Keys and values of the step, where the model keeps them.
+        is_decided: The deciding pass has ended; later ones keep its decisions.
+        is_verified: The full model's output has been computed from it.
+    """
+
+    allow_points: NDArray[np.int64]
+    threshold: float
+    mask: Tensor | None
+    force_skip: bool = False
+    targets: list[dict[int, int]] = field(default_factory=list)
+    outputs: list[dict[int, float]] = field(default_factory=list)
+    layers_run: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), np.bool_))
+    first_skip: int | None = None
+    first_hidden: Tensor | None = None
+    tokens: int = 0
+    controllers_s: float = 0.0
+    adapters_s: float = 0.0
+    cache: Any = None
+    is_decided: bool = False
+    is_verified: bool = False
+
+
+@dataclass
+class ForcedExits:
+    """Forwards for training: where they skip, and what came of it in the first of them.
+
+    Attributes:
+        exits: For each block, the dynamic layer that it is left at; None: it runs whole.
+        is_mixture: Targets get c adapter(x) + (1 - c) layers(x) (DySL-VLA, section 3.4), not the adapter's alone.
+        mask: (batch, tokens) of the first forward; None: no padding.
+        layers_run: (layers,): which layers run.
+        outputs: Block to the controller's output at its exit in the first forward, (batch,).
+        targets: Block to what its target got in the first forward, (batch, tokens, hidden).
+        bridges: Block to what the adapter made of the running forward's hidden states.
+        is_first: The first forward has not ended.
+    """
+
+    exits: tuple[int | None, ...]
+    is_mixture: bool
+    mask: Tensor | None
+    layers_run: NDArray[np.bool_]
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    targets: dict[int, Tensor] = field(default_factory=dict)
+    bridges: dict[int, Tensor] = field(default_factory=dict)
+    is_first: bool = True
+
+
+@dataclass
+class Verification:
+    """A pass that goes on from a step's first skip, with all layers.
+
+    Attributes:
+        step: What is verified.
+    """
+
+    step: Step
+
+
+@dataclass
+class Recording:
+    """Forwards of the full model, and what its layers got.
+
+    Attributes:
+        forwards: For each forward, for each layer, (batch, tokens, hidden).
+    """
+
+    forwards: list[list[Tensor]]

@@ -1,0 +1,124 @@
+"""Guided inference with PyTorch: any policy whose layers are attached, run by its own `act`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dysl_vla.skip_controller.guided_step import PassResult, Resumed
+from dysl_vla.skip_controller.skipping import Skipper
+from dysl_vla.skip_controller.step import ForcedExits, Step
+from dysl_vla.types import EpisodeState, FloatArray
+
+clock = time.perf_counter
+
+
+class Forward:
+    """What a policy's `act` may ask while it computes actions, and what it may say.
+
+    Attributes:
+        needs_gradient: The heads are being trained: actions must be differentiable in what the decoder answers.
+    """
+
+    def __init__(self, step: Step | ForcedExits | None = None, *, needs_gradient: bool = False) -> None:
+        self._step = step
+        self._started = clock()
+        self._decoded: float | None = None
+        self.needs_gradient = needs_gradient
+
+    def rows_that_ran(self, layer: int) -> NDArray[np.bool_] | None:
+        """Which rows of the batch ran a layer of the decoder in its first forward, (batch,); None: all of them did.
+
+        A policy that reads keys and values of each layer itself needs it; those of a row that skipped were not written.
+        """
+        if self._step is None:
+            return None
+        ran = self._step.layers_run[..., layer]
+        return None if ran.all() else ran
+
+    def decoder_is_done(self) -> None:
+        """The decoder has answered; what follows counts as decoding. Without this call, all time is the LLM's."""
+        self._decoded = clock()
+
+    def times(self) -> tuple[float, float]:
+        """Seconds of the decoder, and of decoding, when actions have been computed."""
+        now = clock()
+        decoded = now if self._decoded is None else self._decoded
+        return decoded - self._started, now - decoded
+
+
+Act = Callable[[Any, Forward], Tensor]
+"""A policy's inputs to its normalised actions, (batch, chunk, action)."""
+
+
+class TorchBackend:
+    """An attached policy. Implements `guided_step.Backend`.
+
+    Args:
+        skipper: Of the policy's layers.
+        act: The policy's.
+        remember: The policy's.
+        threshold: A controller's output above it skips.
+        force_skip: Rows skip at their allow points, and no controller is asked.
+    """
+
+    def __init__(
+        self,
+        skipper: Skipper,
+        act: Act,
+        remember: Callable[[Any, Mapping[int, EpisodeState]], None],
+        *,
+        threshold: float,
+        force_skip: bool = False,
+    ) -> None:
+        self._skipper, self._act, self._remember = skipper, act, remember
+        self._threshold, self._force_skip = threshold, force_skip
+
+    def run(self, inputs: tuple[Any, Tensor | None], allow_points: NDArray[np.int64]) -> PassResult:
+        """One pass that may skip; see `Backend`.
+
+        Args:
+            inputs: Of the policy's `collate`: inputs, and the padding of the first forward.
+            allow_points: (batch, blocks).
+        """
+        batch, mask = inputs
+        with self._skipper.step(
+            allow_points, threshold=self._threshold, mask=mask, force_skip=self._force_skip
+        ) as step:
+            forward = Forward(step)
+            actions = to_numpy(self._act(batch, forward))
+            llm_s, decode_s = forward.times()
+        return PassResult(
+            actions,
+            step.targets,
+            step.outputs,
+            step.layers_run,
+            llm_s,
+            decode_s,
+            step.controllers_s,
+            step.adapters_s,
+            step,
+        )
+
+    def resume(self, inputs: tuple[Any, Tensor | None], passed: PassResult) -> Resumed:
+        """The full model's actions; see `Backend`."""
+        with self._skipper.verify(passed.handle):
+            forward = Forward()
+            actions = to_numpy(self._act(inputs[0], forward))
+            return Resumed(actions, *forward.times())
+
+    def remember(self, inputs: tuple[Any, Tensor | None], states: Mapping[int, EpisodeState]) -> None:
+        """Let the policy keep what the next inference needs; see `Backend`."""
+        if states:
+            self._remember(inputs[0], states)
+
+
+def to_numpy(values: Tensor) -> FloatArray:
+    """Values of any float type and device, as float32 on the CPU."""
+    array: FloatArray = values.detach().float().cpu().numpy()
+    return array
