@@ -12,16 +12,27 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ActionChunk": "dysl_vla.types",
+    "BackbonePolicy": "dysl_vla.policies.backbone",
+    "Bundle": "dysl_vla.deploy.runtime",
+    "Client": "dysl_vla.deploy.client",
+    "ControlLoop": "dysl_vla.deploy.control",
     "DyslError": "dysl_vla.errors",
+    "EmbodimentSpec": "dysl_vla.types",
     "EpisodeState": "dysl_vla.types",
+    "EvalConfig": "dysl_vla.eval.config",
     "Observation": "dysl_vla.types",
     "Policy": "dysl_vla.policies",
     "PolicySpec": "dysl_vla.types",
-    "EmbodimentSpec": "dysl_vla.types",
+    "SkipHeads": "dysl_vla.skip_controller.heads",
+    "SkipPlan": "dysl_vla.skip_controller.plan",
+    "SkippablePolicy": "dysl_vla.policies",
+    "attach": "dysl_vla.skip_controller.skipping",
+    "detach": "dysl_vla.skip_controller.skipping",
     "evaluate": "dysl_vla.eval.runner",
     "get_suite": "dysl_vla.envs",
     "load_policy": "dysl_vla.policies",
 }
+"""Public names, and the modules that define them."""
 
 __all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 # they are strings
 

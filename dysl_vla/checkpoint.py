@@ -1,4 +1,4 @@
-"""Checkpoints: a folder in Hugging Face's style that is whole, or refused.
+"""Checkpoints: folders in Hugging Face's style, which are complete or refused.
 
     config.json          type of policy and its configuration, for people to read
     model.safetensors    weights; the configuration once more in its metadata
@@ -32,14 +32,14 @@ SHIPPED = Path(__file__).parent / "policies" / "shipped"
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        policy_type: Which class it is of.
-        config: Its configuration, a dataclass.
+        policy_type: Name of the policy's class in the registry `policies`.
+        config: Configuration of the policy, a dataclass.
         tensors: Weights by name.
-        tokenizer: The text of tokenizer.json.
-        provenance: How it was made.
+        tokenizer: Text of tokenizer.json.
+        provenance: How the checkpoint was made.
     """
 
     policy_type: str
@@ -50,14 +50,14 @@ class Checkpoint:
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder of a checkpoint.
+    """Return the folder of a checkpoint.
 
     Args:
         name: A shipped name ("metaworld-mini"), a folder, or a Hugging Face hub id ("owner/name"), which is downloaded.
 
     Raises:
-        ConfigError: There is none of that name.
-        CheckpointError: The download failed.
+        ConfigError: No checkpoint has that name.
+        CheckpointError: The folder holds no checkpoint, or the download failed.
     """
     for folder in (Path(name), SHIPPED / name):
         if (folder / CONFIG).is_file():
@@ -70,13 +70,15 @@ def find_checkpoint(name: str) -> Path:
         try:
             return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         except Exception as error:  # the hub client's errors are many, and all mean the same here
-            raise CheckpointError(f"{name}: is no folder here, and could not be had from the hub ({error}).") from error
+            raise CheckpointError(
+                f"{name}: is no folder here, and could not be downloaded from the hub ({error})."
+            ) from error
     shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("*") if path.is_dir()))
     raise ConfigError(f"unknown policy {name!r}: it is no folder; shipped with the package: {shipped or 'none'}, mock.")
 
 
 def read_policy_type(folder: Path) -> str:
-    """Which class a checkpoint is of, from its config.json."""
+    """Read the type of a checkpoint's policy from its config.json."""
     policy_type = read_document(folder / CONFIG).get("policy_type")
     if not isinstance(policy_type, str):
         raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' is missing; this is a foreign checkpoint.")
@@ -98,16 +100,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def validated(kind: type[T], values: object, path: Path, prefix: str = "") -> T:
-    """A dataclass from the values of a file.
+    """Make a dataclass from the values of a file.
 
     Args:
         kind: The dataclass.
         values: What the file holds for it.
         path: The file, for messages.
-        prefix: Where in the file they are, for messages ("config.").
+        prefix: Place of the values in the file, for messages ("config.").
 
     Raises:
-        CheckpointError: Naming the file and the field.
+        CheckpointError: A value does not fit; the message names the file and the field.
     """
     with needs_extra("policy"):
         from pydantic import TypeAdapter, ValidationError
@@ -125,12 +127,12 @@ def load_checkpoint(folder: Path, policy_type: str, config_class: type[Any]) -> 
     """Read a checkpoint and check every part of it.
 
     Args:
-        folder: From `find_checkpoint`.
-        policy_type: The type that it must be of.
+        folder: The folder, from `find_checkpoint`.
+        policy_type: The type that the policy must have.
         config_class: The dataclass of its configuration.
 
     Raises:
-        CheckpointError: Naming the file and, where it is a field, the field.
+        CheckpointError: A file is missing, damaged or edited; the message names it and, where it is a field, the field.
     """
     with needs_extra("policy"):
         from safetensors import SafetensorError, safe_open
@@ -157,10 +159,10 @@ def load_checkpoint(folder: Path, policy_type: str, config_class: type[Any]) -> 
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
+    """Read a JSON object of a checkpoint.
 
     Raises:
-        CheckpointError: It is missing or damaged.
+        CheckpointError: The file is missing or damaged.
     """
     try:
         return read_json(path)
@@ -169,10 +171,10 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def canonical(config: Any) -> str:
-    """A configuration as text that its values alone decide: JSON with sorted keys.
+    """Render a configuration as text that depends on its values alone: JSON with sorted keys.
 
-    Fields that are None or empty are left out, so that one that is added later, with such a default, leaves the
-    fingerprints of all older checkpoints as they are.
+    Fields that are None or empty are left out, so that a field that is added later with an empty default changes no
+    fingerprint of an older checkpoint.
 
     Args:
         config: A dataclass.
@@ -198,7 +200,7 @@ def add_weights(digest: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def add_to_manifest(folder: Path, names: Sequence[str]) -> None:
-    """Have the manifest vouch for more files of a checkpoint, or for new versions of them."""
+    """Add files of a checkpoint, or new versions of them, to its manifest."""
     write_json(
         folder / MANIFEST, {**read_document(folder / MANIFEST), **{name: sha256(folder / name) for name in names}}
     )
@@ -213,10 +215,10 @@ def _check_unedited(path: Path, document: Any, written: Any) -> None:
 
 
 def check_manifest(folder: Path, names: Sequence[str]) -> None:
-    """Compare the files of a folder with its manifest, which must vouch for all that are named.
+    """Compare the files of a folder with its manifest, which must name all the given ones.
 
     Raises:
-        CheckpointError: One is missing, or not what the manifest says.
+        CheckpointError: A file is missing, or its SHA-256 differs from the manifest's.
     """
     manifest = read_document(folder / MANIFEST)
     for name in {**dict.fromkeys(names), **manifest}:

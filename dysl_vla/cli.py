@@ -1,7 +1,7 @@
-"""The command `dysl VERB`: parse, call one function, print what it returns.
+"""The command `dysl VERB`: it parses its options, calls one function and prints what that returns.
 
-Each verb imports its room when it is called, so that `dysl --help` is instant and a robot's controller needs only what
-it runs. A user's mistake ends in one line on stderr and exit code 2.
+Each verb imports its modules when it is called, so that `dysl --help` is instant and a robot's controller needs only
+those that it runs. A user's mistake ends in one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _doctor(arguments: Sequence[str]) -> int:
     from dysl_vla.doctor import diagnose
 
     def doctor() -> int:
-        """Print versions, the OpenGL backend and a rendered frame's time, and how to mend what is missing."""
+        """Print versions, the OpenGL backend and a rendered frame's time, and how to install what is missing."""
         report = diagnose()
         print(report.text())
         return 0 if report.healthy else 1
@@ -44,7 +44,7 @@ def _demos_info(arguments: Sequence[str]) -> int:
     from dysl_vla.data.lerobot import Demonstrations
 
     def info(folder: tyro.conf.Positional[Path]) -> int:
-        """Print what a LeRobotDataset v3 on disk holds.
+        """Print the content of a LeRobotDataset v3 on disk.
 
         Args:
             folder: The dataset's folder.
@@ -137,10 +137,10 @@ def _plot(arguments: Sequence[str]) -> int:
     from dysl_vla.eval.plot import plot
 
     def draw(folder: tyro.conf.Positional[Path]) -> int:
-        """Draw an evaluation: layers over the task's progress, and the curve of speed and success.
+        """Draw an evaluation: layers over the progress of an episode, and success over latency.
 
         Args:
-            folder: Of `dysl eval`, one run or several (`--variants`).
+            folder: A folder of `dysl eval`, of one run or of several (`--variants`).
         """
         for path in plot(folder):
             print(path)
@@ -164,11 +164,11 @@ def _eval(arguments: Sequence[str]) -> int:
     from dysl_vla.eval.report import render_report
     from dysl_vla.eval.runner import evaluate
 
-    result = evaluate(config)
-    for one in result.get("variants", {"": result}).values():
-        print(render_report(one))
-    if len(result.get("variants", ())) > 1:
-        runs = [config.out / name for name in result["variants"]]
+    variants = evaluate(config)["variants"]
+    for figures in variants.values():
+        print(render_report(figures))
+    if len(variants) > 1:
+        runs = [config.out / name for name in variants]
         print(render_comparison(runs, compare(runs)))
     print(f"Records: {config.out}")
     return 0
@@ -181,7 +181,7 @@ def _eval_compare(arguments: Sequence[str]) -> int:
         """Compare evaluations of different policies on the same episodes, paired with the first one's.
 
         Args:
-            runs: Folders of `dysl eval`, two or more.
+            runs: Two or more folders of `dysl eval`.
         """
         print(render_comparison(runs, compare(runs)))
         return 0
@@ -208,14 +208,14 @@ def _control(arguments: Sequence[str]) -> int:
 def _control_replay(arguments: Sequence[str]) -> int:
     from dysl_vla.deploy.cycle_log import replay
 
-    def play(folder: tyro.conf.Positional[Path], robot: str = "") -> int:
+    def play(folder: tyro.conf.Positional[Path], robot: str | None = None) -> int:
         """Send the actions of a control log to a robot again, at their times, within the log's limits.
 
         Args:
-            folder: Of `dysl control --log`.
-            robot: KIND:NAME; empty: the log's.
+            folder: A folder of `dysl control --log`.
+            robot: KIND:NAME. When not given, it is the robot of the log.
         """
-        for name, value in replay(folder, robot).items():
+        for name, value in replay(folder, robot or "").items():
             print(f"{name}: {value}")
         return 0
 
@@ -229,8 +229,8 @@ def _control_view(arguments: Sequence[str]) -> int:
         """Write a log of the control loop as a recording for Rerun's viewer.
 
         Args:
-            folder: Of `dysl control --log`.
-            out: The recording; None: cycles.rrd beside the log.
+            folder: A folder of `dysl control --log`.
+            out: File of the recording. When not given, it is cycles.rrd beside the log.
         """
         path = view(folder, out)
         print(f"{path}: open it with: rerun {path}")
@@ -251,20 +251,20 @@ def _parse(config: type[T], arguments: Sequence[str], program: str) -> T:
 
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "doctor": (_doctor, "check this machine, and say how to mend what is missing"),
+    "doctor": (_doctor, "check this machine, and say how to install what is missing"),
     "demos collect": (_demos_collect, "collect demonstrations in simulation, from experts or corrected policies"),
-    "demos import": (_demos_import, "read human demonstrations of robosuite's from an HDF5 file"),
-    "demos info": (_demos_info, "show what a dataset holds"),
+    "demos import": (_demos_import, "read human demonstrations for robosuite from an HDF5 file"),
+    "demos info": (_demos_info, "show the content of a dataset"),
     "train": (_train, "train a policy on demonstrations"),
     "calibrate": (_calibrate, "measure which layers a policy cannot do without, and plan what may be skipped"),
     "distill": (_distill, "train adapters and controllers, so that a policy skips layers"),
     "tune": (_tune, "choose how much a policy skips, by time, by success or by the actions' error"),
     "bench backbone": (_bench_backbone, "measure what skipping costs beside what it saves, on a decoder of any size"),
     "bench env": (_bench_env, "measure how fast a suite simulates, and where the time goes"),
-    "bench bundle": (_bench_bundle, "measure an exported policy beside the one that it was made from"),
+    "bench bundle": (_bench_bundle, "measure an exported policy beside its checkpoint"),
     "bench serve": (_bench_serve, "measure a policy server with many clients, some of which misbehave"),
-    "plot": (_plot, "draw where an evaluation's layers went"),
-    "eval": (_eval, "evaluate a policy: success, latency, videos; or on demonstrations"),
+    "plot": (_plot, "draw which layers ran in an evaluation"),
+    "eval": (_eval, "evaluate a policy in simulation (success, latency, videos) or on demonstrations"),
     "export": (_export, "turn a policy that skips layers into a folder that needs no torch"),
     "control": (_control, "run a policy on a robot, real or simulated, at a fixed rate"),
     "control replay": (_control_replay, "send the actions of a control log to a robot again"),
@@ -274,11 +274,11 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 }
 
 CONTINUES = ("demos collect", "train", "distill", "eval")
-"""Verbs that go on where they were interrupted."""
+"""Verbs that continue a run that was interrupted."""
 
 
 def usage() -> str:
-    """What `dysl` prints without a verb."""
+    """Return what `dysl` prints without a verb."""
     width = max(map(len, VERBS))
     lines = [f"  dysl {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(["usage: dysl VERB [options]    (dysl VERB --help explains the options)", "", *lines])
@@ -288,11 +288,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line.
 
     Args:
-        arguments: Without the program's name; those of the process when None.
+        arguments: Arguments without the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0, 1 when something was found wanting, 2 for a user's mistake or what the system refused (a full
-        disk, a worker killed for lack of memory), 130 when interrupted.
+        The exit code: 0; 1 when `doctor` found something missing; 2 for a user's mistake or a failure of the system (a
+        full disk, a worker killed for lack of memory); 130 when interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     for length in (2, 1):
@@ -310,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0
-    print(f"dysl: unknown verb {words[0]!r}\n\n{usage()}", file=sys.stderr)
+    print(f"dysl: verb {words[0]!r} is unknown.\n\n{usage()}", file=sys.stderr)
     return 2
 
 

@@ -1,4 +1,4 @@
-"""`dysl doctor`: what this machine has, and the one command that mends each thing that it lacks."""
+"""`dysl doctor`: what this machine has, and for each thing that it lacks the command that installs it."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ SLOW_FRAME_MS = 100.0
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found.
+    """What `diagnose` found.
 
     Attributes:
         found: Lines about what is there.
-        wanting: What is missing, each with its mend.
+        missing: Lines about what is missing, each with its fix.
     """
 
     found: list[str]
-    wanting: list[str]
+    missing: list[str]
 
     @property
     def healthy(self) -> bool:
-        """Nothing is missing."""
-        return not self.wanting
+        """Whether nothing is missing."""
+        return not self.missing
 
     def text(self) -> str:
-        """For the terminal."""
-        mends = [f"missing: {line}" for line in self.wanting] or ["Everything is there."]
-        return "\n".join([*self.found, "", *mends])
+        """Render the diagnosis for the terminal."""
+        fixes = [f"missing: {line}" for line in self.missing] or ["Everything is there."]
+        return "\n".join([*self.found, "", *fixes])
 
 
 def needed_by(extra: str) -> list[str]:
-    """The packages that an extra brings, from this package's own metadata."""
+    """Return the packages that an extra installs, from this package's own metadata."""
     marked = (line.partition(";") for line in requires("dysl-vla") or [])
     names = [re.split(r"[^\w.-]", line)[0] for line, _, marker in marked if re.search(f"extra == .{extra}.", marker)]
     return [name for name in names if name != "dysl-vla"]
 
 
 def is_installed(name: str) -> bool:
-    """A distribution of that name is there."""
+    """Tell whether a distribution of that name is installed."""
     try:
         return bool(version(name))
     except PackageNotFoundError:
@@ -56,21 +56,21 @@ def is_installed(name: str) -> bool:
 
 
 def diagnose() -> Diagnosis:
-    """Look at packages, OpenGL and rendering speed; changes nothing."""
+    """Check packages, OpenGL and the speed of rendering. Nothing is changed."""
     found = [f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"]
-    wanting = []
+    missing = []
     versions = provenance.versions()
     found += [f"{name} {versions[name]}" for name in versions if name != "python"]
     for extra in EXTRAS:
         lacking = [name for name in needed_by(extra) if not is_installed(name)]
         if lacking:
-            wanting.append(f"{', '.join(lacking)}; mend it with: pip install 'dysl-vla[{extra}]'")
-    if not any("[sim]" in line for line in wanting):
+            missing.append(f"{', '.join(lacking)}; install with: pip install 'dysl-vla[{extra}]'")
+    if not any("[sim]" in line for line in missing):
         try:
             found += _rendering()
         except DyslError as error:
-            wanting.append(str(error))
-    return Diagnosis(found, wanting)
+            missing.append(str(error))
+    return Diagnosis(found, missing)
 
 
 def _rendering() -> list[str]:

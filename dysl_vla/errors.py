@@ -1,6 +1,6 @@
-"""The exceptions a user can meet. Every message says what was wrong and how to mend it.
+"""The exceptions that a user can meet. Every message says what was wrong and how to fix it.
 
-Not for programming mistakes: those stay `TypeError`, `AssertionError` and the like, with a traceback.
+Programming mistakes are not among them: those stay `TypeError`, `AssertionError` and the like, with a traceback.
 """
 
 
@@ -29,7 +29,7 @@ class ObservationError(DyslError):
 
 
 class ActionError(DyslError):
-    """An action that no world should be given: wrong dimension, NaN or infinity."""
+    """An action that must not be executed: of another dimension, NaN or infinite."""
 
 
 class RenderingError(DyslError):
@@ -37,8 +37,8 @@ class RenderingError(DyslError):
 
 
 class RobotFault(DyslError):  # noqa: N818 # the field's word
-    """A robot that does not answer, or answers what cannot be."""
+    """A robot, a driver or a server that does not answer, or answers what cannot be true."""
 
 
 class SafetyStop(DyslError):  # noqa: N818 # the field's word
-    """A reason to stop a robot at once; it was stopped."""
+    """The reason for which a robot was stopped at once."""

@@ -1,4 +1,4 @@
-"""Optional dependencies: imported when they are needed, and if they are not installed, said so with the mend."""
+"""Optional dependencies: imported when they are needed, and the command that installs a missing one is named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dysl_vla.errors import MissingExtraError
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Turn a failing import in the body into the command that installs what is missing.
+    """Turn a failing import in the body into an error that names the command that installs the package.
 
     Raises:
         MissingExtraError: A module of the extra is not installed.
@@ -21,5 +21,5 @@ def needs_extra(extra: str) -> Iterator[None]:
         if error.name is None or error.name.split(".")[0] == "dysl_vla":
             raise
         raise MissingExtraError(
-            f"the Python package {error.name!r} is not installed; mend it with: pip install 'dysl-vla[{extra}]'"
+            f"the Python package {error.name!r} is not installed; install it with: pip install 'dysl-vla[{extra}]'"
         ) from error

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed."""
+"""Files that are complete or absent: they are written under a temporary name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LOCK = ".lock"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; on success it becomes `path`, on failure it is removed.
+    """Yield a temporary path beside `path`. On success the file there is renamed to `path`, on failure it is removed.
 
-    The temporary name ends in `.tmp`, so that nobody who looks for files of `path`'s kind finds a half-written one.
+    The temporary name ends in `.tmp`, so that a search for files of `path`'s kind never finds a half-written one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
@@ -38,12 +38,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked_dir(folder: Path) -> Iterator[None]:
-    """Own a folder for as long as the body runs: no other process may claim it, and no temporary file is in it.
+    """Lock a folder against other processes while the body runs, and remove temporary files that were left in it.
 
-    The folder is made if it does not exist. The claim ends with the process, however that ends.
+    The folder is made if it does not exist. The lock ends with the process, however that ends.
 
     Raises:
-        ConfigError: Another process has it.
+        ConfigError: Another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
@@ -60,23 +60,23 @@ def locked_dir(folder: Path) -> Iterator[None]:
 
 
 def is_unused(folder: Path) -> bool:
-    """Nothing is in a folder but what an interrupted beginning leaves; also when it does not exist.
+    """Tell whether a folder is absent, empty, or holds only what an interrupted beginning leaves.
 
     Raises:
-        ConfigError: It is a file.
+        ConfigError: The path is a file.
     """
     if not folder.exists():
         return True
     if not folder.is_dir():
-        raise ConfigError(f"out: {folder} is a file; give a folder.")
+        raise ConfigError(f"out must be a folder, got the file {folder}; give another path.")
     return all(path.name == LOCK or path.suffix == TEMPORARY for path in folder.iterdir())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        ConfigError: It is missing or damaged.
+        ConfigError: The file is missing or damaged.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -88,14 +88,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to continue what was begun with other settings.
+    """Refuse to continue a run with other settings than it was begun with.
 
     Args:
-        path: Where the settings of the run that was begun were written with `write_json`.
-        identity: This run's.
+        path: File of the settings of the run that was begun, written with `write_json`.
+        identity: Settings of this run.
 
     Raises:
-        ConfigError: They differ; the first difference is named.
+        ConfigError: The settings differ; the message names the first difference.
     """
     present = read_json(path)
     for name in {**present, **identity}:
@@ -107,18 +107,18 @@ def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+    """Write a text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file whole. NaN is refused: it is not JSON."""
+    """Write a JSON file atomically. NaN is refused, as it is not JSON."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write a file of JSON lines whole."""
+    """Write a file of JSON lines atomically."""
     write_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
@@ -132,7 +132,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; none when it does not exist. A last line without its end does not count.
+    """Read the JSON lines of a file; there are none when it does not exist. A last line without its end does not count.
 
     Raises:
         ConfigError: A line is damaged.
@@ -150,15 +150,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:
-    """Refuse to begin what would fill the disk.
+    """Refuse to begin work that would fill the disk.
 
     Args:
-        folder: Where it is to be written; it, or one above it, exists.
+        folder: Folder to write to; it, or one above it, exists.
         needed: Bytes.
-        what: Is to be written, for the message.
+        what: What is to be written, in the plural, for the message.
 
     Raises:
-        ConfigError: There is less space.
+        ConfigError: Less space is free.
     """
     present = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(present).free
@@ -167,15 +167,15 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
 
 
 def check_memory(needed: int, what: str, fix: str) -> None:
-    """Refuse to begin what would not fit into memory. Where the system does not tell how much is free, it may begin.
+    """Refuse to begin work that would not fit into memory. Where the free memory is unknown, nothing is refused.
 
     Args:
         needed: Bytes.
-        what: Needs it, for the message.
+        what: What needs them, in the plural, for the message.
         fix: What to do about it, for the message.
 
     Raises:
-        ConfigError: There is less memory.
+        ConfigError: Less memory is free.
     """
     free = available_memory()
     if free is not None and needed > free:
@@ -183,7 +183,7 @@ def check_memory(needed: int, what: str, fix: str) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None: unknown."""
+    """Return the bytes of memory that are available without swapping; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -192,7 +192,7 @@ def available_memory() -> int | None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,7 +1,7 @@
-"""What a policy looks at of a camera's image: resized first, then cropped.
+"""The part of a camera's image that a policy gets: the image is resized first, then cropped.
 
-One function for training, evaluation, the torch-free runtime and the server, so that all of them see the same pixels to
-the bit: Pillow's box filter works in whole numbers. Not for simulators, which render the size that is wanted.
+Training, evaluation, the torch-free runtime and the server share these functions, so that all of them get the same
+pixels to the bit: Pillow's box filter works in whole numbers. Simulators do not need them, as they render any size.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Place = tuple[int, int, int, int]
 
 
 def resized(image: ImageArray, size: tuple[int, int] | None) -> ImageArray:
-    """An image in another size, each pixel the mean of those that it stands for.
+    """Resize an image; each new pixel is the mean of those that it replaces.
 
     Args:
         image: uint8, (height, width, 3).
-        size: Height and width; None: as it is.
+        size: Height and width; None for the image's own.
 
     Raises:
         MissingExtraError: Pillow is not installed.
@@ -39,15 +39,15 @@ def resized(image: ImageArray, size: tuple[int, int] | None) -> ImageArray:
 
 
 def looked_at(image: ImageArray, size: tuple[int, int] | None, place: Place) -> ImageArray:
-    """The part of a camera's image that a policy looks at.
+    """Resize and crop a camera's image to the part that a policy gets.
 
     Args:
         image: uint8, (height, width, 3), as the camera gives it.
-        size: That it is resized to first; None: not at all.
+        size: Size to which it is resized first; None for none.
         place: Part of the resized image.
 
     Returns:
-        uint8, (place's height, place's width, 3).
+        The part, uint8, (place's height, place's width, 3).
     """
     top, left, height, width = place
     return resized(image, size)[top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""Where a result or a checkpoint comes from: versions, commit, command line. Enough to run it again."""
+"""The origin of a result or a checkpoint: versions, commit and command line, which are enough to run it again."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ PACKAGES = (
     "pyarrow",
 )
 FIRST_EVALUATION_SEED = 100_000
-"""Seeds below are for demonstrations, those from there on for evaluation."""
+"""First seed for evaluation; lower ones are for demonstrations."""
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the installed packages that decide a result."""
+    """Return the versions of Python and of the installed packages that decide a result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, as far as the system tells, and how many cores this process may use."""
+    """Return the processor, as far as it is known, and the number of cores that this process may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -55,7 +55,7 @@ def machine() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of this package's checkout, with "-dirty" for uncommitted changes; None when it is no checkout."""
+    """Return the commit of this package's checkout, with "-dirty" for uncommitted changes; None without a checkout."""
     package = Path(__file__).parent
     try:
         top, commit, changes = (
@@ -76,36 +76,37 @@ def git_commit() -> str | None:
 
 
 def command() -> str:
-    """The command line, as one would type it."""
+    """Return the command line, as one would type it."""
     return shlex.join(["dysl" if Path(sys.argv[0]).stem in ("dysl", "__main__") else sys.argv[0], *sys.argv[1:]])
 
 
 def record() -> dict[str, Any]:
-    """All three, for a result's or checkpoint's JSON."""
+    """Return command, versions and commit, for the JSON of a result or a checkpoint."""
     return {"command": command(), "versions": versions(), "git_commit": git_commit()}
 
 
 def origins(record: Any) -> Iterator[dict[str, Any]]:
-    """All origins of demonstrations in a policy's provenance, and in those that it started from."""
+    """Yield the origins of the demonstrations of a policy and of the policies that it started from."""
     if record:
         yield from record.get("data", {}).get("origins", [])
         yield from origins(record.get("init"))
         yield from origins(record.get("skipping"))
 
 
-def training_suite(record: Any, suite: str, tasks: str) -> tuple[str, str]:
-    """Where a policy is played: what was asked for; when no suite was, where most of its last demonstrations are.
+def training_suite(record: Any, suite: str | None = None, tasks: str | None = None) -> tuple[str, str | None]:
+    """The suite and tasks that a policy is run on: those asked for, else those of its last training.
 
     Args:
-        record: Its provenance.
-        suite: Asked for; empty: none.
-        tasks: Asked for, separated by commas; empty: all of the suite's that was asked for, or those demonstrated.
+        record: The policy's provenance.
+        suite: The suite asked for. Without one it is that of most episodes of the last demonstrations.
+        tasks: The tasks asked for, separated by commas. Without any they are the demonstrated ones, if no suite was
+            asked for, either.
 
     Returns:
-        Suite and tasks.
+        The suite's name, and the tasks, separated by commas; None: all of the suite.
 
     Raises:
-        ConfigError: No suite was asked for, and its provenance names none.
+        ConfigError: No suite was asked for, and the provenance names none.
     """
     if suite:
         return suite, tasks
@@ -123,13 +124,13 @@ def training_suite(record: Any, suite: str, tasks: str) -> tuple[str, str]:
 
 
 def demonstrated_change(record: Any) -> list[float] | None:
-    """Largest change from one demonstrated action to the next in a policy's last training, a value a dimension.
+    """Return the largest change from one demonstrated action to the next in a policy's last training.
 
     Args:
-        record: Its provenance.
+        record: The policy's provenance.
 
     Returns:
-        In the actions' units; None: it does not say, as policies of before do not.
+        A value for each dimension, in the actions' units; None when the provenance does not say, as in older policies.
     """
     if not record:
         return None
@@ -138,7 +139,7 @@ def demonstrated_change(record: Any) -> list[float] | None:
 
 
 def _last_origins(record: Any) -> list[dict[str, Any]]:
-    """Those of a policy's last training that says any; of its heads' when no training of the policy itself does."""
+    """Return the origins of a policy's last training that names any, or else those of its heads' training."""
     if not record:
         return []
     own: list[dict[str, Any]] = record.get("data", {}).get("origins", [])

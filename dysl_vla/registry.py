@@ -1,7 +1,7 @@
-"""Named parts that others can add to: suites, policies.
+"""Registries of named parts to which other packages can add: suites, policies, importance measures, robots.
 
-A registry is a dictionary filled by a decorator, and by the entry points of installed packages, which are only imported
-when a name is asked for that nobody here has.
+A registry is filled by a decorator and by the entry points of installed packages. An entry point is only imported when
+a name is asked for that is not registered yet.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Name to part.
+    """A mapping from names to parts.
 
     Args:
-        kind: What the parts are, in the singular, for messages ("suite").
-        group: Entry-point group in which other packages offer theirs ("dysl_vla.suites").
+        kind: Kind of the parts, in the singular, for messages ("suite").
+        group: Entry-point group of other packages' parts ("dysl_vla.suites").
     """
 
     def __init__(self, kind: str, group: str) -> None:
@@ -29,7 +29,7 @@ class Registry(Generic[T]):
         self._parts: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files a part under a name."""
+        """Return a decorator that registers a part under a name."""
 
         def add(part: T) -> T:
             self._parts[name] = part
@@ -38,14 +38,14 @@ class Registry(Generic[T]):
         return add
 
     def names(self) -> list[str]:
-        """All names, those of other packages included, sorted."""
+        """Return all names, those of other packages included, sorted."""
         return sorted({*self._parts, *(entry.name for entry in entry_points(group=self._group))})
 
     def get(self, name: str) -> T:
-        """The part of that name.
+        """Return the part of a name.
 
         Raises:
-            ConfigError: No part has it; the message lists those that exist.
+            ConfigError: The name is unknown; the message lists those that exist.
         """
         if name not in self._parts:
             for entry in entry_points(group=self._group, name=name):

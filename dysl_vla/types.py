@@ -1,7 +1,7 @@
-"""The vocabulary that crosses rooms: what a world shows, what a policy answers, and what both declare of themselves.
+"""Types that all subpackages share: observations, action chunks, and the specifications of embodiments and policies.
 
-Plain data on NumPy. Nothing here knows a simulator, a model or a file, so that every room, the torch-free robot runtime
-included, can import it.
+They are plain data on NumPy. Nothing here knows a simulator, a model or a file, so that every subpackage, the
+torch-free robot runtime included, can import it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FloatArray = NDArray[np.float32]
 ImageArray = NDArray[np.uint8]
 
 Observation = Mapping[str, Any]
-"""One moment as the world shows it, under LeRobot's keys.
+"""What a robot or a simulated environment shows at one moment, under LeRobot's keys.
 
 `observation.images.<camera>`: uint8, (height, width, 3). `observation.state`: float32, (state,). `task`: str, the
 instruction in plain English.
@@ -35,28 +35,28 @@ TASK_KEY = "task"
 
 
 RELATIVE = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
-"""Names of actions that move by so much, so that zero holds; all others, grippers aside, are taken as positions."""
+"""Names of action dimensions that are displacements, so that zero holds; all others but grippers' are positions."""
 
 
 def is_gripper(name: str) -> bool:
-    """Whether a dimension is a gripper's: "gripper", LeRobot's "gripper.pos" and "left_gripper.pos"."""
+    """Tell whether a dimension is a gripper's: "gripper", LeRobot's "gripper.pos" and "left_gripper.pos" are."""
     return "gripper" in re.split(r"[._\W]+", name.lower())
 
 
 def gripper_columns(names: Sequence[str]) -> tuple[int, ...]:
-    """Which of some dimensions are grippers'."""
+    """Return the indices of the dimensions that are grippers'."""
     return tuple(index for index, name in enumerate(names) if is_gripper(name))
 
 
 @dataclass(frozen=True)
 class EmbodimentSpec:
-    """What a world (a simulated environment or a robot) shows and accepts.
+    """What an embodiment (a robot or a simulated environment) shows and accepts.
 
     Attributes:
         cameras: Camera name to image size, (height, width) in pixels.
-        state_names: One name a dimension of `observation.state`.
-        action_names: One name a dimension of the action.
-        action_low: Smallest accepted action, a value a dimension, in the world's units.
+        state_names: A name for each dimension of `observation.state`.
+        action_names: A name for each dimension of the action.
+        action_low: Smallest accepted action, a value for each dimension, in the embodiment's units.
         action_high: Largest accepted action.
         rate_hz: Actions a second.
     """
@@ -69,13 +69,13 @@ class EmbodimentSpec:
     rate_hz: float
 
     def clip(self, actions: FloatArray) -> FloatArray:
-        """Actions as they are executed, (..., action): inside the accepted range."""
+        """Clip actions, (..., action), to the accepted range: that is how they are executed."""
         return np.clip(actions, np.asarray(self.action_low, np.float32), np.asarray(self.action_high, np.float32))
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and deviation of the training data, a value a dimension.
+    """Mean and standard deviation of the training data, a value for each dimension.
 
     Raises:
         ConfigError: They differ in length, are not finite, or a deviation is not above zero.
@@ -88,17 +88,19 @@ class Normalisation:
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
-            raise ConfigError(f"normalisation: mean has {len(self.mean)} dimensions, std has {len(self.std)}.")
+            raise ConfigError(
+                f"normalisation: mean and std must be of one length, got {len(self.mean)} and {len(self.std)}."
+            )
         if not all(np.isfinite(self.mean)) or not all(0 < s < np.inf for s in self.std):
-            raise ConfigError(f"normalisation: {self} must be finite, with std above zero.")
+            raise ConfigError(f"normalisation: mean and std must be finite, std also above zero, got {self}.")
 
     def apply(self, values: FloatArray) -> FloatArray:
-        """To mean 0 and deviation 1; (..., dimension)."""
+        """Normalise values, (..., dimension), to mean 0 and deviation 1."""
         mean, std = self._arrays
         return (values - mean) / std
 
     def undo(self, values: FloatArray) -> FloatArray:
-        """Back to the world's units; (..., dimension)."""
+        """Convert normalised values, (..., dimension), back to their units."""
         mean, std = self._arrays
         return values * std + mean
 
@@ -109,20 +111,20 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What a policy expects of a world, and how it answers.
+    """What a policy expects of an embodiment, and what it predicts.
 
     Attributes:
         cameras: Camera name to image size, (height, width) in pixels, that the policy was trained on.
-        state_names: One name a dimension of `observation.state`.
-        action_names: One name a dimension of the action.
-        rate_hz: Actions a second of the world that the policy was trained in.
+        state_names: A name for each dimension of `observation.state`.
+        action_names: A name for each dimension of the action.
+        rate_hz: Actions a second of the embodiment that the policy was trained on.
         chunk_length: Actions predicted by one inference.
         execute_steps: How many of them are executed before the next inference.
-        state_normalisation: Of `observation.state`.
-        action_normalisation: Of actions.
+        state_normalisation: Normalisation of `observation.state`.
+        action_normalisation: Normalisation of actions.
 
     Raises:
-        ConfigError: Naming a field that cannot work.
+        ConfigError: A field is out of range; the message names it.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -139,30 +141,32 @@ class PolicySpec:
     def __post_init__(self) -> None:
         if not 1 <= self.execute_steps <= self.chunk_length:
             raise ConfigError(
-                f"execute_steps: {self.execute_steps} is not between 1 and the chunk_length of {self.chunk_length}."
+                f"execute_steps: must be from 1 to the chunk_length of {self.chunk_length}, got {self.execute_steps}."
             )
         if not self.rate_hz > 0:
-            raise ConfigError(f"rate_hz: {self.rate_hz} must be above zero.")
+            raise ConfigError(f"rate_hz: must be above zero, got {self.rate_hz}.")
         for name, normalisation, names in (
             ("state_normalisation", self.state_normalisation, self.state_names),
             ("action_normalisation", self.action_normalisation, self.action_names),
         ):
             if len(normalisation.mean) != len(names):
-                raise ConfigError(f"{name}: has {len(normalisation.mean)} dimensions, there are {len(names)} names.")
+                raise ConfigError(
+                    f"{name}: must have {len(names)} dimensions, as there are names, got {len(normalisation.mean)}."
+                )
 
     def check_embodiment(self, embodiment: EmbodimentSpec) -> None:
-        """Refuse a world that this policy cannot control, before anything moves.
+        """Refuse an embodiment that this policy cannot control, before anything moves.
 
         Raises:
-            ConfigError: Naming the first field that differs.
+            ConfigError: A field differs; the message names the first one.
         """
         for camera, size in self.cameras.items():
             if camera not in embodiment.cameras:
                 offered = ", ".join(sorted(embodiment.cameras))
-                raise ConfigError(f"cameras: the policy needs camera {camera!r}; this world offers {offered}.")
+                raise ConfigError(f"cameras: the policy needs camera {camera!r}; this embodiment has {offered}.")
             if tuple(embodiment.cameras[camera]) != tuple(size):
                 raise ConfigError(
-                    f"cameras: the policy was trained on {camera!r} at {size[0]}x{size[1]} pixels, this world gives "
+                    f"cameras: the policy was trained on {camera!r} at {size[0]}x{size[1]} pixels, this embodiment has "
                     f"{embodiment.cameras[camera][0]}x{embodiment.cameras[camera][1]}; ask it for the policy's size."
                 )
         for name, mine, theirs in (
@@ -172,12 +176,12 @@ class PolicySpec:
         ):
             if mine != theirs:
                 raise ConfigError(
-                    f"{name}: the policy was trained with {_shown(mine)}, this world has {_shown(theirs)}; "
-                    "evaluate it in the world that it was trained for, or train it on demonstrations of this one."
+                    f"{name}: the policy was trained with {_shown(mine)}, this embodiment has {_shown(theirs)}; "
+                    "run the policy where it was trained, or train it on demonstrations of this embodiment."
                 )
 
     def blank_observation(self, instruction: str) -> dict[str, Any]:
-        """What fits this policy and shows nothing: black images, the mean state; for measuring."""
+        """Make an observation that fits this policy, of black images and the mean state, for measurements of time."""
         return {
             **{IMAGE_PREFIX + camera: np.zeros((*size, 3), np.uint8) for camera, size in self.cameras.items()},
             STATE_KEY: np.array(self.state_normalisation.mean, np.float32),
@@ -188,7 +192,7 @@ class PolicySpec:
         """Refuse an observation of another kind, shape or size than the policy was trained on.
 
         Raises:
-            ObservationError: Naming the key, what came and what was expected.
+            ObservationError: A value does not fit; the message names its key, what was expected and what came.
         """
         for camera, (height, width) in self.cameras.items():
             image = observation.get(IMAGE_PREFIX + camera)
@@ -200,7 +204,7 @@ class PolicySpec:
         if not isinstance(state, np.ndarray) or state.shape != (len(self.state_names),):
             raise ObservationError(f"{STATE_KEY}: expected float32 ({len(self.state_names)},), got {_kind(state)}.")
         if not np.isfinite(state).all():
-            raise ObservationError(f"{STATE_KEY}: has a value that is not finite: {state.tolist()}; mend the sensor.")
+            raise ObservationError(f"{STATE_KEY}: has a value that is not finite: {state.tolist()}; check the sensor.")
         if not isinstance(observation.get(TASK_KEY), str):
             raise ObservationError(
                 f"{TASK_KEY}: expected the instruction as text, got {_kind(observation.get(TASK_KEY))}."
@@ -209,7 +213,7 @@ class PolicySpec:
 
 @dataclass(frozen=True)
 class InferenceTiming:
-    """Where one inference spent its time, in seconds of a monotonic clock.
+    """The parts of one inference's time, in seconds of a monotonic clock.
 
     A batch of observations is inferred together, so its chunks share one timing.
     """
@@ -221,7 +225,7 @@ class InferenceTiming:
 
     @property
     def total_s(self) -> float:
-        """The whole policy: encode + LLM + decode + guidance."""
+        """Time of the whole policy: encode + LLM + decode + guidance."""
         return self.encode_s + self.llm_s + self.decode_s + self.guidance_s
 
 
@@ -230,17 +234,17 @@ class SkipTrace:
     """What layer skipping did in one inference of one episode.
 
     Attributes:
-        layers_run: Which layers ran when it was decided, (layers,).
-        skips: Layer that a block was left at, to the layer landed on.
-        outputs: Layer to its controller's output, of those that were asked.
-        allow_points: For each block, the dynamic layers that had to run.
-        continuity: Of the trajectory, before the inference; None while it is not known.
-        is_verified: The full model predicted again.
-        is_verification_late: It should have, but there was no time left.
-        resumed_from: The first layer that then ran once more.
+        layers_run: Which layers ran in the pass that could skip, (layers,).
+        skips: Exit at which a block was left, to the target, where the pass went on.
+        outputs: Layer to its controller's output, for the controllers that were asked.
+        allow_points: For each block, the number of dynamic layers that had to run.
+        continuity: Continuity of the trajectory before the inference; None while it is not known.
+        is_verified: Whether the full model predicted again.
+        is_verification_late: Whether it should have, but no time was left.
+        resumed_from: The first layer that ran once more in verification.
         controllers_s: Seconds in controllers, for the whole batch.
         adapters_s: Seconds in adapters.
-        verify_s: Seconds in predicting again.
+        verify_s: Seconds in verification.
     """
 
     layers_run: NDArray[np.bool_]
@@ -257,17 +261,17 @@ class SkipTrace:
 
     @property
     def layers(self) -> int:
-        """How many layers ran in all, verification included."""
+        """Number of layers that ran, verification included."""
         again = len(self.layers_run) - self.resumed_from if self.resumed_from is not None else 0
         return int(self.layers_run.sum()) + again
 
 
 @dataclass(frozen=True)
 class ActionChunk:
-    """What one inference answers for one episode.
+    """What one inference predicts for one episode.
 
     Attributes:
-        actions: (chunk, action) float32, in the world's units, in the order of execution.
+        actions: (chunk, action) float32, in the embodiment's units, in the order of execution.
         timing: Where the time went.
         skips: What was skipped; None for a policy that skips nothing.
     """
@@ -281,13 +285,13 @@ class ActionChunk:
 class EpisodeState:
     """What a policy remembers of one running episode.
 
-    The caller makes it with `Policy.reset`, hands it to every `infer` of that episode and appends each action as it was
-    executed. A batch of episodes is a list of these; nothing is kept anywhere else.
+    The caller makes it with `Policy.reset`, passes it to every `infer` of that episode, and appends each action that is
+    executed. A batch of episodes is a list of states; nothing is kept anywhere else.
 
     Attributes:
-        executed: The latest executed actions, oldest first, each (action,) in the world's units.
-        needed_at: When the answer to the coming inference is needed, in seconds of `time.perf_counter`; None: no limit.
-        guidance: What layer skipping remembers; None for a policy that skips nothing.
+        executed: The latest executed actions, oldest first, each (action,) in the embodiment's units.
+        needed_at: Deadline of the coming inference, in seconds of `time.perf_counter`; None for no limit.
+        guidance: Memory of layer skipping; None for a policy that skips nothing.
     """
 
     executed: deque[FloatArray] = field(default_factory=lambda: deque(maxlen=64))
@@ -295,29 +299,29 @@ class EpisodeState:
     guidance: Any = None
 
     def has_time(self, seconds: float) -> bool:
-        """So much can still be spent on the answer."""
+        """Tell whether so many seconds are left before the deadline."""
         return self.needed_at is None or time.perf_counter() + seconds <= self.needed_at
 
 
 def check_actions(actions: NDArray[Any], action_dim: int) -> None:
-    """Refuse actions that no world should be given.
+    """Refuse actions that must not be executed anywhere.
 
     Args:
         actions: (action,) or (time, action).
-        action_dim: The world's number of action dimensions.
+        action_dim: Number of action dimensions of the embodiment.
 
     Raises:
-        ActionError: For another dimension, NaN or infinity.
+        ActionError: The dimension differs, or a value is NaN or infinite.
     """
     if actions.shape[-1:] != (action_dim,):
         raise ActionError(
             f"action: expected {action_dim} dimensions, got an array of shape {actions.shape}; "
-            "use a policy that was trained for this world."
+            "use a policy that was trained on this embodiment."
         )
     if not np.isfinite(actions).all():
         raise ActionError(
-            f"action: has a value that is not finite: {actions.tolist()}; nothing was executed. Look at the policy's "
-            "training curve and at the observations that it got."
+            f"action: has a value that is not finite: {actions.tolist()}; nothing was executed. Check the policy's "
+            "training curve and the observations that it got."
         )
 
 

@@ -20,19 +20,19 @@ with needs_extra("train"):
 
 CODEC = "h264"
 PIXEL_FORMAT = "yuv444p"
-"""No chroma subsampling: a goal that is three pixels wide keeps its colour."""
+"""There is no chroma subsampling, so that a goal of three pixels keeps its colour."""
 FAR_S = 2.0
-"""What lies further ahead is sought; nearer, decoding on is as quick."""
+"""A time that lies further ahead is sought; for a nearer one, decoding on is as quick."""
 
 
 def write_video(path: Path, frames: Sequence[ImageArray], fps: float, *, crf: int = 14) -> None:
-    """Write frames as H.264 with a constant rate and no B-frames, the file whole or not at all.
+    """Write frames as H.264 with a constant rate and no B-frames; the file is complete or absent.
 
     Args:
         path: Ends in `.mp4`.
-        frames: uint8 (height, width, 3), all of one size. H.264 here takes any size, odd ones included.
+        frames: Images, uint8 (height, width, 3), all of one size. Odd sizes work as well.
         fps: Frames a second.
-        crf: Quality: 0 is lossless, 23 is what videos use.
+        crf: Quality, from 0, lossless; 23 is common for videos.
     """
     with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
@@ -48,8 +48,8 @@ def write_video(path: Path, frames: Sequence[ImageArray], fps: float, *, crf: in
 def read_video(path: Path) -> Iterator[ImageArray]:
     """Decode a video frame by frame.
 
-    Returns:
-        uint8 (height, width, 3) arrays.
+    Yields:
+        Frames, uint8 (height, width, 3).
 
     Raises:
         DatasetError: The file is missing, cut off or no video.
@@ -62,16 +62,16 @@ def read_video(path: Path) -> Iterator[ImageArray]:
 
 
 class VideoReader:
-    """A video, looked into by time. Reading on in the order of time decodes each picture once.
+    """A video whose pictures are found by time. Reading in the order of time decodes each picture once.
 
-    Times are those that the file gives its pictures, in seconds (pts times time base), as LeRobot takes them: what
-    starts late stays late.
+    Times are those that the file gives its pictures, in seconds (pts times time base), as in LeRobot: the first picture
+    need not be at zero.
 
     Args:
         path: The file. It stays open until `close`.
 
     Raises:
-        DatasetError: Here and in reading: the file is missing, cut off or no video.
+        DatasetError: The file is missing, cut off or no video; methods that read raise it as well.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,14 +83,14 @@ class VideoReader:
 
     @property
     def rate_hz(self) -> float:
-        """Pictures a second, on average, as the file says it; 0 when it does not."""
+        """Pictures a second, on average, according to the file; 0 when it does not say."""
         return float(self._stream.average_rate or 0)
 
     def nearest(self, time_s: float) -> tuple[float, ImageArray]:
-        """The picture whose time is nearest; of two as near, the earlier.
+        """Return the picture whose time is nearest, or the earlier of two that are equally near.
 
         Returns:
-            Its time, uint8 (height, width, 3).
+            The picture's time; the picture, uint8 (height, width, 3).
         """
         if self._is_elsewhere(time_s):
             self._seek(time_s)
@@ -98,7 +98,7 @@ class VideoReader:
             self._before, self._after = self._after, self._read()
         known = [picture for picture in (self._before, self._after) if picture is not None]
         if not known:
-            raise DatasetError(f"{self._path}: is a video without pictures; restore it or collect it again.")
+            raise DatasetError(f"{self._path}: has no pictures; restore it or collect it again.")
         time, frame = min(known, key=lambda picture: abs(picture[0] - time_s))
         with _reading(self._path):
             return time, _pixels(frame)
@@ -114,7 +114,7 @@ class VideoReader:
             self._stream.codec_context.thread_count = 1
 
     def _start(self) -> None:
-        """Decode from where the file stands."""
+        """Decode from the current position of the file."""
         self._frames = self._container.decode(self._stream)
         self._before, self._after = None, self._read()
 
@@ -126,12 +126,12 @@ class VideoReader:
         return None
 
     def _is_elsewhere(self, time_s: float) -> bool:
-        """Is a time before the pictures at hand, or so far behind them that it is sought?"""
+        """Tell whether a time is before the present pictures, or so far behind them that it is sought."""
         since = self._since if self._before is None else self._before[0]
         return time_s < since or (self._after is not None and time_s > self._after[0] + FAR_S)
 
     def _seek(self, time_s: float) -> None:
-        """Go to the last picture before a time from which on can be decoded."""
+        """Go to the last key frame before a time."""
         with _reading(self._path):
             assert self._stream.time_base is not None
             self._container.seek(max(0, math.floor(time_s / self._stream.time_base)), stream=self._stream)
@@ -151,7 +151,7 @@ def _pixels(frame: av.VideoFrame) -> ImageArray:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn what FFmpeg says of a bad file into one error."""
+    """Turn FFmpeg's errors about a bad file into one error."""
     try:
         yield
     except (av.FFmpegError, IndexError, OSError) as error:

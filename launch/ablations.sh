@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The ablation table: what each part of layer skipping is worth, on the same episodes as the full model.
 # Usage: launch/ablations.sh DEMONSTRATIONS [OUT] [path of the dysl command]
-# First the shipped heads with parts switched off; then heads trained in other ways, and once more as `dysl distill` does by
-# itself, all of them for STEPS steps, because what is compared must have been trained equally long. It may be stopped: the same
-# command goes on. EPISODES a task; WORKERS side by side, one for timings that mean something; SKIP, the shipped setting.
+# First it evaluates the shipped heads with parts switched off. Then it trains heads in other ways, and once as `dysl distill`
+# does by default, each for STEPS steps, because only heads that were trained equally long can be compared. The same command
+# continues where it was stopped. Variables: EPISODES of each task; WORKERS side by side (latencies need 1); SKIP, the setting.
 set -eu
 data=$1
 out=${2:-runs/ablations}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# robosuite-mini from nothing: about six and a half hours on two cores, adding up what its steps took. It may be stopped, and
-# goes on. Usage: launch/robosuite_mini.sh [OUT] [path of the dysl command]
+# Training of robosuite-mini from nothing, in about six and a half hours on two cores (the sum of its steps). The same command
+# continues where it was stopped. Usage: launch/robosuite_mini.sh [OUT] [path of the dysl command]
 # The experts' demonstrations, and two rounds of DAgger, make the full model (r2). Heads for it (r2-fast, r2-fast-2) then act,
-# so that training knows the moments that a policy that skips layers gets itself into. On those alone the full model is trained
-# further, and its static layers learn to act as all do (r3); its heads (r3-fast) act again, and r4-fast, of the last round, is
-# what is shipped. Its provenance.json has other names: rs for demos, fast for reached, robosuite-mini for r2 and r2-fast (as it
+# so that training knows the moments that a policy that skips layers meets. On those alone the full model is trained further,
+# and its static layers learn to act as all do (r3); its heads (r3-fast) act again, and r4-fast, of the last round, is what is
+# shipped. Its provenance.json has other names: rs for demos, fast for reached, robosuite-mini for r2 and r2-fast (as it
 # was shipped before), rf3 for r2-fast-2, plan20 for plan-3, s1 for r3-fast and s2 for r4-fast.
 set -eu
 out=${1:-runs/robosuite-mini-training}

@@ -68,9 +68,9 @@ def test_an_interrupted_command_that_does_not_go_on_does_not_say_so(
 def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dysl_vla.doctor.is_installed", lambda name: name not in ("mujoco", "torch"))
     report = diagnose()
-    assert report.wanting == [
-        "torch; mend it with: pip install 'dysl-vla[policy]'",
-        "mujoco; mend it with: pip install 'dysl-vla[sim]'",
+    assert report.missing == [
+        "torch; install with: pip install 'dysl-vla[policy]'",
+        "mujoco; install with: pip install 'dysl-vla[sim]'",
     ]
 
 

@@ -84,7 +84,9 @@ def test_top_level_links_are_relative_and_lead_into_the_package(name: str) -> No
         ("torch", "policy", "train --data x"),
     ],
 )
-def test_a_missing_extra_is_named_with_its_mend(module: str, extra: str, command: str, tmp_path: Path) -> None:
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    module: str, extra: str, command: str, tmp_path: Path
+) -> None:
     code = f"""
 import sys
 class Block:

@@ -80,7 +80,7 @@ def collect(config: CollectConfig) -> Demonstrations:
     """
     _check(config)
     policy = load_policy(config.policy) if config.policy is not None else None
-    suite_name, task_names = config.suite or DEFAULT_SUITE, config.tasks
+    suite_name, task_names = config.suite or DEFAULT_SUITE, config.tasks or None
     if policy is not None:
         suite_name, task_names = provenance.training_suite(policy.provenance, config.suite, config.tasks)
     suite = get_suite(with_robot(suite_name, config.robot))

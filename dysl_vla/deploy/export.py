@@ -273,11 +273,11 @@ def _document(
 def robot_to_try(bundle: Path) -> str:
     """What `dysl control --robot` takes for a bundle: where its policy was trained, simulated, or a real arm."""
     try:
-        suite, tasks = provenance.training_suite(read_json(bundle / DOCUMENT)["provenance"], "", "")
+        suite, tasks = provenance.training_suite(read_json(bundle / DOCUMENT)["provenance"])
     except ConfigError:  # trained on data that say of no suite: a real arm's
         return "lerobot:FILE.json --instruction TEXT"
     suite, _, arm = suite.partition("@")
-    return f"mujoco:{suite.partition('-')[0]}-{tasks.partition(',')[0]}" + (f"@{arm}" if arm else "")
+    return f"mujoco:{suite.partition('-')[0]}-{(tasks or '').partition(',')[0]}" + (f"@{arm}" if arm else "")
 
 
 def _example(policy: ExportablePolicy) -> dict[str, NDArray[Any]]:

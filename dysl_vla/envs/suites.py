@@ -51,16 +51,16 @@ class Suite:
     noise: float = 1.0
     robots: Mapping[str, Callable[[], Suite]] = field(default_factory=dict)
 
-    def choose(self, names: str) -> tuple[str, ...]:
+    def choose(self, names: str | None) -> tuple[str, ...]:
         """The tasks asked for, all of them when none is named, in the suite's order.
 
         Args:
-            names: Separated by commas; see `find`.
+            names: Separated by commas, see `find`; None: all of them.
 
         Raises:
             ConfigError: A task is not in this suite.
         """
-        asked = {name.strip(): self.find(name) for name in names.split(",") if name.strip()}
+        asked = {name.strip(): self.find(name) for name in (names or "").split(",") if name.strip()}
         for name, task in asked.items():
             if task is None:
                 raise ConfigError(f"unknown task {name!r}; suite {self.name} has: {', '.join(self.tasks)}.")
@@ -126,7 +126,7 @@ def get_suite(name: str) -> Suite:
     return known[_plain(robot)]()
 
 
-def with_robot(suite: str, robot: str) -> str:
+def with_robot(suite: str, robot: str | None) -> str:
     """The name of a suite with another robot than the name says; the name itself when no robot is named."""
     return f"{suite.partition('@')[0]}@{robot}" if robot else suite
 

@@ -1,1 +1,1 @@
-"""Evaluation: run a policy on a suite, keep records that survive a kill, report success and latency, compare runs."""
+"""Evaluation: it runs a policy on a suite, keeps records that survive a kill, and reports and compares the results."""

@@ -1,14 +1,16 @@
 """`dysl bench backbone`: is the time that skipping saves the time of the layers that it skips?
 
-A decoder with random weights, so that any size can be measured; full and skipping passes take turns.
+The decoder has random weights, so that any size can be measured; full and skipping passes take turns.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,29 +33,42 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.skipping import attach
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""Of layers that are skipped."""
+"""Shares of the layers that are skipped, a kind of pass each."""
+Points = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
 class BackboneBenchConfig:
-    """Measure full and skipping passes of a randomly initialised decoder, side by side."""
+    """Measure full and skipping passes of a randomly initialised decoder, side by side.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
 
     config: str = "24x2048"
-    """LAYERSxWIDTH of a Llama, a policy (its backbone), or the folder or hub id of a Hugging Face decoder's config."""
+    """LAYERSxWIDTH of a Llama, a policy (its backbone is measured), or the folder or hub id of a Hugging Face decoder's
+    configuration."""
     tokens: int = 64
     """Tokens of a pass."""
     rounds: int = 10
     """Passes of each kind."""
-    threads: int = 0
-    """Threads of PyTorch; 0: one a core."""
+    threads: int | None = None
+    """Threads of PyTorch; one a core when not given."""
     dtype: str = "float32"
     """float32 or bfloat16."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.rounds < 2 or self.threads < 0:
-            raise ConfigError(f"tokens, rounds, threads: {self.tokens}, {self.rounds}, {self.threads} are too few.")
+        for name, least in (("tokens", 1), ("rounds", 2), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}.")
         if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype: {self.dtype!r} is neither float32 nor bfloat16.")
+            raise ConfigError(f"dtype must be float32 or bfloat16, got {self.dtype!r}.")
+        size = _size(self.config)
+        if size is not None and (size[0] < 4 or size[1] < 128 or size[1] % 128):
+            raise ConfigError(
+                f"config must have at least 4 layers and a width that is a multiple of 128, got {self.config}."
+            )
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,11 @@ class Pass:
     """A kind of pass, measured.
 
     Attributes:
-        layers_run: Of the decoder's.
+        layers_run: Layers of the decoder that ran.
         ideal: All layers over those that ran.
         speed_up: Median time of the full model over this one's.
         p50_ms: Median.
-        p99_ms: Of so few rounds nearly the slowest.
+        p99_ms: 99th percentile; of so few rounds it is nearly the slowest.
         heads_share: Time of an adapter and a controller over that of a layer (the full model's over its depth); None
             where none ran.
     """
@@ -79,53 +94,32 @@ class Pass:
 
 
 def bench_backbone(config: BackboneBenchConfig) -> list[Pass]:
-    """Measure; the first row is the full model, the others skip ever more, controllers asked and adapters run.
+    """Measure full and skipping passes in turns.
+
+    Returns:
+        The full model, then passes that skip ever more, with the controllers that are asked and the adapters that run.
 
     Raises:
         ConfigError: The configuration cannot be read, or is no decoder.
     """
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    model = _decoder(config.config, dtype)
-    depth = len(find_all_layers(model))
-    hidden = int(model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
-    plan = SkipPlan(depth, choose_static_layers(np.ones(depth), max(0.17, 3 / depth), max(2, depth // 3)))
-    weights = sum(p.numel() for p in model.parameters())
-    size = default_adapter_size(hidden, weights, len(plan.dynamic_layers))
-    heads = SkipHeads(plan, HeadsConfig(hidden, size)).to(dtype).eval()
-    skipper = attach(model, plan, heads)
-    embeds = torch.randn(1, config.tokens, hidden, dtype=dtype)
+    kinds, depth = _kinds(config)
 
-    heads_s = 0.0
-
-    def full() -> int:
-        model(inputs_embeds=embeds, use_cache=False)
-        return int(depth)
-
-    def skipping(points: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> Callable[[], int]:
-        def run() -> int:
-            nonlocal heads_s
-            with skipper.step(points, threshold=-1.0) as step:
-                model(inputs_embeds=embeds, use_cache=False)
-            heads_s = step.adapters_s / len(step.targets[0]) + step.controllers_s / len(step.outputs[0])
-            return int(step.layers_run.sum())
-
-        return run
-
-    kinds = [full, *(skipping(_points(plan, max(1, round(share * depth)))) for share in SHARES)]
-    times = np.zeros((config.rounds, len(kinds)))
-    heads_times = np.zeros_like(times)
+    # Let the kinds of pass take turns; the first round is warm-up
     layers = [0] * len(kinds)
+    times, heads_times = np.zeros((2, config.rounds, len(kinds)))
     with torch.inference_mode(), tqdm(total=(config.rounds + 1) * len(kinds), desc="measuring", unit="pass") as bar:
-        for turn in range(-1, config.rounds):  # the first is warm-up
+        for turn in range(-1, config.rounds):
             for kind, run in enumerate(kinds):
                 started = time.perf_counter()
-                layers[kind] = run()
+                layers[kind], heads_s = run()
                 if turn >= 0:
                     times[turn, kind] = time.perf_counter() - started
                     heads_times[turn, kind] = heads_s
                 bar.update()
+
+    # Compare each kind with the full model
     p50, p99 = np.percentile(times, [50, 99], axis=0)
     shares = np.median(heads_times, axis=0) / (p50[0] / depth)
     return [
@@ -141,8 +135,39 @@ def bench_backbone(config: BackboneBenchConfig) -> list[Pass]:
     ]
 
 
-def _points(plan: SkipPlan, skipped: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """Allow points that leave so many layers out, or as many as can be: whole blocks first."""
+def _kinds(config: BackboneBenchConfig) -> tuple[list[Callable[[], tuple[int, float]]], int]:
+    """The kinds of pass, the full model first, and the decoder's depth.
+
+    A kind is a function that runs a pass, and returns how many layers ran and the seconds of an adapter and a
+    controller.
+    """
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    model = _decoder(config.config, dtype)
+    depth = len(find_all_layers(model))
+    hidden = int(model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
+    plan = SkipPlan(depth, choose_static_layers(np.ones(depth), max(0.17, 3 / depth), max(2, depth // 3)))
+    weights = sum(p.numel() for p in model.parameters())
+    size = default_adapter_size(hidden, weights, len(plan.dynamic_layers))
+    heads = SkipHeads(plan, HeadsConfig(hidden, size)).to(dtype).eval()
+    skipper = attach(model, plan, heads)
+    embeds = torch.randn(1, config.tokens, hidden, dtype=dtype)
+
+    def full() -> tuple[int, float]:
+        model(inputs_embeds=embeds, use_cache=False)
+        return depth, 0.0
+
+    def skipping(points: Points) -> tuple[int, float]:
+        with skipper.step(points, threshold=-1.0) as step:
+            model(inputs_embeds=embeds, use_cache=False)
+        heads_s = step.adapters_s / len(step.targets[0]) + step.controllers_s / len(step.outputs[0])
+        return int(step.layers_run.sum()), heads_s
+
+    skips = [partial(skipping, _points(plan, max(1, round(share * depth)))) for share in SHARES]
+    return [full, *skips], depth
+
+
+def _points(plan: SkipPlan, skipped: int) -> Points:
+    """Allow points with which so many layers are skipped, or as many as possible: whole blocks first."""
     points = []
     for block in plan.blocks:
         here = min(skipped, block.length)
@@ -160,6 +185,12 @@ def _decoder(text: str, dtype: torch.dtype) -> torch.nn.Module:
     return model.eval()
 
 
+def _size(text: str) -> tuple[int, int] | None:
+    """Layers and width of "24x2048"; None for another form."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def _backbone_of(name: str) -> torch.nn.Module:
     backbone = getattr(load_skippable_policy(name), "backbone", None)
     if not isinstance(backbone, torch.nn.Module):
@@ -168,11 +199,9 @@ def _backbone_of(name: str) -> torch.nn.Module:
 
 
 def _architecture(text: str) -> PretrainedConfig:
-    parts = text.split("x")
-    if len(parts) == 2 and all(part.isdigit() for part in parts):
-        layers, width = map(int, parts)
-        if layers < 4 or width % 128:
-            raise ConfigError(f"config: {text} needs at least 4 layers and a width that is a multiple of 128.")
+    size = _size(text)
+    if size is not None:
+        layers, width = size
         return LlamaConfig(
             vocab_size=32,
             hidden_size=width,
@@ -183,16 +212,15 @@ def _architecture(text: str) -> PretrainedConfig:
     try:
         architecture = AutoConfig.from_pretrained(text)
     except (OSError, ValueError) as error:
-        place = Path(text)
         raise ConfigError(
-            f"config: {place} is neither LAYERSxWIDTH, nor a policy, nor a model's configuration ({error})."
+            f"config must be LAYERSxWIDTH, a policy or a model's configuration, got {text!r} ({error})."
         ) from error
     decoder: PretrainedConfig = architecture.get_text_config()
     return decoder
 
 
 def render_backbone(config: BackboneBenchConfig, passes: list[Pass]) -> str:
-    """The measurement as Markdown."""
+    """Render the measurement as Markdown."""
     lines = [
         f"{config.config}, {config.tokens} tokens, {config.dtype}, {config.rounds} rounds in turns:",
         "",

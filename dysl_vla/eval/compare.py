@@ -1,4 +1,4 @@
-"""`dysl eval compare`: runs of different policies on the same episodes, paired."""
+"""`dysl eval compare`: a comparison of runs of different policies on the same episodes, paired."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dysl_vla.eval.statistics import PairedSuccess
 from dysl_vla.files import read_lines
 
 PROTOCOL = ("suite", "seed", "horizon", "episodes")
-"""What must be the same for two runs' episodes to be pairs."""
+"""Figures that must be equal for two runs' episodes to be pairs."""
 SIMULATORS = ("mujoco", "metaworld", "robosuite", "numpy")
 """Packages whose versions decide initial states and physics."""
 SPEED = ("torch", "transformers", "python")
@@ -23,13 +23,13 @@ SPEED = ("torch", "transformers", "python")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run against the first one.
+    """A run compared with the first one.
 
     Attributes:
-        run: The run's folder.
-        success: The pairs; the first run is the first method.
-        latency_ratio: For each part of the latency, the first run's over this one's: above 1 is faster. None when the
-            two were not measured alike.
+        run: Folder of the run.
+        success: The pairs of episodes; the first run is the first method.
+        latency_ratio: For each part of the latency, the first run's over this one's, so that above 1 is faster. None
+            when the two were measured under different conditions.
     """
 
     run: Path
@@ -41,33 +41,35 @@ def compare(runs: Sequence[Path]) -> list[Comparison]:
     """Pair the episodes of each run with those of the first, by (task, seed, episode index).
 
     Raises:
-        ConfigError: Fewer than two runs, an unfinished one, or runs that are not comparable, saying why.
+        ConfigError: There are fewer than two runs, one is unfinished, or two cannot be compared; the message says why.
     """
     if len(runs) < 2:
-        raise ConfigError("compare: give at least two folders of `dysl eval`.")
+        raise ConfigError("compare needs at least two folders of `dysl eval`.")
     results = [read_result(run) for run in runs]
     for run, result in zip(runs, results, strict=True):
         for name in (*PROTOCOL, "latency_ms", "machine", "workers", "versions"):
             if name not in result:
-                raise ConfigError(f"compare: {run}/result.json has no {name!r}; it is not of `dysl eval`.")
+                raise ConfigError(f"compare: {run}/result.json has no {name!r}, so it is not a result of `dysl eval`.")
     outcomes = [_outcomes(run) for run in runs]
     for run, result, outcome in zip(runs[1:], results[1:], outcomes[1:], strict=True):
         for name in PROTOCOL:
             if result[name] != results[0][name]:
                 raise ConfigError(
-                    f"compare: {name} is {results[0][name]} in {runs[0]} and {result[name]} in {run}; "
-                    "run both with the same."
+                    f"compare: {name} must be equal, got {results[0][name]} in {runs[0]} and {result[name]} in {run}; "
+                    "run both with the same value."
                 )
         for name in SIMULATORS:
             mine, theirs = results[0]["versions"].get(name), result["versions"].get(name)
             if mine != theirs:
                 raise ConfigError(
-                    f"compare: {name} was {mine} in {runs[0]} and {theirs} in {run}, so that the same episode is not "
-                    "the same; run both with one version."
+                    f"compare: {name} was {mine} in {runs[0]} and {theirs} in {run}, which gives other episodes; "
+                    "run both with one version."
                 )
         if not outcome or outcome.keys() != outcomes[0].keys():
             odd = next(iter(outcome.keys() ^ outcomes[0].keys()), "none")
-            raise ConfigError(f"compare: {runs[0]} and {run} do not hold the same episodes ({odd}); finish both.")
+            raise ConfigError(
+                f"compare: {runs[0]} and {run} must hold the same episodes, but {odd} is in one alone; finish both."
+            )
     return [
         Comparison(run, _pair(outcomes[0], outcome), _ratios(results[0], result))
         for run, result, outcome in zip(runs[1:], results[1:], outcomes[1:], strict=True)
@@ -106,12 +108,12 @@ def _p_value(p: float) -> str:
 
 
 def render_comparison(runs: Sequence[Path], comparisons: Sequence[Comparison]) -> str:
-    """Comparisons as Markdown."""
+    """Render comparisons as Markdown."""
     lines = [
         f"Against {runs[0]}:",
         "",
-        "| run | its success, points more (95 % interval) | episodes it won : lost | McNemar p "
-        "| its policy is faster: mean, p50, p99 | its LLM |",
+        "| run | difference in success, points (95 % interval) | episodes won : lost | McNemar p "
+        "| speed-up of the policy: mean, p50, p99 | of the LLM |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for comparison in comparisons:

@@ -1,4 +1,7 @@
-"""What an evaluation is of. Needs no simulator, which an evaluation on demonstrations does without."""
+"""The configuration of an evaluation, and the variants of a policy that it runs.
+
+Needs no simulator, so that an evaluation on demonstrations does without one.
+"""
 
 from __future__ import annotations
 
@@ -13,83 +16,105 @@ from dysl_vla.skip_controller.operating import ABLATIONS, Ablation
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluate a policy in simulation or on demonstrations. The same command continues a run that was interrupted."""
+    """Evaluate a policy in simulation or on demonstrations. The same command continues a run that was interrupted.
+
+    Raises:
+        ConfigError: A value is out of range, or two options contradict each other.
+    """
 
     out: Path
     """Folder for records, figures and videos."""
     policy: str = "metaworld-mini"
     """A shipped checkpoint's name, a checkpoint's folder, a Hugging Face hub id, or mock (for the mock suite)."""
     data: Path | None = None
-    """Folder of demonstrations, a LeRobotDataset v3: no simulator, but the distance of the policy's actions from those
-    demonstrated in held-out episodes, of the full model and of the one that skips layers, where it can. Of the other
-    options, `--out`, `--policy`, `--skip`, `--variants`, `--episodes` (in all) and `--held-out` count then."""
+    """Folder of demonstrations, a LeRobotDataset v3. No simulator is needed then: the policy's actions are compared
+    with those demonstrated in held-out episodes, for the full model and, where the policy can skip layers, for
+    skipping. Of the other options only `--out`, `--policy`, `--skip`, `--variants`, `--episodes` (in all) and
+    `--held-out` count."""
     held_out: float | None = None
-    """With `--data`: share of its episodes that are held out; when not given, as the policy was trained; 1: all of
-    them, for demonstrations that the policy was not trained on."""
-    suite: str = ""
-    """What is evaluated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, mock; when empty, the suite that
-    the policy was trained in."""
-    robot: str = ""
+    """With `--data`: the share of its episodes that is held out. When not given, the split of the policy's training
+    applies; 1 takes all of them, for demonstrations that the policy was not trained on."""
+    suite: str | None = None
+    """Suite to evaluate on: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all or mock. When not given, it is
+    the suite that the policy was trained in."""
+    robot: str | None = None
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
-    tasks: str = ""
-    """Comma-separated tasks; when empty, all of the suite, or those of it that the policy was trained in when none is
-    named."""
+    tasks: str | None = None
+    """Comma-separated tasks. When not given, they are all of the suite, or, without a suite, those that the policy was
+    trained in."""
     episodes: int = 10
     """Episodes of each task."""
     seed: int = FIRST_EVALUATION_SEED
-    """Seed of the initial states; from 100000 on, those below are for demonstrations."""
+    """Seed of the initial states, at least 100000: lower ones belong to demonstrations."""
     workers: int = 1
     """Processes that run episodes side by side, one inference thread each. Latencies are only comparable with 1."""
     video: int = 0
-    """Record videos of this many episodes of each task."""
+    """Number of episodes of each task that are recorded as videos."""
     skip: float | None = None
-    """How much a policy with adapters and controllers skips, from 0 (the full model, exactly) to 1; its checkpoint's
-    operating point when not given."""
-    variants: str = ""
-    """Comma-separated: run each episode once with each of these variants of the policy, in turn, each into its own
-    folder under `out`, and compare them with the first: full, dysl, no-guidance, no-verification, controllers
-    (neither), random."""
+    """How much a policy with adapters and controllers skips, from 0 (the full model, exactly) to 1. When not given, it
+    is the operating point of its checkpoint."""
+    variants: str | None = None
+    """Comma-separated variants of the policy: full, dysl, no-guidance, no-verification, controllers (neither), random.
+    Each episode is run once with each of them, in turn; each has its own folder under `out`, and is compared with the
+    first."""
 
     def __post_init__(self) -> None:
         for name in ("episodes", "workers"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.video < 0:
+            raise ConfigError(f"video must be at least 0, got {self.video}; 0 records none.")
+        if self.seed < FIRST_EVALUATION_SEED:
+            raise ConfigError(
+                f"seed must be at least {FIRST_EVALUATION_SEED}, got {self.seed}; lower ones belong to demonstrations."
+            )
+        if self.skip is not None and not 0 <= self.skip <= 1:
+            raise ConfigError(f"skip must be from 0 (the full model) to 1, got {self.skip}.")
         if self.held_out is not None and self.data is None:
-            raise ConfigError("held_out: goes with --data.")
+            raise ConfigError("held_out is only used with data; add --data, or leave --held-out out.")
+        variants_of(self)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of the policy that is evaluated."""
+    """One variant of the policy that is evaluated.
+
+    Attributes:
+        name: Its name, which is also its folder's; empty for the only one of a run.
+        skip: How much it skips; None: the operating point of its checkpoint.
+        ablation: Parts of the method that are switched off; None for the full method and the full model.
+    """
 
     name: str
     skip: float | None
     ablation: Ablation | None
 
     def load(self, policy: str) -> Policy:
-        """This variant of the policy of a name."""
+        """Load a policy, by name or folder, as this variant of it."""
         return load_policy(policy, skip=self.skip, ablation=self.ablation)
 
     def folder(self, out: Path) -> Path:
-        """Where its records are."""
+        """The folder of its records, in the run's folder `out`."""
         return out / self.name
 
 
 def variants_of(config: EvalConfig) -> list[Variant]:
-    """The variants that are run: one, into `out` itself, unless `variants` names several.
+    """The variants that are run: those that `variants` names, else a single one, whose records are in `out` itself.
 
     Raises:
-        ConfigError: A name that means nothing, or is there twice.
+        ConfigError: A name is unknown or given twice, or `skip` is 0 for a variant that skips.
     """
-    if not config.variants:
+    if config.variants is None:
         return [Variant("", config.skip, None)]
     variants = []
     for name in map(str.strip, config.variants.split(",")):
         if name != "full" and name not in ABLATIONS:
-            raise ConfigError(f"variants: unknown {name!r}; there are: full, {', '.join(ABLATIONS)}.")
+            raise ConfigError(f"variants must be of full, {', '.join(ABLATIONS)}, got {name!r}.")
         variants.append(Variant(name, 0.0, None) if name == "full" else Variant(name, config.skip, ABLATIONS[name]))
     if config.skip == 0 and any(variant.name != "full" for variant in variants):
-        raise ConfigError(f"skip: 0 is the full model; leave {config.variants!r} out, or take a skip above 0.")
+        raise ConfigError(
+            f"skip must be above 0 with variants {config.variants!r}, got 0, which is the full model; leave one out."
+        )
     if len({variant.name for variant in variants}) < len(variants):
-        raise ConfigError(f"variants: {config.variants!r} names one twice.")
+        raise ConfigError(f"variants must name each one once, got {config.variants!r}.")
     return variants

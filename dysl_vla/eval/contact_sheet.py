@@ -1,4 +1,4 @@
-"""What is drawn on videos, and videos of episodes on one picture, so that a run can be looked at in a second."""
+"""Pictures of a run: what is drawn under the frames of a video, and a contact sheet of many videos."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ COLUMNS = 6
 SIDE = 144
 CAPTION = 14
 STRIP = 48
-"""Pixels under a frame."""
+"""Height of the strip under a frame, in pixels."""
 
 
 def write_contact_sheet(videos: Sequence[Path], path: Path) -> None:
-    """Draw frames of each video, evenly spaced from its first to its last, a row a video under its name.
+    """Draw a row of frames for each video, evenly spaced from its first to its last, under the video's name.
 
     Args:
         videos: MP4 files.
-        path: Ends in `.png`.
+        path: Path of the picture, which ends in `.png`.
     """
     read = [list(read_video(video)) for video in videos]
     height = max(round(SIDE * frames[0].shape[0] / frames[0].shape[1]) for frames in read)
@@ -44,18 +44,18 @@ def write_contact_sheet(videos: Sequence[Path], path: Path) -> None:
 
 
 def draw_skipping(frame: ImageArray, trace: SkipTrace, continuities: Sequence[float | None]) -> ImageArray:
-    """Put under a frame what layer skipping does there.
+    """Draw under a frame what layer skipping did.
 
-    A cell a layer, green if it ran, grey if it was skipped; the continuity of the trajectory so far, the latest on the
-    right; a red frame where the full model predicted again.
+    The strip has a cell for each layer, green if it ran and grey if it was skipped, and the continuity of the
+    trajectory so far, the latest on the right. The picture has a red border where the full model predicted again.
 
     Args:
         frame: uint8, (height, width, 3).
-        trace: Of the inference that ran most layers since the last frame.
-        continuities: Of the episode's inferences until now.
+        trace: Trace of the inference that ran most layers since the last frame.
+        continuities: Continuity at the episode's inferences until now.
 
     Returns:
-        uint8, (height + STRIP, width, 3).
+        The picture, uint8, (height + STRIP, width, 3).
     """
     height, width = frame.shape[:2]
     canvas = Image.new("RGB", (width, height + STRIP), "white")

@@ -1,4 +1,4 @@
-"""`dysl plot`: where an evaluation's layers went, and what speed cost."""
+"""`dysl plot`: pictures of the layers that ran in an evaluation, and of success over latency."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ BINS = 20
 
 
 def plot(folder: Path) -> list[Path]:
-    """Draw what a folder of `dysl eval` holds, into it.
+    """Draw the runs in a folder of `dysl eval`, into that folder.
 
     Args:
-        folder: One run, or the several of `--variants`.
+        folder: Folder of one run, or of the several runs of `--variants`.
 
     Returns:
-        The pictures.
+        Paths of the pictures.
 
     Raises:
-        ConfigError: It holds no finished run, or none that skips layers.
+        ConfigError: The folder holds no finished run, or none that skips layers.
     """
     runs = [folder] if (folder / RESULT).is_file() else sorted(path.parent for path in folder.glob(f"*/{RESULT}"))
     if not runs:
@@ -39,7 +39,7 @@ def plot(folder: Path) -> list[Path]:
     results = [read_result(run) for run in runs]
     skipping = [(run, result) for run, result in zip(runs, results, strict=True) if result.get("layers")]
     if not skipping:
-        raise ConfigError(f"{folder}: holds no run that skips layers; there is nothing to draw.")
+        raise ConfigError(f"{folder}: holds no run that skips layers; evaluate with --variants full,dysl.")
     pictures = [folder / LAYERS_PICTURE]
     _draw_layers(skipping, pictures[0])
     if len(runs) > 1:
@@ -49,7 +49,7 @@ def plot(folder: Path) -> list[Path]:
 
 
 def _draw_layers(runs: Sequence[tuple[Path, dict[str, Any]]], path: Path) -> None:
-    """Layers an inference over the episode's progress, a line a task, a panel a run."""
+    """Draw the layers an inference over the episode's progress, with a line for each task and a panel for each run."""
     figure = Figure(figsize=(8, 3.2 * len(runs)), layout="constrained")
     panels = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
     for axes, (run, result) in zip(panels, runs, strict=True):
@@ -72,7 +72,7 @@ def _draw_layers(runs: Sequence[tuple[Path, dict[str, Any]]], path: Path) -> Non
 
 
 def _draw_speed(runs: Sequence[Path], results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Success against the LLM's mean latency, a point a run."""
+    """Draw success over the LLM's mean latency, with a point for each run."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for run, result in zip(runs, results, strict=True):

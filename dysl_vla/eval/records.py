@@ -1,13 +1,13 @@
-"""The folder of a run: what is in it, how it is continued after a kill, how it is read.
+"""The folder of a run: its files, and how it is written, continued after a kill, and read.
 
-run.json          what is run; a folder of another run is refused
+run.json          settings of the run; a folder of another run is refused
 episodes.jsonl    one line an episode, appended when it has ended
 parts/            one Parquet file an episode, written before its line; merged when the run ends
 steps.parquet     one row a step
 result.json       the figures
 report.md         the figures for people
 videos/           videos of episodes, if asked for
-contact_sheet.png         frames of the first video of each task
+contact_sheet.png frames of the first video of each task
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RESULT, REPORT, VIDEOS, CONTACT_SHEET = "result.json", "report.md", "videos", "c
 
 TIMES = ("physics_ms", "render_ms", "encode_ms", "llm_ms", "decode_ms", "guidance_ms", "total_ms")
 SKIP_TIMES = ("controllers_ms", "adapters_ms", "verify_ms")
-"""Within `llm_ms`."""
+"""Times that are part of `llm_ms`."""
 STEP_SCHEMA = pa.schema(
     [
         ("task", pa.string()),
@@ -68,14 +68,14 @@ STEP_SCHEMA = pa.schema(
 
 
 class RunFolder:
-    """A run's folder, a new one or one that is continued.
+    """The folder of a run that is begun or continued.
 
     Args:
         root: The folder.
-        identity: What decides the run's result, JSON-like.
+        identity: Settings that decide the run's result, JSON-like.
 
     Raises:
-        ConfigError: The folder holds another run, or something else; it is left as it was.
+        ConfigError: The folder holds another run, or something else; nothing in it was changed.
     """
 
     def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
@@ -84,42 +84,42 @@ class RunFolder:
         if (root / RUN).is_file():
             check_same_run(root / RUN, identity)
         elif not is_unused(root):
-            raise ConfigError(f"out: {root} is not empty and holds no run; give a new folder.")
+            raise ConfigError(f"out must be a new folder or one of a run; {root} is not empty and holds no run.")
 
     @contextmanager
     def locked_dir(self) -> Iterator[None]:
-        """Own the folder while the run goes on.
+        """Lock the folder while the run goes on, and write the run's settings.
 
         Raises:
-            ConfigError: Another process has it.
+            ConfigError: Another process has locked it.
         """
         with locked_dir(self.root):
             write_json(self.root / RUN, self._identity)
             yield
 
     def is_finished(self) -> bool:
-        """Its figures are there."""
+        """Tell whether the run's figures are written."""
         return (self.root / RESULT).exists()
 
     def episodes(self) -> list[dict[str, Any]]:
-        """The episodes that have ended."""
+        """Return the records of the episodes that have ended."""
         return read_lines(self.root / EPISODES)
 
     def write_part(self, key: EpisodeKey, steps: list[dict[str, Any]]) -> None:
-        """Write an episode's steps; called in the process that ran it."""
+        """Write an episode's steps, in the process that ran it."""
         with atomic_write(self._part(key.task, key.index)) as temporary:
             pq.write_table(pa.Table.from_pylist(steps, STEP_SCHEMA), temporary)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Count an episode as ended."""
+        """Record that an episode has ended."""
         append_line(self.root / EPISODES, record)
 
     def steps(self, episodes: list[dict[str, Any]]) -> pa.Table:
-        """The steps of the given episodes, in their order."""
+        """Return the steps of the given episodes, in their order."""
         return pa.concat_tables([pq.read_table(self._part(e["task"], e["episode_index"])) for e in episodes])
 
     def finish(self, steps: pa.Table, result: Mapping[str, Any], report: str) -> None:
-        """Write everything that summarises the run."""
+        """Write the files that summarise the run."""
         with atomic_write(self.root / STEPS) as temporary:
             pq.write_table(steps, temporary, compression="zstd")
         videos = sorted((self.root / VIDEOS).glob("*-000-*.mp4"))
@@ -130,7 +130,7 @@ class RunFolder:
         shutil.rmtree(self.root / PARTS, ignore_errors=True)
 
     def video(self, key: EpisodeKey, success: bool) -> Path:
-        """Where an episode's video belongs."""
+        """Return the path of an episode's video."""
         return self.root / VIDEOS / f"{key.task}-{key.index:03d}-{'success' if success else 'failure'}.mp4"
 
     def _part(self, task: str, index: int) -> Path:
@@ -138,7 +138,7 @@ class RunFolder:
 
 
 def read_result(root: Path) -> dict[str, Any]:
-    """A finished run's figures.
+    """Read the figures of a finished run.
 
     Raises:
         ConfigError: The folder holds no finished run.

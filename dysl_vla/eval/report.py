@@ -1,4 +1,4 @@
-"""From records to figures, and from figures to a table that people read."""
+"""The figures of a run, computed from its records and rendered as tables."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ LATENCY_PARTS = ("total", "encode", "llm", "decode", "guidance")
 def summarise(
     episodes: Sequence[Mapping[str, Any]], steps: pa.Table, tasks: Sequence[str], spec: PolicySpec
 ) -> dict[str, Any]:
-    """The figures of a run.
+    """Compute the figures of a run.
 
     Args:
         episodes: Lines of `episodes.jsonl`.
         steps: Rows of `steps.parquet`.
-        tasks: In the order of the report.
-        spec: Of the policy.
+        tasks: Tasks in the order of the report.
+        spec: Specification of the policy.
 
     Returns:
         `success_rate`, `success_ci95`, `per_task`, `episodes`, `latency_ms`, `render_ms`, `physics_ms`,
-        `control_rate_hz`: the actions a second that the policy alone could sustain, by its median and its p99; `layers`
-        for a policy that skips, see `layers_by_importance`.
+        `control_rate_hz` (the actions a second that the policy alone could sustain, by its median and its p99), and
+        `layers` (see `layers_by_importance`; None for a policy that skips nothing).
     """
     successes = sum(episode["success"] for episode in episodes)
     latency = {part: quantiles(steps[f"{part}_ms"]) for part in LATENCY_PARTS}
@@ -50,10 +50,10 @@ def summarise(
 
 
 def layers_by_importance(steps: pa.Table, spec: PolicySpec) -> dict[str, float | None] | None:
-    """How many layers ran, in all and near the gripper's closing and opening.
+    """Count the layers that ran, in all and near the gripper's closing and opening.
 
     The gripper closes or opens where its command has moved by half a deviation of the demonstrated commands since it
-    last did, or since the episode began; noise is no event. Near are the five steps around.
+    last did, or since the episode began, so that noise is no event. The five steps around an event are near it.
 
     Returns:
         `mean`, `p99`, `near_gripper`, `free_motion` (means over inferences), `ratio` of these two, `verified` (share of
@@ -78,7 +78,7 @@ def layers_by_importance(steps: pa.Table, spec: PolicySpec) -> dict[str, float |
 
 
 def near_gripper_events(steps: pa.Table, spec: PolicySpec) -> NDArray[np.bool_]:
-    """Which steps are among the five around a gripper's closing or opening; (steps,)."""
+    """Tell which steps, (steps,), are among the five around a gripper's closing or opening."""
     near = np.zeros(len(steps), np.bool_)
     actions = np.array(steps["action"].to_pylist())
     begins = np.asarray(steps["step"].to_numpy()) == 0
@@ -96,7 +96,7 @@ def near_gripper_events(steps: pa.Table, spec: PolicySpec) -> NDArray[np.bool_]:
 
 
 def quantiles(column: pa.ChunkedArray) -> dict[str, float]:
-    """Mean, p50, p95, p99 of the values that exist; zeros when none does."""
+    """Compute mean, p50, p95 and p99 of the values that exist; they are zero when none does."""
     values = np.asarray(column.drop_null().to_numpy(), np.float64)
     if not len(values):
         return dict.fromkeys(("mean", "p50", "p95", "p99"), 0.0)
@@ -115,7 +115,7 @@ def _of_task(episodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def render_report(result: Mapping[str, Any]) -> str:
-    """A result as Markdown."""
+    """Render a result as Markdown."""
     low, high = result["success_ci95"]
     lines = [
         f"# {result['policy']} on {result['suite']}",

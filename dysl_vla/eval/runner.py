@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.envs import FIRST_EVALUATION_SEED, Suite, TaskEnvs, get_suite, with_robot
+from dysl_vla.envs import Suite, TaskEnvs, get_suite, with_robot
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig, Variant, variants_of
 from dysl_vla.eval.offline import evaluate_offline
@@ -32,8 +32,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run what is missing of an evaluation, and write its figures.
 
     Returns:
-        `result.json`; with `variants`, {"variants": name to `result.json`}. With `data`, see
-        `offline.evaluate_offline`.
+        The figures of each variant, by its name, under "variants"; without `config.variants` there is one, "policy".
+        They are those of its `result.json`; with `config.data`, `offline.evaluate_offline` says what they are, and
+        which others stand beside "variants".
 
     Raises:
         ConfigError: A value cannot work, the policy does not fit the suite, or `out` holds another run. Nothing was
@@ -44,13 +45,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     variants = variants_of(config)
     if config.variants and (config.out / RUN).exists():
         raise ConfigError(f"out: {config.out} holds another run; give a new folder.")
-    if config.suite:  # loading takes longer than finding that there is none such
+    if config.suite is not None:  # loading takes longer than finding that there is none such
         resolve_tasks(config, None)
     policies = [variant.load(config.policy) for variant in variants]
     suite, tasks = resolve_tasks(
         config, max((policy.provenance for policy in policies), key=len)
     )  # one says of its heads
-    config = replace(config, suite=suite.name, robot="", tasks=",".join(tasks))
+    config = replace(config, suite=suite.name, robot=None, tasks=",".join(tasks))
     for policy in policies:
         check_seed(config.seed, policy)
     with closing(suite.make(tasks[0], policies[0].spec.cameras)) as env:
@@ -76,8 +77,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             _run(config, runs, keys)
             for run in runs:
                 _finish(config, run, suite, tasks, keys)
-    results = {run.variant.name: read_result(run.folder.root) for run in runs}
-    return {"variants": results} if config.variants else results[""]
+    return {"variants": {run.variant.name or "policy": read_result(run.folder.root) for run in runs}}
 
 
 def resolve_tasks(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ...]]:
@@ -136,10 +136,6 @@ def check_seed(seed: int, policy: Policy) -> None:
     Raises:
         ConfigError: Naming the seed.
     """
-    if seed < FIRST_EVALUATION_SEED:
-        raise ConfigError(
-            f"seed: {seed} belongs to demonstrations; evaluation takes seeds from {FIRST_EVALUATION_SEED} on."
-        )
     trained = {origin["seed"] for origin in provenance.origins(policy.provenance)}
     if seed in trained:
         raise ConfigError(f"seed: the policy was trained on seed {seed}; take another.")
@@ -189,6 +185,7 @@ def _episodes(
     config: EvalConfig, todo: Sequence[tuple[VariantRun, EpisodeKey]]
 ) -> Iterator[tuple[VariantRun, dict[str, Any]]]:
     """Records of episodes, in the order in which they end."""
+    assert config.suite is not None  # `evaluate` has resolved it
     if config.workers == 1:
         use_one_inference_thread()
         with closing(_Bench(get_suite(config.suite))) as bench:
@@ -257,5 +254,6 @@ def _worker_policy(name: str, variant: Variant, fingerprint: str) -> Policy:
 def _run_in_worker(
     config: EvalConfig, variant: Variant, fingerprint: str, folder: RunFolder, key: EpisodeKey
 ) -> dict[str, Any]:
+    assert config.suite is not None
     policy = _worker_policy(config.policy, variant, fingerprint)
     return _worker_bench(config.suite).run(policy, folder, key, video=key.index < config.video)

@@ -1,6 +1,6 @@
-"""The statistics of success: intervals and tests for proportions, alone and paired.
+"""Statistics of success: intervals and tests for proportions, alone and paired.
 
-Not for latencies, which are described by their quantiles (`report`).
+Latencies are described by their quantiles instead (`report`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a success rate; (0, 1) without trials."""
+    """Compute Wilson's 95 % score interval of a success rate; it is (0, 1) without trials."""
     if trials == 0:
         return 0.0, 1.0
     interval = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
@@ -26,13 +26,13 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class PairedSuccess:
-    """Two methods on the same episodes.
+    """Counts of the outcomes of two methods on the same episodes.
 
     Attributes:
         both: Episodes in which both succeed.
-        only_first: In which only the first does.
-        only_second: In which only the second does.
-        neither: In which none does.
+        only_first: Episodes in which only the first succeeds.
+        only_second: Episodes in which only the second succeeds.
+        neither: Episodes in which neither succeeds.
     """
 
     both: int
@@ -42,7 +42,7 @@ class PairedSuccess:
 
     @property
     def episodes(self) -> int:
-        """Pairs in all."""
+        """Number of pairs."""
         return self.both + self.only_first + self.only_second + self.neither
 
     @property
@@ -51,7 +51,7 @@ class PairedSuccess:
         return (self.only_second - self.only_first) / self.episodes
 
     def difference_ci95(self) -> tuple[float, float]:
-        """95 % interval of the difference: Newcombe's square-and-add for paired proportions (1998, method 10)."""
+        """Compute the 95 % interval of the difference: Newcombe's square-and-add for pairs (1998, method 10)."""
         n = self.episodes
         first, second = self.both + self.only_first, self.both + self.only_second
         low_1, high_1 = wilson(first, n)
@@ -79,6 +79,6 @@ class PairedSuccess:
         return product / math.sqrt(margins)
 
     def mcnemar_p(self) -> float:
-        """Two-sided exact McNemar test: could the two succeed equally often?"""
+        """Compute the p-value of the two-sided exact McNemar test, that the two succeed equally often."""
         changed = self.only_first + self.only_second
         return float(stats.binomtest(self.only_first, changed).pvalue) if changed else 1.0

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import psutil
@@ -32,6 +33,11 @@ PROMISED = {
 
 def config(out: Path, **changes: object) -> EvalConfig:
     return replace(EvalConfig(out=out, policy="mock", suite="mock", episodes=5), **changes)  # type: ignore[arg-type]
+
+
+def figures(config: EvalConfig) -> dict[str, Any]:
+    """Of an evaluation without variants."""
+    return evaluate(config)["variants"]["policy"]
 
 
 def outcomes(out: Path) -> list[tuple[object, ...]]:
@@ -63,13 +69,13 @@ def test_a_result_names_the_suite_and_the_tasks_that_were_played(
     origins = [{"suite": "mock", "task": "reach", "seed": 0, "episodes": 1}]
     policy.provenance = MappingProxyType({"data": {"origins": origins}})  # type: ignore[assignment]
     monkeypatch.setattr("dysl_vla.eval.config.load_policy", lambda _, **__: policy)
-    played = evaluate(config(tmp_path / "r", suite="", episodes=1))
+    played = figures(config(tmp_path / "r", suite=None, episodes=1))
     assert set(played["per_task"]) == {"reach"}
     assert (played["config"]["suite"], played["config"]["tasks"]) == ("mock", "reach")
 
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
-    result = evaluate(config(tmp_path / "r", video=1))
+    result = figures(config(tmp_path / "r", video=1))
     assert json.loads((tmp_path / "r/result.json").read_text()) == json.loads(json.dumps(result))
     assert all(name in result for name in PROMISED)
     for part in ("total", "encode", "llm", "decode", "guidance"):
@@ -84,7 +90,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
 
 
 def test_success_in_the_records_is_the_environments(tmp_path: Path) -> None:
-    result = evaluate(config(tmp_path / "r", episodes=20))
+    result = figures(config(tmp_path / "r", episodes=20))
     env, policy = MockEnv("reach"), MockPolicy()
     again = [run_episode(env, policy, EpisodeKey("reach", 100_000, index)).success for index in range(20)]
     assert [e[2] for e in outcomes(tmp_path / "r") if e[0] == "reach"] == again
@@ -93,7 +99,7 @@ def test_success_in_the_records_is_the_environments(tmp_path: Path) -> None:
 
 
 def test_latencies_are_those_of_inferences_alone(tmp_path: Path) -> None:
-    result = evaluate(config(tmp_path / "r"))
+    result = figures(config(tmp_path / "r"))
     rows = pq.read_table(tmp_path / "r/steps.parquet").to_pylist()
     timed = [row["total_ms"] for row in rows if row["total_ms"] is not None]
     assert len(timed) == sum(e["inferences"] for e in read_lines(tmp_path / "r/episodes.jsonl"))
@@ -121,8 +127,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_result(tmp_path: Path) -> Non
         process.kill()
         process.wait()
     assert not (tmp_path / "killed/result.json").exists()
-    killed = evaluate(config(tmp_path / "killed", episodes=120))
-    whole = evaluate(config(tmp_path / "whole", episodes=120))
+    killed = figures(config(tmp_path / "killed", episodes=120))
+    whole = figures(config(tmp_path / "whole", episodes=120))
     assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
     assert decisions(tmp_path / "killed") == decisions(tmp_path / "whole")
     for name in ("success_rate", "success_ci95", "per_task", "episodes"):
@@ -139,7 +145,7 @@ def test_an_interruption_between_records_and_figures_loses_nothing(
     assert not (tmp_path / "r/result.json").exists()
     parts = sorted((tmp_path / "r/parts").iterdir())
     timed = [row["total_ms"] for part in parts for row in pq.read_table(part).to_pylist() if row["total_ms"]]
-    result = evaluate(config(tmp_path / "r"))
+    result = figures(config(tmp_path / "r"))
     assert result["latency_ms"]["total"]["mean"] == pytest.approx(np.mean(timed))
 
 
@@ -193,7 +199,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         ({"suite": "libero"}, "unknown suite"),
         ({"tasks": "fly"}, "unknown task"),
         ({"policy": "nobody"}, "unknown policy"),
-        ({"seed": 5}, "seed: 5 belongs to demonstrations"),
+        ({"seed": 5}, "seed must be at least 100000, got 5"),
         ({"episodes": 0}, "episodes"),
         ({"workers": 0}, "workers"),
     ],

@@ -164,14 +164,14 @@ def evaluated(distilled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_ways_run_the_same_episodes_in_turn(evaluated: Path, distilled: Path, tmp_path: Path) -> None:
     columns = ["task", "episode_index", "step", "action"]
-    alone = evaluate(EvalConfig(out=tmp_path / "r", policy=str(distilled), suite="mock", episodes=2))
+    alone = evaluate(EvalConfig(out=tmp_path / "r", policy=str(distilled), suite="mock", episodes=2))["variants"]
     for name in ("full", "dysl", "random"):
         result = json.loads((evaluated / name / "result.json").read_text())
         assert result["episodes"] == 4
         assert (result["layers"] is None) == (name == "full")
     together = pq.read_table(evaluated / "dysl/steps.parquet", columns=columns)
     assert together.equals(pq.read_table(tmp_path / "r/steps.parquet", columns=columns))
-    assert alone["layers"]["mean"] < 6
+    assert alone["policy"]["layers"]["mean"] < 6
     assert "Layers run an inference" in (evaluated / "dysl/report.md").read_text()
 
 
@@ -212,7 +212,8 @@ def test_tuning_stores_what_meets_the_target(distilled: Path, mock_demos: Path) 
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"tasks": "fly"}, "'fly'"), ({"robot": "R2D2"}, "R2D2"), ({"episodes": 0}, "episodes: 0")]
+    ("change", "message"),
+    [({"tasks": "fly"}, "'fly'"), ({"robot": "R2D2"}, "R2D2"), ({"episodes": 0}, "episodes must be")],
 )
 def test_tuning_looks_where_it_will_play_before_it_measures(
     distilled: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
@@ -223,9 +224,9 @@ def test_tuning_looks_where_it_will_play_before_it_measures(
 
 
 def test_a_policy_plays_where_it_was_trained(distilled: Path, tmp_path: Path) -> None:
-    for variants in ("", "full,dysl"):
+    for variants in (None, "full,dysl"):
         evaluate(EvalConfig(out=tmp_path / f"out-{variants}", policy=str(distilled), episodes=1, variants=variants))
-    for folder in ("out-", "out-full,dysl/full", "out-full,dysl/dysl"):
+    for folder in ("out-None", "out-full,dysl/full", "out-full,dysl/dysl"):
         result = json.loads((tmp_path / folder / "result.json").read_text())
         assert result["suite"] == "mock"
         assert set(result["per_task"]) == {"reach", "linger"}
@@ -260,7 +261,7 @@ def test_ways_that_mean_nothing_are_refused(distilled: Path, evaluated: Path, tm
     def run(out: Path, skip: float | None, variants: str) -> None:
         evaluate(EvalConfig(out=out, policy=str(distilled), suite="mock", skip=skip, variants=variants, episodes=1))
 
-    with pytest.raises(ConfigError, match="skip: 0 is the full model"):
+    with pytest.raises(ConfigError, match="0, which is the full model"):
         run(tmp_path / "r", 0, "full,dysl")
     with pytest.raises(ConfigError, match="as many layers as the stored setting"):
         run(tmp_path / "r", 0.37, "full,random")
