@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from dysl_vla.envs.robosuite import Arm
+from dysl_vla.envs.robosuite_arm import Arm
 from dysl_vla.types import FloatArray
 
 Vector = NDArray[np.float64]
