@@ -282,14 +282,16 @@ class EpisodeState:
     """What a policy remembers of one running episode.
 
     The caller makes it with `Policy.reset`, hands it to every `infer` of that episode and appends each action as it was
-    executed. A batch of episodes is a list of these; nothing is kept anywhere else.
+    executed, as `policies.select_action` does. A batch of episodes is a list of these; nothing is kept anywhere else.
 
     Attributes:
         executed: The latest executed actions, oldest first, each (action,) in the world's units.
+        planned: The actions of the running chunk that are still to be executed, where `policies.select_action` acts.
         needed_at: When the answer to the coming inference is needed, in seconds of `time.perf_counter`; None: no limit.
     """
 
     executed: deque[FloatArray] = field(default_factory=lambda: deque(maxlen=64))
+    planned: deque[FloatArray] = field(default_factory=deque)
     needed_at: float | None = None
 
     def has_time(self, seconds: float) -> bool:

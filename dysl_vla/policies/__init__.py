@@ -12,6 +12,7 @@ from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_policy_type
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies.base import BackbonePolicy, ExportablePolicy, Policy, check_fingerprint, is_known_as, policies
+from dysl_vla.policies.execution import select_action
 from dysl_vla.skip_controller.operating import Ablation
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "load_backbone_policy",
     "load_policy",
     "policies",
+    "select_action",
 ]
 
 
