@@ -212,10 +212,6 @@ def test_a_reset_without_a_seed_starts_the_next_episode(env: ManipulationEnv) ->
         np.testing.assert_array_equal(following[key], value)
 
 
-def test_gymnasium_accepts_the_environment(env: ManipulationEnv) -> None:
-    check_env(env, skip_close_check=True)
-
-
 def test_the_task_is_said_in_words_and_all_tasks_share_an_embodiment(env: ManipulationEnv, name: str) -> None:
     suite, embodiment = get_suite(SIMULATORS[name].suite), env.embodiment
     observation, _ = env.reset(seed=0)
@@ -230,22 +226,16 @@ EMBODIMENTS: dict[str, Any] = {}
 """The embodiment of each simulator's first task."""
 
 
-@pytest.mark.parametrize("bad", ["nan", "infinite", "short", "long"])
-def test_a_bad_action_moves_nothing(env: ManipulationEnv, name: str, bad: str) -> None:
+def test_a_bad_action_moves_nothing(env: ManipulationEnv, name: str) -> None:
     zeros = np.zeros(len(env.embodiment.action_names), np.float32)
-    first = np.eye(len(zeros), dtype=np.float32)[0]
-    action = {
-        "nan": zeros + np.where(first > 0, np.nan, 0),
-        "infinite": zeros + np.where(first > 0, np.inf, 0),
-        "short": zeros[1:],
-        "long": np.append(zeros, zeros[:1]),
-    }[bad]
+    others = np.zeros(len(zeros) - 1, np.float32)
     env.reset(seed=1)
     before = [np.array(values) for values in SIMULATORS[name].physics(env)]
-    with pytest.raises(ActionError):
-        env.step(action)
-    for value, after in zip(before, SIMULATORS[name].physics(env), strict=True):
-        np.testing.assert_array_equal(value, after)
+    for action in ([np.nan, *others], [np.inf, *others], others, [*zeros, 0]):
+        with pytest.raises(ActionError):
+            env.step(np.array(action, np.float32))
+        for value, after in zip(before, SIMULATORS[name].physics(env), strict=True):
+            np.testing.assert_array_equal(value, after)
 
 
 def test_an_action_is_clipped_to_what_the_world_accepts(env: ManipulationEnv) -> None:
@@ -265,7 +255,7 @@ def test_the_expert_solves_the_task_with_actions_that_the_world_accepts(env: Man
             env.expert_action()
         return
     for index in range(2):
-        env.reset(seed=11, options={"episode_index": index})
+        env.reset(seed=13, options={"episode_index": index})
         for _ in range(min(env.horizon, EXPERT_STEPS)):
             action = env.expert_action()
             assert action in env.action_space
@@ -316,14 +306,14 @@ def test_what_does_not_exist_is_named(name: str) -> None:
 
 
 @each_simulator
-def test_every_task_is_registered_with_gymnasium(name: str) -> None:
-    registered = {
-        spec.kwargs["task"]: spec.max_episode_steps
-        for key, spec in gymnasium.registry.items()
-        if key.startswith(f"dysl_vla/{name}-")
-    }
-    suite = get_suite(SIMULATORS[name].suite)
-    assert registered == dict.fromkeys(suite.tasks, suite.horizon)
+def test_gymnasium_makes_every_task_and_accepts_the_environment(name: str) -> None:
+    prefix, suite = f"dysl_vla/{name}-", get_suite(SIMULATORS[name].suite)
+    registered = {spec.kwargs["task"]: spec for key, spec in gymnasium.registry.items() if key.startswith(prefix)}
+    assert {task: spec.max_episode_steps for task, spec in registered.items()} == dict.fromkeys(
+        suite.tasks, suite.horizon
+    )
+    with closing(gymnasium.make(registered[SIMULATORS[name].tasks[0]]).unwrapped) as env:
+        check_env(env, skip_close_check=True)
 
 
 @each_simulator
