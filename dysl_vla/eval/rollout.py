@@ -73,70 +73,72 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, video:
     clock = time.perf_counter
     every = max(1, round(env.embodiment.rate_hz / VIDEO_FPS))
     rollout = Rollout(video_fps=env.embodiment.rate_hz / every)
-    show = _Video(env)
+    camera = _VideoCamera(env, rollout.video, every if video else None)
     observation, _ = env.reset(seed=key.seed, options={"episode_index": key.index})
-    render_s: float | None = None  # the first picture is part of the reset
+    render_s: float | None = None  # the first observation is part of the reset
     state = policy.reset()
     while True:
-        # Look, and infer a chunk.
+        # Observe, and infer a chunk.
         if rollout.steps:
             started = clock()
             observation = env.observe()
             render_s = clock() - started
         chunk = start_chunk(policy, observation, state, env.embodiment)
-        show.saw(chunk.skips)
+        camera.note(chunk.skips)
         inferred: ActionChunk | None = chunk
         # Execute it: physics alone.
         while state.planned:
-            if video and len(rollout.steps) % every == 0:
-                rollout.video.append(show.frame())
+            step = len(rollout.steps)
+            camera.record_before(step)
             action = next_action(state)
             started = clock()
             reward, truncated, info = env.advance(action)
-            physics_s = clock() - started
-            rollout.steps.append(
-                {
-                    "task": key.task,
-                    "episode_index": key.index,
-                    "step": len(rollout.steps),
-                    "reward": reward,
-                    "success": info["success"],
-                    "physics_ms": 1e3 * physics_s,
-                    **_times(inferred, render_s),
-                    "action": action.tolist(),
-                    **_skipping(inferred),
-                }
-            )
+            outcome = {"reward": reward, "success": info["success"], "physics_ms": 1e3 * (clock() - started)}
+            times, skipping = _times(inferred, render_s), _skipping(inferred)
+            episode = {"task": key.task, "episode_index": key.index, "step": step}
+            rollout.steps.append({**episode, **outcome, **times, "action": action.tolist(), **skipping})
             inferred = None
             if info["success"] or truncated:
                 rollout.success = info["success"]
-                if video:
-                    rollout.video.append(show.frame())
+                camera.record()
                 return rollout
 
 
-class _Video:
-    """Frames for people, each with what was skipped since the last one: a video shows one inference in several."""
+class _VideoCamera:
+    """Records frames for people, each with what was skipped since the last one: a frame stands for several inferences.
 
-    def __init__(self, env: ManipulationEnv) -> None:
-        self._env = env
+    Args:
+        env: The environment.
+        frames: The list that frames are appended to.
+        every: Steps from one frame to the next; None: nothing is recorded.
+    """
+
+    def __init__(self, env: ManipulationEnv, frames: list[ImageArray], every: int | None) -> None:
+        self._env, self._frames, self._every = env, frames, every
         self._continuities: list[float | None] = []
         self._latest: SkipTrace | None = None
         self._busiest: SkipTrace | None = None
 
-    def saw(self, trace: SkipTrace | None) -> None:
-        """Note what an inference skipped."""
+    def note(self, trace: SkipTrace | None) -> None:
+        """Remember what an inference skipped."""
         self._latest = trace
         if trace is not None:
             self._continuities.append(trace.continuity)
             if self._busiest is None or trace.layers >= self._busiest.layers:
                 self._busiest = trace
 
-    def frame(self) -> ImageArray:
-        """The world as it is, above the inference since the last frame that ran the most layers."""
+    def record_before(self, step: int) -> None:
+        """Record a frame if one is due before a step."""
+        if self._every and step % self._every == 0:
+            self.record()
+
+    def record(self) -> None:
+        """Record a frame now, above the inference since the last frame that ran the most layers."""
+        if not self._every:
+            return
         picture, trace = self._env.render(), self._busiest or self._latest
+        self._frames.append(picture if trace is None else draw_skipping(picture, trace, self._continuities))
         self._busiest = None
-        return picture if trace is None else draw_skipping(picture, trace, self._continuities)
 
 
 def _times(chunk: ActionChunk | None, render_s: float | None) -> dict[str, float | None]:

@@ -194,7 +194,6 @@ def test_an_initial_state_is_the_same_in_any_order_and_after_any_episode(env: Ma
     backwards = [digest(env, name, 5, index) for index in (2, 1, 0)]
     assert forwards == backwards[::-1]
     assert len(set(forwards)) == 3
-    assert digest(env, name, 6, 0) not in forwards
 
 
 def test_an_initial_state_is_the_same_in_another_process(
@@ -265,16 +264,6 @@ def test_the_expert_solves_the_task_with_actions_that_the_world_accepts(env: Man
             pytest.fail(f"episode {index}")
 
 
-@each_simulator
-def test_an_episode_is_truncated_at_its_horizon(name: str) -> None:
-    simulator = SIMULATORS[name]
-    with closing(simulator.small(simulator.tasks[0])) as env:
-        env.reset(seed=0)
-        action = np.zeros(len(env.embodiment.action_names), np.float32)
-        truncated = [env.advance(action)[1] for _ in range(env.horizon)]
-    assert truncated == [False] * (env.horizon - 1) + [True]
-
-
 @pytest.mark.parametrize(
     ("name", "task"),
     [
@@ -312,7 +301,8 @@ def test_gymnasium_makes_every_task_and_accepts_the_environment(name: str) -> No
     assert {task: spec.max_episode_steps for task, spec in registered.items()} == dict.fromkeys(
         suite.tasks, suite.horizon
     )
-    with closing(gymnasium.make(registered[SIMULATORS[name].tasks[0]]).unwrapped) as env:
+    cameras = dict.fromkeys(SIMULATORS[name].shown, (32, 32))
+    with closing(gymnasium.make(registered[SIMULATORS[name].tasks[0]], cameras=cameras).unwrapped) as env:
         check_env(env, skip_close_check=True)
 
 

@@ -33,6 +33,13 @@ def test_episodes_and_tasks_draw_their_own_numbers(first: tuple[int, int], secon
     assert episode_rng("reach", *first).random() != episode_rng("linger", *first).random()
 
 
+def test_an_episode_is_truncated_at_its_horizon() -> None:
+    env = MockEnv("reach")
+    env.reset(seed=0)
+    truncated = [env.advance(np.zeros(3, np.float32))[1] for _ in range(env.horizon)]
+    assert truncated == [False] * (env.horizon - 1) + [True]
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"unknown suite 'libero'; there are: .*metaworld-mt10"):
         get_suite("libero")
