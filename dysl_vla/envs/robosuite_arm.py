@@ -1,4 +1,4 @@
-"""The pose of a robosuite world's arm, and how far its gripper is open: for its environment and for its experts."""
+"""The pose and gripper opening of a robosuite world's arm, for its environment and its experts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from dysl_vla.envs.rendering import load_mujoco
 
 FAR = 0.5
-"""Metres, more than any hand opens."""
+"""A distance in metres that no hand opens to."""
 
 
 class Arm:
-    """Where a robosuite world's arm is.
+    """The arm of a robosuite world as it is now.
 
     Args:
         world: robosuite's environment.
@@ -34,19 +34,19 @@ class Arm:
 
     @property
     def position(self) -> NDArray[np.float64]:
-        """Between the fingertips, in metres, (3,)."""
+        """The point between the fingertips, in metres, (3,)."""
         position: NDArray[np.float64] = self._world.sim.data.site_xpos[self._site]
         return position
 
     @property
     def rotation(self) -> NDArray[np.float64]:
-        """(3, 3); its first column is where the closing fingers move, its last where the hand points."""
+        """The hand's rotation, (3, 3): along its first column the fingers close, along its last the hand points."""
         rotation: NDArray[np.float64] = self._world.sim.data.site_xmat[self._site].reshape(3, 3)
         return rotation
 
     @property
     def opening(self) -> float:
-        """Metres between the pads of the fingers; 0 for a tool that has none."""
+        """The distance between the pads of the fingers, in metres; 0 for a tool that has none."""
         sim = self._world.sim
         distance = self._mujoco.mj_geomDistance
         return min((distance(sim.model._model, sim.data._data, *pair, FAR, None) for pair in self._pads), default=0.0)
