@@ -286,15 +286,17 @@ class EpisodeState:
     """What a policy remembers of one running episode.
 
     The caller makes it with `Policy.reset`, passes it to every `infer` of that episode, and appends each action that is
-    executed. A batch of episodes is a list of states; nothing is kept anywhere else.
+    executed, as `policies.select_action` does. A batch of episodes is a list of states; nothing is kept anywhere else.
 
     Attributes:
         executed: The latest executed actions, oldest first, each (action,) in the embodiment's units.
+        planned: Actions of the running chunk that are still to be executed, where `policies.select_action` acts.
         needed_at: Deadline of the coming inference, in seconds of `time.perf_counter`; None for no limit.
         guidance: Memory of layer skipping; None for a policy that skips nothing.
     """
 
     executed: deque[FloatArray] = field(default_factory=lambda: deque(maxlen=64))
+    planned: deque[FloatArray] = field(default_factory=deque)
     needed_at: float | None = None
     guidance: Any = None
 

@@ -41,18 +41,23 @@ def test_public_names_resolve() -> None:
         dysl_vla.no_such_name  # noqa: B018
 
 
-def imported_subpackages(path: Path) -> set[str]:
-    """Subpackages that a module imports, whatever the form of the import."""
-    modules = set()
+def imported_names(path: Path) -> set[str]:
+    """What a module imports, with the module that it comes from: "dysl_vla.envs.get_suite"."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            modules |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-    for module in modules:
-        assert module.split(".")[0] not in SUBPACKAGES, f"{path} imports through a link: {module}"
-    return {m.split(".")[1] for m in modules if m.startswith("dysl_vla.") and m.split(".")[1] in SUBPACKAGES}
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def imported_subpackages(path: Path) -> set[str]:
+    names = imported_names(path)
+    for name in names:
+        assert name.split(".")[0] not in SUBPACKAGES, f"{path} imports through a link: {name}"
+    return {n.split(".")[1] for n in names if n.startswith("dysl_vla.") and n.split(".")[1] in SUBPACKAGES}
 
 
 @pytest.mark.parametrize("subpackage", MAY_IMPORT)
@@ -65,6 +70,21 @@ def test_the_foundation_imports_no_subpackage() -> None:
     for path in PACKAGE.glob("*.py"):
         if path.stem not in ("cli", "doctor"):
             assert imported_subpackages(path) == set(), path
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Neither directly nor through others; what is imported for type checkers alone counts, too."""
+    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    modules = {module.removesuffix(".__init__"): path for module, path in modules.items()}
+    imports = {
+        module: {name if name in modules else name.rpartition(".")[0] for name in imported_names(path)}
+        for module, path in modules.items()
+    }
+    while imports:  # those that import nothing that is left, or that nothing left imports, are on no circle
+        imported = set().union(*imports.values())
+        circle = {module: names for module, names in imports.items() if module in imported and names & imports.keys()}
+        assert circle.keys() != imports.keys(), f"these import each other: {circle}"
+        imports = circle
 
 
 @pytest.mark.parametrize("name", ["envs", "policies", "skip_controller", "eval"])

@@ -25,9 +25,10 @@ from dysl_vla.data.options import SIZE, camera_options
 from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, TaskEnvs, episode_rng, get_suite, with_robot
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.files import locked_dir
-from dysl_vla.policies import Policy, check_fingerprint, load_policy
+from dysl_vla.policies import Policy, load_policy, select_action
+from dysl_vla.policies.worker import worker_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray
-from dysl_vla.workers import use_one_inference_thread, worker_pool
+from dysl_vla.workers import worker_pool
 
 EXPERT = "expert"
 DEFAULT_SUITE = "metaworld-mt10"
@@ -169,18 +170,10 @@ def _envs(suite: str, cameras: tuple[tuple[str, tuple[int, int]], ...]) -> TaskE
     return TaskEnvs(get_suite(suite), dict(cameras))
 
 
-@lru_cache(maxsize=1)
-def _policy(name: str, fingerprint: str) -> Policy:
-    policy = load_policy(name)
-    check_fingerprint(policy, name, fingerprint)
-    use_one_inference_thread()
-    return policy
-
-
 def _demonstrate(origin: Origin, cameras: Mapping[str, tuple[int, int]], policy: str | None) -> Episode | None:
     """Run in a worker, which keeps the policy and the last task's environment."""
     env = _envs(origin.suite, tuple(cameras.items())).env(origin.task)
-    return demonstrate(env, origin, _policy(policy, origin.actor.rpartition("@")[2]) if policy else None)
+    return demonstrate(env, origin, worker_policy(policy, origin.actor.rpartition("@")[2]) if policy else None)
 
 
 def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None) -> Episode | None:
@@ -199,7 +192,6 @@ def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None) -> 
     disturb = ActionNoise(env.embodiment.action_names, origin.noise, rng)
     observation, _ = env.reset(seed=origin.seed, options={"episode_index": origin.episode_index})
     state = policy.reset() if policy else None
-    plan: deque[FloatArray] = deque()
     images: dict[str, list[ImageArray]] = {camera: [] for camera in env.embodiment.cameras}
     states, actions = [], []
     left = None
@@ -212,11 +204,7 @@ def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None) -> 
         if left == 0:
             break
         if policy and state and step < take_over:
-            if not plan:
-                [chunk] = policy.infer([observation], [state])
-                plan.extend(chunk.actions[: policy.spec.execute_steps])
-            executed = env.embodiment.clip(plan.popleft())
-            state.executed.append(executed)
+            executed = select_action(policy, observation, state, env.embodiment)
         else:
             executed = label + disturb()
         observation, _, _, _, info = env.step(executed)

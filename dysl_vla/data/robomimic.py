@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,46 +71,51 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
         DatasetError: It is no such file, or of another robot, controller or version.
     """
     if config.episodes < 0:
-        raise ConfigError(f"episodes: {config.episodes} must be 0 (all) or more.")
+        raise ConfigError(f"episodes must be 0 (all) or more, got {config.episodes}.")
     sizes = camera_options("cameras", config.cameras, SIZE, "128x128")
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
     with _recorded(config.file) as data:
+        # Which demonstrations of which world the file holds.
         task, robot = _world_of(config.file, data)
         suite = get_suite(with_robot("robosuite-5" if task in FIVE else "robosuite-all", robot)).name
-        actor = f"{HUMAN}@{sha256(config.file)[:12]}"
+        first = Origin(suite, task, NO_SEED, 0, f"{HUMAN}@{sha256(config.file)[:12]}", 0.0)
         numbers = sorted(int(found[1]) for name in data if (found := re.fullmatch(r"demo_(\d+)", name)))
         numbers = numbers[: config.episodes or None]
         if not numbers:
             raise DatasetError(f"{config.file}: holds no demonstrations (groups data/demo_0 and so on).")
         with closing(RobosuiteEnv(task, cameras, robot=robot)) as env:
+            # Whether they can be played, before anything is written. Scenes take long to load: only the first one is.
             check_writable(config.out, env.embodiment, robot)
-            with _naming(config.file, data[f"demo_{numbers[0]}"]) as first:
-                env.load_recorded(_scene(first))
-            for number in numbers:  # before anything is written; scenes alone, which take long, as their turn comes
+            with _naming(config.file, data[f"demo_{numbers[0]}"]) as recorded:
+                env.load_recorded(_scene(recorded))
+            for number in numbers:
                 with _naming(config.file, data[f"demo_{number}"]) as recorded:
                     _check(recorded, env)
-            with locked_dir(config.out):
-                writer = DemonstrationWriter(config.out, env.embodiment, robot)
-                try:
-                    done = {row.origin for row in writer.rows}
-                    failed = 0
-                    with tqdm(numbers, desc=task, unit="episode") as progress:
-                        for number in progress:
-                            origin = Origin(suite, task, NO_SEED, number, actor, 0.0)
-                            if origin in done:
-                                continue
-                            with _naming(config.file, data[f"demo_{number}"]) as recorded:
-                                episode = _play(recorded, env, origin)
-                            if episode is None:
-                                failed += 1
-                                progress.set_postfix(failures=failed)
-                            else:
-                                writer.append(episode)
-                    if failed:
-                        progress.write(f"left out, since the task is never done in them: {failed} of {len(numbers)}.")
-                finally:
-                    writer.close()
+            # Play and write those that the dataset lacks.
+            with locked_dir(config.out), closing(DemonstrationWriter(config.out, env.embodiment, robot)) as writer:
+                origins = [replace(first, episode_index=number) for number in numbers]
+                _write_missing(config.file, data, env, origins, writer)
     return Demonstrations(config.out)
+
+
+def _write_missing(
+    path: Path, data: Any, env: RobosuiteEnv, origins: Sequence[Origin], writer: DemonstrationWriter
+) -> None:
+    done = {row.origin for row in writer.rows}
+    failed = 0
+    with tqdm(origins, desc=env.task, unit="episode") as progress:
+        for origin in progress:
+            if origin in done:
+                continue
+            with _naming(path, data[f"demo_{origin.episode_index}"]) as recorded:
+                episode = _play(recorded, env, origin)
+            if episode is None:
+                failed += 1
+                progress.set_postfix(failures=failed)
+            else:
+                writer.append(episode)
+    if failed:
+        progress.write(f"{failed} of {len(origins)} were left out, since the task is never done in them.")
 
 
 @contextmanager
@@ -131,6 +136,7 @@ def _recorded(path: Path) -> Iterator[Any]:
 
 def _world_of(path: Path, data: Any) -> tuple[str, str]:
     """Task and robot of a file that this package's environment can play."""
+    # What the file says: robomimic's own files in one attribute, robosuite's recordings in two.
     try:
         if "env_args" in data.attrs:
             made = json.loads(data.attrs["env_args"])
@@ -139,6 +145,7 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
             name, settings = data.attrs["env"], dict(json.loads(data.attrs["env_info"]))
     except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{path}: does not say which environment it is of ({error!r}).") from error
+    # Whether this package has that task, robot and rate.
     task = re.sub(r"(?<=.)(?=[A-Z])", "-", str(name)).lower()
     known = sorted(set(INSTRUCTIONS) - {"wipe"})  # what has been wiped off is not in its states
     if task not in known:
@@ -150,6 +157,7 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
             f"{path}: is of {robots} at {settings.get('control_freq', RATE_HZ)} Hz; it can be played for one of "
             f"{', '.join(ROBOTS)} at {RATE_HZ} Hz."
         )
+    # Whether the same action is the same motion here.
     recorded, ours = _pose_controller(settings.get("controller_configs")), _pose_controller(controllers(robot))
     if recorded is None or recorded.get("input_type", "delta") != "delta" or recorded.get("control_delta") is False:
         raise DatasetError(f"{path}: its actions are not relative poses (OSC_POSE); take the file with those.")

@@ -1,6 +1,6 @@
 """Simulated manipulation: Gymnasium environments with LeRobot's observation keys, and the suites made of them.
 
-Importing this room imports no simulator. It registers the environments with Gymnasium, as
+Importing this subpackage imports no simulator. It registers the environments with Gymnasium, as
 `dysl_vla/metaworld-<task>-v3`, `dysl_vla/robosuite-<task>-v1` and `dysl_vla/mock-<task>-v0`.
 """
 

@@ -32,7 +32,7 @@ VIDEO_PIXELS = 256
 def episode_rng(task: str, seed: int, index: int) -> np.random.Generator:
     """The random numbers of one episode, a function of (task, seed, episode index) alone.
 
-    The same in any order, in any process and after any earlier episode.
+    They are the same in any order, in any process and after any earlier episode.
     """
     digest = hashlib.sha256(task.encode()).digest()
     return np.random.default_rng([int.from_bytes(digest[:8], "big"), seed, index])
@@ -43,10 +43,10 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
 
     Args:
         task: The task's name in its suite.
-        instruction: What to do, in plain English: the observation's `task`.
+        instruction: The instruction in plain English: the observation's `task`.
         spec: Cameras, state and actions.
         horizon: Steps after which an episode is truncated.
-        render_mode: "rgb_array" is the only one; the parameter is Gymnasium's.
+        render_mode: Gymnasium's parameter; only "rgb_array" is supported.
 
     `reset(seed=s, options={"episode_index": i})` starts the episode (task, s, i). Without a seed the next episode index
     of the last seed starts.
@@ -58,7 +58,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         self, task: str, instruction: str, spec: EmbodimentSpec, horizon: int, render_mode: str = "rgb_array"
     ) -> None:
         if render_mode != "rgb_array":
-            raise ConfigError(f"render_mode: {render_mode!r} is not offered; there is 'rgb_array'.")
+            raise ConfigError(f"render_mode must be 'rgb_array', got {render_mode!r}.")
         self.render_mode = render_mode
         self.task = task
         self.instruction = instruction
@@ -100,16 +100,16 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         return self.observe(), reward, False, truncated, info
 
     def advance(self, action: FloatArray) -> tuple[float, bool, dict[str, Any]]:
-        """Physics alone, for the steps of a chunk at which nobody looks.
+        """Simulate one step without rendering, for the steps of a chunk at which nothing is observed.
 
         Args:
-            action: (action,), in the world's units; clipped to the action space.
+            action: (action,), in the embodiment's units; it is clipped to the action space.
 
         Returns:
             Reward, truncated, info with `success`.
 
         Raises:
-            ActionError: Another dimension, NaN or infinity. Nothing has moved.
+            ActionError: The action has another dimension, NaN or infinity. Nothing has moved.
         """
         check_actions(np.asarray(action), len(self.embodiment.action_names))
         reward, success = self._step_world(self.embodiment.clip(np.asarray(action, np.float32)))
@@ -117,7 +117,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         return reward, self._step >= self.horizon, {"success": success}
 
     def observe(self) -> dict[str, Any]:
-        """The present observation: renders every camera."""
+        """Render every camera and return the present observation."""
         return {
             **{
                 IMAGE_PREFIX + camera: self._render_camera(camera, height, width)
@@ -128,7 +128,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         }
 
     def render(self) -> ImageArray:
-        """A frame for people: the first camera at 256 pixels, (256, 256, 3) uint8."""
+        """Render a frame for people: the first camera at 256 pixels, (256, 256, 3) uint8."""
         return self._render_camera(next(iter(self.embodiment.cameras)), VIDEO_PIXELS, VIDEO_PIXELS)
 
     @abstractmethod
@@ -137,23 +137,25 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
 
     @abstractmethod
     def _step_world(self, action: FloatArray) -> tuple[float, bool]:
-        """Simulate one control period. Returns reward and success."""
+        """Simulate one control period and return reward and success."""
 
     @abstractmethod
     def _state(self) -> FloatArray:
-        """Proprioception, (state,) float32."""
+        """Return the proprioception, (state,) float32."""
 
     @abstractmethod
     def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
-        """One frame, uint8 (height, width, 3)."""
+        """Render one frame, uint8 (height, width, 3)."""
 
     def expert_action(self) -> FloatArray:
-        """What a scripted expert would do now, from privileged state; (action,) inside the action space.
+        """The action of a scripted expert, from privileged state; (action,) inside the action space.
 
         Raises:
-            ConfigError: There is none for this task.
+            ConfigError: This task has no scripted expert.
         """
-        raise ConfigError(f"task: {self.task!r} has no scripted expert; take one that has, or imported demonstrations.")
+        raise ConfigError(
+            f"task: {self.task!r} has no scripted expert; choose a task with one, or import demonstrations."
+        )
 
 
 def check_cameras(asked: dict[str, tuple[int, int]], offered: tuple[str, ...]) -> None:
@@ -166,4 +168,4 @@ def check_cameras(asked: dict[str, tuple[int, int]], offered: tuple[str, ...]) -
         if camera not in offered:
             raise ConfigError(f"cameras: there is no camera {camera!r}; there are: {', '.join(offered)}.")
         if height < 1 or width < 1:
-            raise ConfigError(f"cameras: {camera!r} cannot be {height}x{width} pixels; both must be at least 1.")
+            raise ConfigError(f"cameras: {camera!r} must be at least 1x1 pixels, got {height}x{width}.")

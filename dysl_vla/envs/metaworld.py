@@ -1,7 +1,7 @@
 """Meta-World's Sawyer tasks: 4-d end-effector actions at 80 Hz, two cameras, scripted experts.
 
-Observations are LeRobot's set-up: `corner2` moved closer and turned upright, the wrist camera `gripperPOV`, and the
-first four numbers of Meta-World's state. The object positions that Meta-World also offers stay with the expert.
+Observations follow LeRobot's set-up: `corner2` moved closer and turned upright, the wrist camera `gripperPOV`, and the
+first four numbers of Meta-World's state. Only the expert sees the object positions that Meta-World also offers.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ class MetaWorldEnv(ManipulationEnv):
     """One Meta-World task.
 
     Args:
-        task: Its name without the version, "drawer-open".
+        task: The task's name without the version, "drawer-open".
         cameras: Camera name to (height, width).
-        full_quality: Render shadows, reflections and multi-sampling; ten times slower.
-        render_mode: Gymnasium's.
+        full_quality: Render shadows, reflections and multi-sampling, which is ten times slower.
+        render_mode: See `ManipulationEnv`.
 
     Raises:
-        ConfigError: Unknown task or camera.
-        RenderingError: No OpenGL on this machine.
+        ConfigError: The task or a camera is unknown.
+        RenderingError: This machine has no OpenGL.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class MetaWorldEnv(ManipulationEnv):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
         sawyer: Any = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
-        # The expert is told where the goal is; the policy's observation never holds it.
+        # The expert knows where the goal is; the policy's observation never holds it.
         sawyer._partially_observable = False
         del sawyer.sawyer_observation_space  # cached, with the goal clipped to zero
         sawyer.seeded_rand_vec = True
@@ -169,7 +169,7 @@ class MetaWorldEnv(ManipulationEnv):
         return self._renderer.render(self._sawyer.data, camera, height, width, turned=camera in UPSIDE_DOWN)
 
     def expert_action(self) -> FloatArray:
-        """A scripted policy on the full state, which it gets as a copy: some of Meta-World's write to it."""
+        """The action of a scripted policy, which gets a copy of the full state: some of Meta-World's write to it."""
         action = self._expert.get_action(self._full_state.copy())
         return np.clip(np.asarray(action, np.float32), -1, 1)
 

@@ -1,7 +1,8 @@
 """Scripted experts on Meta-World's privileged state: the teachers of its demonstrations.
 
 Meta-World ships one for each task. Two of them fail in one of six episodes of the full initial distribution, for
-reasons that a few lines mend; those two are written anew here. Not for evaluation: an expert sees what no camera shows.
+reasons that a few lines fix; those two are written anew here. They are not for evaluation: an expert sees what no
+camera shows.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ GRIPPED_OPENING = 0.45
 
 
 class MetaWorldExpert(Protocol):
-    """What Meta-World calls a scripted policy."""
+    """The interface of Meta-World's scripted policies."""
 
     def get_action(self, obs: NDArray[np.float64]) -> FloatArray:
-        """Full state, (39,), to an action, (4,), which may exceed the action space."""
+        """Map the full state, (39,), to an action, (4,), which may exceed the action space."""
 
 
 class DoorOpenExpert:

@@ -1,7 +1,7 @@
 """A world without a simulator: a dot on a plane that must reach, or push against, a mark.
 
 It speaks everything that a real environment speaks (cameras, state, instruction, expert, success), in microseconds, so
-that tests exercise the whole package without MuJoCo. Not for measuring any method.
+that tests exercise the whole package without MuJoCo. It is not for measuring any method.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ class MockEnv(ManipulationEnv):
 
     Args:
         task: "reach" or "linger".
-        cameras: `top` and `wrist`, to (height, width).
-        render_mode: Gymnasium's.
+        cameras: Camera name, `top` or `wrist`, to (height, width).
+        render_mode: See `ManipulationEnv`.
+
+    Raises:
+        ConfigError: The task or a camera is unknown.
     """
 
     def __init__(
@@ -73,5 +76,5 @@ class MockEnv(ManipulationEnv):
         return image
 
     def expert_action(self) -> FloatArray:
-        """Straight to the mark."""
+        """The action that moves the dot straight to the mark."""
         return np.clip(np.array([*((self._mark - self._dot) / STEP), -1.0], np.float32), -1, 1)

@@ -1,8 +1,8 @@
 """Cameras of MuJoCo scenes without a screen, for every simulator.
 
 The GL backend is chosen once: `MUJOCO_GL` if the user set it, else EGL if its library is there, else OSMesa, else an
-error that says what to install. The default scene quality is made for a policy's eyes: without shadows, reflections and
-multi-sampling a 128-pixel frame takes a tenth of the time. Not for windows: nothing is ever shown on a screen.
+error that says what to install. The default scene quality is made for policies: without shadows, reflections and
+multi-sampling a 128-pixel frame takes a tenth of the time. Nothing is ever shown on a screen.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     import mujoco
 
 _open: WeakSet[SceneRenderer] = WeakSet()
-MEND = "install one with: sudo apt-get install libegl1 libgl1-mesa-dri   (or libosmesa6, and set MUJOCO_GL=osmesa)"
+FIX = "install one with: sudo apt-get install libegl1 libgl1-mesa-dri   (or libosmesa6, and set MUJOCO_GL=osmesa)"
 
 
 def choose_gl_backend() -> str:
     """Decide how MuJoCo renders, before MuJoCo is first imported.
 
     Returns:
-        The backend, also left in `MUJOCO_GL`: "egl", "osmesa" or what the user asked for.
+        The backend, which `MUJOCO_GL` then also names: "egl", "osmesa" or what the user asked for.
 
     Raises:
         RenderingError: No OpenGL library for rendering without a screen is installed.
@@ -44,7 +44,7 @@ def choose_gl_backend() -> str:
             # PyOpenGL reads its own variable, and robosuite would otherwise choose by platform.
             os.environ.setdefault("PYOPENGL_PLATFORM", backend)
             return backend
-    raise RenderingError(f"no OpenGL library for rendering without a screen (neither EGL nor OSMesa); {MEND}")
+    raise RenderingError(f"no OpenGL library for rendering without a screen (neither EGL nor OSMesa); {FIX}")
 
 
 def load_mujoco() -> Any:
@@ -59,7 +59,7 @@ def load_mujoco() -> Any:
         with needs_extra("sim"):
             import mujoco
     except (ImportError, RuntimeError, AttributeError) as error:  # what PyOpenGL and MuJoCo raise without a library
-        raise RenderingError(f"MuJoCo cannot be imported with MUJOCO_GL={backend} ({error}); {MEND}") from error
+        raise RenderingError(f"MuJoCo cannot be imported with MUJOCO_GL={backend} ({error}); {FIX}") from error
     return mujoco
 
 
@@ -69,7 +69,7 @@ def _close_all() -> None:
 
 
 class SceneRenderer:
-    """Renders the cameras of one MuJoCo model, one renderer a frame size.
+    """Renders the cameras of one MuJoCo model, with one renderer for each frame size.
 
     Args:
         model: The scene.
@@ -87,20 +87,20 @@ class SceneRenderer:
         self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
 
     def render(self, data: mujoco.MjData, camera: str, height: int, width: int, *, turned: bool = False) -> ImageArray:
-        """One frame of one camera.
+        """Render one frame of one camera.
 
         Args:
             data: The scene's current state.
             camera: The camera's name in the scene.
-            height: Pixels.
-            width: Pixels.
-            turned: The camera hangs upside down: turn its picture by 180 degrees.
+            height: Height in pixels.
+            width: Width in pixels.
+            turned: Whether the camera hangs upside down, so that its picture is turned by 180 degrees.
 
         Returns:
             uint8, (height, width, 3).
 
         Raises:
-            RenderingError: The GL library is there, but gives no context.
+            RenderingError: The GL library is installed, but gives no context.
         """
         renderer = self._renderer(height, width)
         renderer.update_scene(data, camera=camera, scene_option=self._option)
@@ -120,7 +120,7 @@ class SceneRenderer:
             except Exception as error:  # mujoco raises whatever its GL binding raised
                 raise RenderingError(
                     f"MuJoCo got no OpenGL context with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); if MuJoCo "
-                    f"was imported before dysl_vla.envs, set MUJOCO_GL=egl before; else {MEND}"
+                    f"was imported before dysl_vla.envs, set MUJOCO_GL=egl first; else {FIX}"
                 ) from error
             if not self._full_quality:
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False

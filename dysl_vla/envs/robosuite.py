@@ -1,9 +1,9 @@
 """robosuite's single-arm tasks: 7-d operational-space actions at 20 Hz, two cameras, scripted experts.
 
 A robot gets small motions of its end effector (OSC_POSE, relative to where it is) along the world's axes, and shows the
-end effector's pose and the gripper's opening. Orientation is the rotation matrix's first two columns: continuous,
-with no second name for the same rotation (Zhou et al. 2019). Objects' poses stay with the expert. Scenes are made once:
-Lift's cube, whose side robosuite draws between 40 and 44 mm whenever it builds the scene anew, keeps one size.
+end effector's pose and the gripper's opening. Orientation is the rotation matrix's first two columns, which are
+continuous and unique for each rotation (Zhou et al. 2019). Only the expert sees the objects' poses. Scenes are made
+once: Lift's cube, whose side robosuite draws between 40 and 44 mm whenever it builds the scene anew, keeps one size.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dysl_vla.envs.base import ManipulationEnv, check_cameras
 from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
+from dysl_vla.envs.robosuite_arm import Arm
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.types import EmbodimentSpec, FloatArray, ImageArray
@@ -51,75 +52,34 @@ EXPERT_ROBOTS: dict[str, tuple[str, ...]] = {
 FIVE = tuple(EXPERT_ROBOTS)
 ROBOTS = ("Panda", "Sawyer", "IIWA", "Jaco", "Kinova3", "UR5e")
 HORIZON = 400
-"""robosuite's benchmarks'; little for the tasks with several objects, and for the tool's."""
+"""The horizon of robosuite's benchmarks, which is short for the tasks with several objects and for tool-hang."""
 RATE_HZ = 20
 DEFAULT_CAMERAS = {"agentview": (128, 128), "robot0_eye_in_hand": (96, 96)}
 CAMERAS = ("agentview", "frontview", "birdview", "robot0_robotview", "robot0_eye_in_hand")
-"""Those that every task has."""
+"""The cameras that every task has."""
 STATE_NAMES = ("x", "y", "z", "x_to_x", "x_to_y", "x_to_z", "y_to_x", "y_to_y", "y_to_z", "gripper")
-"""Position in metres; where the end effector's x and y axes point; metres between the fingers."""
+"""Position in metres; directions of the end effector's x and y axes; metres between the fingers."""
 ARM_ACTIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
-"""1 is 5 cm, or half a radian about that axis; the three angles are one rotation vector."""
+"""A value of 1 is 5 cm, or half a radian about that axis; the three angles are one rotation vector."""
 ACTION_NAMES = (*ARM_ACTIONS, "gripper")
-"""Of every task: the tool that wipes has no gripper, and its last action moves nothing."""
-FAR = 0.5
-"""Metres, more than any hand opens."""
+"""Names that all tasks share: the tool that wipes has no gripper, and its last action moves nothing."""
 COLLISION_GEOMS = 0
 """The group of the geometries that only collide."""
-
-
-class Arm:
-    """Where a robosuite world's arm is.
-
-    Args:
-        world: robosuite's environment.
-    """
-
-    def __init__(self, world: Any) -> None:
-        self._world = world
-        self._robot = world.robots[0]
-        self._site = self._robot.eef_site_id["right"]
-        self._mujoco = load_mujoco()
-        pads = self._robot.gripper["right"].important_geoms
-        self._pads = [
-            (world.sim.model.geom_name2id(left), world.sim.model.geom_name2id(right))
-            for left in pads["left_fingerpad"]
-            for right in pads["right_fingerpad"]
-        ]
-
-    @property
-    def position(self) -> NDArray[np.float64]:
-        """Between the fingertips, in metres, (3,)."""
-        position: NDArray[np.float64] = self._world.sim.data.site_xpos[self._site]
-        return position
-
-    @property
-    def rotation(self) -> NDArray[np.float64]:
-        """(3, 3); its first column is where the closing fingers move, its last where the hand points."""
-        rotation: NDArray[np.float64] = self._world.sim.data.site_xmat[self._site].reshape(3, 3)
-        return rotation
-
-    @property
-    def opening(self) -> float:
-        """Metres between the pads of the fingers; 0 for a tool that has none."""
-        sim = self._world.sim
-        distance = self._mujoco.mj_geomDistance
-        return min((distance(sim.model._model, sim.data._data, *pair, FAR, None) for pair in self._pads), default=0.0)
 
 
 class RobosuiteEnv(ManipulationEnv):
     """One robosuite task.
 
     Args:
-        task: Its name in lower case, words joined by hyphens, "pick-place-can".
+        task: The task's name in lower case, words joined by hyphens, "pick-place-can".
         cameras: Camera name to (height, width).
         robot: One of `ROBOTS`.
         full_quality: Render shadows, reflections and multi-sampling.
-        render_mode: Gymnasium's.
+        render_mode: See `ManipulationEnv`.
 
     Raises:
-        ConfigError: Unknown task, robot or camera.
-        RenderingError: No OpenGL on this machine.
+        ConfigError: The task, the robot or a camera is unknown.
+        RenderingError: This machine has no OpenGL.
     """
 
     def __init__(
@@ -169,19 +129,19 @@ class RobosuiteEnv(ManipulationEnv):
         super().__init__(task, INSTRUCTIONS[task], spec, HORIZON, render_mode)
 
     def _bind(self) -> None:
-        """Look up what the world's present model holds."""
+        """Find the arm and the cameras in the world's present model."""
         self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
         self._arm = Arm(self._world)
         self._renderer = SceneRenderer(self._model, full_quality=self._full_quality, hidden_groups=(COLLISION_GEOMS,))
 
     def load_recorded(self, model: str) -> None:
-        """Build the scene of a recording, whose objects may differ in size and place; there are no episodes in it.
+        """Build the scene of a recording, whose objects may differ in size and place; it has no episodes to reset to.
 
         Args:
-            model: MJCF, as robosuite records it.
+            model: The scene in MJCF, as robosuite records it.
 
         Raises:
-            DatasetError: It is of another robot or another version of robosuite.
+            DatasetError: The scene is of another robot or another version of robosuite.
         """
         self._renderer.close()
         self._is_recorded = True
@@ -189,31 +149,31 @@ class RobosuiteEnv(ManipulationEnv):
             self._world.reset_from_xml_string(model)
         except Exception as error:  # whatever MuJoCo, robosuite and the XML parser raise
             raise DatasetError(
-                f"the recorded scene is none of robosuite 1.5's {self.task} ({error}); take one of that "
+                f"the recorded scene is not robosuite 1.5's {self.task} ({error}); take a recording of that "
                 "version (robomimic's are named demo_v15.hdf5)."
             ) from error
         self._bind()
 
     @property
     def recorded_width(self) -> int:
-        """Numbers in a recorded moment of the present scene."""
+        """How many numbers a recorded state of the present scene has."""
         return int(1 + self._model.nq + self._model.nv)
 
     def show_recorded(self, state: NDArray[np.float64]) -> bool:
-        """Put the world into a recorded moment; for looking, not for going on from there.
+        """Put the world into a recorded state, to observe it but not to continue from it.
 
         Args:
             state: Time, positions and velocities, as robosuite flattens them.
 
         Returns:
-            Whether the task is done in it.
+            Whether the task is done in that state.
 
         Raises:
-            DatasetError: It does not fit the scene.
+            DatasetError: The state does not fit the scene.
         """
         if state.shape != (self.recorded_width,) or not np.isfinite(state).all():
             raise DatasetError(
-                f"a recorded state has shape {state.shape}, or is not finite; expected ({self.recorded_width},)."
+                f"a recorded state must be finite, of shape ({self.recorded_width},), got shape {state.shape}."
             )
         self._world.sim.set_state_from_flattened(state)
         self._world.sim.forward()
@@ -239,7 +199,7 @@ class RobosuiteEnv(ManipulationEnv):
         return self._renderer.render(self._data, camera, height, width)
 
     def expert_action(self) -> FloatArray:
-        """A scripted policy on the full state; see `ManipulationEnv.expert_action`."""
+        """The action of a scripted policy on the full state; see `ManipulationEnv.expert_action`."""
         if self._make_expert is None:
             having = ", ".join(EXPERT_ROBOTS.get(self.task, ())) or "none"
             raise ConfigError(f"task: {self.task!r} has no scripted expert for this robot; robots with one: {having}.")
@@ -254,9 +214,9 @@ class RobosuiteEnv(ManipulationEnv):
 
 
 def controllers(robot: str) -> dict[str, Any]:
-    """Robosuite's own settings of a robot's controllers, but for the frame of actions.
+    """Robosuite's own settings of a robot's controllers, except for the frame of actions.
 
-    That is the world's: the base's is parallel to it, except for the IIWA, whose "base" turns with its first joint.
+    That frame is the world's: the base's is parallel to it, but for the IIWA, whose "base" turns with its first joint.
     """
     settings: dict[str, Any] = load_robosuite().load_composite_controller_config(robot=robot)
     settings["body_parts"]["right"]["input_ref_frame"] = "world"
@@ -264,7 +224,7 @@ def controllers(robot: str) -> dict[str, Any]:
 
 
 def load_robosuite() -> Any:
-    """Import robosuite behind MuJoCo with a GL backend, without its remarks on every import and every robot."""
+    """Import robosuite after MuJoCo with its GL backend, and silence what it logs on every import and robot."""
     load_mujoco()
     logging.getLogger("robosuite_logs").addFilter(_is_error)
     with needs_extra("sim"):

@@ -1,7 +1,7 @@
 """Scripted experts on robosuite's privileged state: the teachers of its demonstrations.
 
-Each decides by what it sees alone and remembers nothing, so that it can take over from a policy at any moment and mend
-what went wrong. They share one hand, moved by the operational-space controller. Not for evaluation.
+Each decides by the present state alone, so that it can take over from a policy at any moment and correct what went
+wrong. They share one hand, moved by the operational-space controller. They are not for evaluation.
 """
 
 from __future__ import annotations
@@ -13,59 +13,59 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from dysl_vla.envs.robosuite import Arm
+from dysl_vla.envs.robosuite_arm import Arm
 from dysl_vla.types import FloatArray
 
 Vector = NDArray[np.float64]
 
 OPEN, CLOSED = -1.0, 1.0
 POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
-"""Metres and radians of an action of 1."""
+"""How far, in metres and radians, an action of 1 moves."""
 GAIN = 2.0
 SIDES = np.array([0.5, -0.5, 1.0]) * np.pi
-"""Where a nut's handle may point on its peg, in radians about z: the fourth side is out of reach."""
+"""Directions that a nut's handle may have on its peg, in radians about z: the fourth side is out of reach."""
 LEFTWARDS = 0.8
-"""Radians by which a turn to the left, for which the wrist has less room, counts as longer."""
+"""Radians by which a turn to the left counts as longer, since the wrist turns less far that way."""
 UP = np.array([0.0, 0.0, 1.0])
 DOWN = -UP
 ALONG_Y = np.array([0.0, 1.0, 0.0])
-"""Where the closing fingers move while the arm is at rest."""
+"""The direction in which the fingers close while the arm is at rest."""
 OVER = 0.1
-"""Metres before what will be grasped, from where the hand goes straight to it."""
+"""The distance in metres from which the hand goes straight to what it will grasp."""
 WITHIN = 0.012
-"""Metres by which a grasp may be off."""
+"""The precision of a grasp in metres."""
 STRAIGHT = 0.02
-"""Metres aside, within which the hand goes straight on."""
+"""The sideways distance in metres within which the hand goes straight on."""
 SLANT = 0.75
-"""Radians by which the hand leans from the door: upright, it would touch it."""
+"""Radians by which the hand leans away from the door, which it would touch if it were upright."""
 NEARLY_OPEN = 0.067
-"""Metres between the fingers, from which on nothing is between them: the handle, as it turns, spreads them that far."""
+"""Metres between the fingers above which they hold nothing: the handle, as it turns, spreads them that far."""
 UNLATCHED = 1.2
-"""Radians that the door's handle must be turned."""
+"""Radians by which the door's handle must be turned."""
 
 
 class Hand(Arm):
     """The arm's hand, and the actions that move it."""
 
     def holds(self, geoms: Any) -> bool:
-        """Both fingers touch it."""
+        """Whether both fingers touch an object."""
         return bool(self._world._check_grasp(gripper=self._robot.gripper, object_geoms=geoms))
 
     def move(self, target: Vector, gripper: float, closing: Vector = ALONG_Y, pointing: Vector = DOWN) -> FloatArray:
         """The action that moves the hand towards a place.
 
         Args:
-            target: (3,).
+            target: Position between the fingertips to move to, in metres, (3,).
             gripper: `OPEN` or `CLOSED`.
-            closing: Unit vector along which the closing fingers shall move.
-            pointing: Unit vector at right angles to it, where the hand shall point.
+            closing: Unit vector along which the fingers shall close.
+            pointing: Unit vector at right angles to `closing`, in which the hand shall point.
         """
         straight = GAIN * (target - self.position) / POSITION_SCALE
         turn = GAIN * self._turn(closing, pointing) / ROTATION_SCALE
         return np.array([*_shortened(straight), *_shortened(turn), gripper], np.float32)
 
     def grasp(self, target: Vector, closing: Vector = ALONG_Y, pointing: Vector = DOWN) -> FloatArray:
-        """Go, open, to where the hand can go straight to a place; go there; close. See `move`."""
+        """Move the open hand in front of a target, then straight to it, and close it there; see `move`."""
         away = target - self.position
         depth = away @ pointing
         aside = away - depth * pointing
@@ -80,13 +80,13 @@ class Hand(Arm):
     def carry(
         self, away: Vector, closing: Vector, pointing: Vector = DOWN, *, rise: float, within: float
     ) -> FloatArray | None:
-        """Lift what is held, and take it sideways; None when it is over its place.
+        """Lift what is held and move it sideways; None when it is above its target.
 
         Args:
-            away: From where it is to where it shall be, (3,).
+            away: Vector from the held object to its target, in metres, (3,).
             closing: See `move`.
             pointing: See `move`.
-            rise: So much too low, in metres, it goes up alone.
+            rise: Metres below the target's height from which the object is lifted before it moves sideways.
             within: Horizontal precision, in metres.
         """
         if np.linalg.norm(away[:2]) < within:
@@ -95,21 +95,21 @@ class Hand(Arm):
         return self.move(self.position + step, CLOSED, closing, pointing)
 
     def _turn(self, closing: Vector, pointing: Vector) -> Vector:
-        """The rotation vector that is left to a direction of the fingers and of the hand."""
+        """The rotation vector from the hand's present rotation to given directions of fingers and hand."""
         wanted = np.stack([closing, np.cross(pointing, closing), pointing], axis=1)
         rotation: Vector = Rotation.from_matrix(wanted @ self.rotation.T).as_rotvec()
         return rotation
 
 
 class Expert(Protocol):
-    """One task's, for one episode."""
+    """A scripted expert of one task, for one episode."""
 
     def act(self) -> FloatArray:
-        """What to do now, (action,); it may exceed the action space."""
+        """The next action, (action,), which may exceed the action space."""
 
 
 class LiftExpert:
-    """Grasp the cube, and up."""
+    """Grasp the cube and lift it."""
 
     def __init__(self, world: Any) -> None:
         self._world, self._hand = world, Hand(world)
@@ -179,7 +179,7 @@ class PickPlaceCanExpert:
 
     def __init__(self, world: Any) -> None:
         self._world, self._hand = world, Hand(world)
-        # The compartment's middle is as far as the arm reaches.
+        # The middle of the compartment is at the limit of the arm's reach.
         self._drop = world.target_bin_placements[world.object_id] + np.array([-0.05, -0.05, 0.21])
 
     def act(self) -> FloatArray:
@@ -195,7 +195,7 @@ class PickPlaceCanExpert:
         return hand.move(hand.position, OPEN, ALONG_Y, pointing) if carrying is None else carrying
 
     def _leaning(self, place: Vector) -> Vector:
-        """Where the hand points, forwards where the arm cannot reach straight down."""
+        """The direction of the hand: it leans forwards where the arm cannot reach straight down."""
         lean = np.clip(2.5 * (np.linalg.norm(place - self._world.robots[0].base_pos) - 0.6), 0, 0.5)
         return np.array([np.sin(lean), 0.0, -np.cos(lean)])
 
@@ -241,11 +241,11 @@ experts: dict[str, Callable[[Any], Expert]] = {
     "pick-place-can": PickPlaceCanExpert,
     "nut-assembly-square": NutAssemblySquareExpert,
 }
-"""By task."""
+"""Task to the expert of an episode, given robosuite's environment."""
 
 
 class _Body:
-    """A body of the world as it is now."""
+    """The present pose of a body of the world."""
 
     def __init__(self, world: Any, name: str) -> None:
         index = world.sim.model.body_name2id(name)
@@ -253,7 +253,7 @@ class _Body:
         self.rotation: Vector = world.sim.data.body_xmat[index].reshape(3, 3)
 
     def nearest_axis(self, direction: Vector) -> Vector:
-        """Of a cube's horizontal axes, either way, the one that is nearest to a horizontal direction."""
+        """The horizontal axis of a cube, in either direction, that is nearest to a horizontal direction."""
         axes = self.rotation.T[np.abs(self.rotation[2]) < np.sqrt(0.5)]
         nearest = axes[np.argmax(np.abs(axes @ direction))]
         return _horizontal(nearest * np.sign(nearest @ direction))
@@ -265,5 +265,5 @@ def _horizontal(direction: Vector) -> Vector:
 
 
 def _shortened(vector: Vector) -> Vector:
-    """At most 1 in each dimension, in the same direction."""
+    """The vector, scaled down in the same direction until no dimension exceeds 1."""
     return vector / max(1.0, float(np.abs(vector).max()))

@@ -1,4 +1,4 @@
-"""Suites: what is evaluated. Tasks, horizon and how an environment is made, under one name.
+"""Suites: sets of tasks under one name, with their horizon and how their environments are made.
 
 In every suite an episode succeeds when the success flag is raised at any step before the horizon, and its initial state
 is a function of (task, seed, episode index) alone. Seeds below `provenance.FIRST_EVALUATION_SEED` are for
@@ -32,14 +32,14 @@ class Suite:
     """A named set of tasks of one robot, with the same cameras, state and actions.
 
     Attributes:
-        name: What the command line calls it.
-        tasks: In the order of reports.
-        horizon: Steps at most.
+        name: The suite's name on the command line.
+        tasks: The tasks in the order of reports.
+        horizon: Steps after which an episode ends.
         make: (task, cameras or None for the suite's own) to an environment.
-        robot: Whose arm moves.
-        without_expert: Tasks that no scripted expert of this robot's does.
-        noise: Strength of the noise on an expert's actions in demonstrations; more, and too many of them fail.
-        robots: Name of a robot that the suite may have instead to this suite with it.
+        robot: The robot whose arm moves.
+        without_expert: The tasks that have no scripted expert for this robot.
+        noise: Strength of the noise on an expert's actions in demonstrations; with more, too many of them fail.
+        robots: Name of each other robot to this suite with that robot.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Suite:
         """The tasks asked for, all of them when none is named, in the suite's order.
 
         Args:
-            names: Separated by commas, see `find`; None: all of them.
+            names: Names separated by commas, see `find`; None: all of them.
 
         Raises:
             ConfigError: A task is not in this suite.
@@ -67,7 +67,7 @@ class Suite:
         return tuple(task for task in self.tasks if task in asked.values()) if asked else self.tasks
 
     def find(self, name: str) -> str | None:
-        """The task that a name means, "PickPlaceCan" pick-place-can; None: it has none such."""
+        """The task that a name means: "PickPlaceCan" means "pick-place-can"; None for an unknown name."""
         return {_plain(task): task for task in self.tasks}.get(_plain(name))
 
 
@@ -76,10 +76,10 @@ def _plain(name: str) -> str:
 
 
 class TaskEnvs:
-    """A suite's environments for one process, which keeps that of the last task: making one takes a while.
+    """A suite's environments for one process. Only that of the last task is kept, since making one takes seconds.
 
     Args:
-        suite: Whose tasks.
+        suite: The suite.
         cameras: See `Suite.make`.
     """
 
@@ -89,7 +89,7 @@ class TaskEnvs:
         self._env: ManipulationEnv | None = None
 
     def env(self, task: str) -> ManipulationEnv:
-        """The task's environment; the last one is closed."""
+        """The environment of a task; that of another task is closed."""
         if self._env is None or self._env.task != task:
             self.close()
             self._env = self._suite.make(task, self._cameras)
@@ -109,11 +109,11 @@ def get_suite(name: str) -> Suite:
     """The suite of that name.
 
     Args:
-        name: "robosuite-5", or with another robot than its own "robosuite-5@UR5e".
+        name: "robosuite-5", or "robosuite-5@UR5e" with another robot than its own.
 
     Raises:
-        ConfigError: Unknown; the message lists those that exist.
-        MissingExtraError: Its simulator is not installed.
+        ConfigError: The suite or the robot is unknown; the message lists those that exist.
+        MissingExtraError: The suite's simulator is not installed.
     """
     name, _, robot = name.partition("@")
     suite = suites.get(name)()
@@ -127,7 +127,7 @@ def get_suite(name: str) -> Suite:
 
 
 def with_robot(suite: str, robot: str | None) -> str:
-    """The name of a suite with another robot than the name says; the name itself when no robot is named."""
+    """The name of a suite with a given robot; the name itself when no robot is named."""
     return f"{suite.partition('@')[0]}@{robot}" if robot else suite
 
 
@@ -140,13 +140,13 @@ def _metaworld(name: str, tasks: tuple[str, ...]) -> Suite:
 
 @suites.register("metaworld-mt10")
 def metaworld_mt10() -> Suite:
-    """The official ten tasks."""
+    """The ten tasks of Meta-World's MT10."""
     return _metaworld("metaworld-mt10", MT10)
 
 
 @suites.register("metaworld-mt50")
 def metaworld_mt50() -> Suite:
-    """All fifty tasks."""
+    """The fifty tasks of Meta-World's MT50."""
     return _metaworld("metaworld-mt50", tuple(INSTRUCTIONS))
 
 
@@ -176,11 +176,11 @@ def robosuite_5() -> Suite:
 
 @suites.register("robosuite-all")
 def robosuite_all() -> Suite:
-    """Robosuite's tasks for one arm."""
+    """All tasks of robosuite's for one arm."""
     return _robosuite("robosuite-all", tuple(ROBOSUITE_INSTRUCTIONS))
 
 
 @suites.register("mock")
 def mock() -> Suite:
-    """A point on a plane: no simulator, for tests of everything around one."""
+    """A point on a plane, which needs no simulator: for tests of everything around one."""
     return Suite("mock", tuple(MOCK_TASKS), MOCK_HORIZON, MockEnv, robot="point")

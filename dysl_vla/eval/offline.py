@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dysl_vla import provenance
@@ -28,6 +27,7 @@ from dysl_vla.data.split import Split, split_for
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.eval.config import EvalConfig, Variant, variants_of
 from dysl_vla.eval.offline_report import draw_actions, draw_horizon, render_offline
+from dysl_vla.eval.offline_summary import Played, summarise
 from dysl_vla.files import atomic_write, check_same_run, is_unused, locked_dir, write_json, write_text
 from dysl_vla.policies import Policy
 from dysl_vla.types import ActionChunk, FloatArray, PolicySpec, check_actions
@@ -36,34 +36,8 @@ from dysl_vla.workers import use_one_inference_thread
 RUN, RESULT, REPORT = "offline_run.json", "result.json", "report.md"
 PARTS, HORIZON_PICTURE = "episodes", "horizon.png"
 WARM_UP = 3
-BLOCK_S = 1.0
-"""Neighbouring moments are alike, so intervals are over blocks of this length, not over moments."""
-RESAMPLES = 2000
 PICTURES = 3
 """Episodes that are drawn."""
-
-
-@dataclass(frozen=True)
-class Played:
-    """One episode as it was demonstrated, and as each variant would have acted.
-
-    Attributes:
-        frames: (moments,), of the episode, at which the policy looked.
-        demonstrated: (length, action), in the world's units.
-        predicted: (variants, moments, chunk, action), in the world's units.
-        llm_ms: (variants, moments), of the backbone.
-        total_ms: (variants, moments), of the whole policy.
-        layers: (variants, moments), NaN for a policy that skips nothing.
-        verified: (variants, moments): the full model predicted again.
-    """
-
-    frames: NDArray[np.int64]
-    demonstrated: FloatArray
-    predicted: FloatArray
-    llm_ms: FloatArray
-    total_ms: FloatArray
-    layers: FloatArray
-    verified: NDArray[np.bool_]
 
 
 def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
@@ -82,12 +56,12 @@ def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
     """
     assert config.data is not None
     use_one_inference_thread()
+    # What is compared on which episodes: every mistake is found before anything is written.
     if not is_unused(config.out) and not (config.out / RUN).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no such evaluation; give a new folder.")
     variants = _variants(config)
     policies = [variant.load(config.policy) for variant in variants]
-    spec = policies[0].spec
-    demonstrations = demonstrations_for(config.data, spec)
+    demonstrations = demonstrations_for(config.data, policies[0].spec)
     split = _split(config, len(demonstrations.rows), policies[0])
     held_out = [index for index in range(len(demonstrations.rows)) if split.is_held_out(index)]
     if not held_out:
@@ -101,28 +75,36 @@ def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
         "policies": [policy.fingerprint for policy in policies],
     }
     with locked_dir(config.out):
+        # The episodes that an interrupted run has not played yet.
         if (config.out / RUN).exists():
             check_same_run(config.out / RUN, identity)
         write_json(config.out / RUN, identity)
         _play(config.out, policies, demonstrations, episodes)
-        parts = [_read(_part(config.out, episode)) for episode in episodes]
+        # Figures, pictures and the report, of all episodes.
         names = [variant.name or "policy" for variant in variants]
-        result = {
-            **summarise(parts, names, spec),
-            "data": str(config.data),
-            "episodes": episodes,
-            "episodes_in_all": len(demonstrations.rows),
-            "held_out_every": split.every,
-            "policy": config.policy,
-            "config": json.loads(json.dumps(asdict(config), default=str)),
-            "machine": provenance.machine(),
-            **provenance.record(),
-        }
-        for episode, part in list(zip(episodes, parts, strict=True))[:PICTURES]:
-            draw_actions(part, names, spec, config.out / f"episode-{episode:03d}.png")
-        draw_horizon(result, config.out / HORIZON_PICTURE)
-        write_text(config.out / REPORT, render_offline(result) + "\n")
-        write_json(config.out / RESULT, result)
+        parts = {episode: _read(_part(config.out, episode)) for episode in episodes}
+        details = {"episodes_in_all": len(demonstrations.rows), "held_out_every": split.every}
+        return _write_results(config, parts, names, policies[0].spec, details)
+
+
+def _write_results(
+    config: EvalConfig, parts: Mapping[int, Played], names: Sequence[str], spec: PolicySpec, details: Mapping[str, int]
+) -> dict[str, Any]:
+    result = {
+        **summarise(list(parts.values()), names, spec),
+        "data": str(config.data),
+        "episodes": list(parts),
+        **details,
+        "policy": config.policy,
+        "config": json.loads(json.dumps(asdict(config), default=str)),
+        "machine": provenance.machine(),
+        **provenance.record(),
+    }
+    for episode, part in list(parts.items())[:PICTURES]:
+        draw_actions(part, names, spec, config.out / f"episode-{episode:03d}.png")
+    draw_horizon(result, config.out / HORIZON_PICTURE)
+    write_text(config.out / REPORT, render_offline(result) + "\n")
+    write_json(config.out / RESULT, result)
     return result
 
 
@@ -195,15 +177,17 @@ def _play_episode(
     return Played(
         frames=frames,
         demonstrated=demonstrated,
-        predicted=_by_way([[chunk.actions for chunk in chunks] for chunks in answers]),
-        llm_ms=_by_way([[1e3 * chunk.timing.llm_s for chunk in chunks] for chunks in answers]),
-        total_ms=_by_way([[1e3 * chunk.timing.total_s for chunk in chunks] for chunks in answers]),
-        layers=_by_way([[np.nan if one is None else one.layers for one in row] for row in skips]),
-        verified=_by_way([[one is not None and one.is_verified for one in row] for row in skips]).astype(np.bool_),
+        predicted=_variants_first([[chunk.actions for chunk in chunks] for chunks in answers]),
+        llm_ms=_variants_first([[1e3 * chunk.timing.llm_s for chunk in chunks] for chunks in answers]),
+        total_ms=_variants_first([[1e3 * chunk.timing.total_s for chunk in chunks] for chunks in answers]),
+        layers=_variants_first([[np.nan if one is None else one.layers for one in row] for row in skips]),
+        verified=_variants_first([[one is not None and one.is_verified for one in row] for row in skips]).astype(
+            np.bool_
+        ),
     )
 
 
-def _by_way(values: Sequence[Sequence[Any]]) -> FloatArray:
+def _variants_first(values: Sequence[Sequence[Any]]) -> FloatArray:
     """(moments, variants, ...) to (variants, moments, ...)."""
     return np.swapaxes(np.array(values, np.float32), 0, 1)
 
@@ -214,95 +198,3 @@ def _read(path: Path) -> Played:
             return Played(**{name: file[name] for name in Played.__dataclass_fields__})
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}: is damaged ({error}); remove it, and run the same command again.") from error
-
-
-def summarise(parts: Sequence[Played], names: Sequence[str], spec: PolicySpec) -> dict[str, Any]:
-    """The figures of an evaluation.
-
-    Args:
-        parts: Its episodes.
-        names: Of the variants, in the order of the parts' first dimension.
-        spec: The policy's.
-
-    Returns:
-        For each variant under "variants": `error`, the mean distance of the executed actions from those demonstrated,
-        in deviations of the demonstrated actions; `per_dimension`, in the world's units; `horizon`, by the action's
-        place in the chunk; layers, latencies and, but for the first, `difference`, paired by frame with the first, and
-        `distance`, of the executed actions from the first's. `repeating` is the error of repeating the last
-        demonstrated action, which is what a policy must do better than.
-    """
-    std = np.array(spec.action_normalisation.std, np.float32)
-    steps = spec.execute_steps
-    distances = [np.abs(_compared(part, spec.chunk_length)) for part in parts]
-    executed = [np.nanmean(one[:, :, :steps] / std, axis=(2, 3)) for one in distances]  # (variants, moments)
-    blocks, moments = _blocks(executed, max(1, round(BLOCK_S * spec.rate_hz / steps)))
-    variants = {}
-    for variant, name in enumerate(names):
-        units = np.concatenate([one[variant, :, :steps].reshape(-1, len(std)) for one in distances])
-        variants[name] = {
-            "error": _interval(blocks[:, variant], moments),
-            "per_dimension": dict(zip(spec.action_names, np.nanmean(units, axis=0).tolist(), strict=True)),
-            "horizon": np.nanmean(np.concatenate([one[variant] for one in distances]) / std, axis=(0, 2)).tolist(),
-            "layers": _mean([part.layers[variant] for part in parts]),
-            "verified": _mean([part.verified[variant] for part in parts]),
-            **{key: _quantiles([getattr(part, key)[variant] for part in parts]) for key in ("llm_ms", "total_ms")},
-        }
-        if variant:
-            apart = [np.abs(part.predicted[variant] - part.predicted[0])[:, :steps] / std for part in parts]
-            variants[name]["difference"] = _interval(blocks[:, variant] - blocks[:, 0], moments)
-            variants[name]["distance"] = _mean([one.mean(axis=(1, 2)) for one in apart])
-    repeated = [_compared(_repeating(part, spec.chunk_length), steps)[0] for part in parts]
-    return {
-        "moments": sum(len(part.frames) for part in parts),
-        "execute_steps": steps,
-        "rate_hz": spec.rate_hz,
-        "action_std": dict(zip(spec.action_names, std.tolist(), strict=True)),
-        "repeating": _mean([np.nanmean(np.abs(one) / std, axis=(1, 2)) for one in repeated]),
-        "variants": variants,
-    }
-
-
-def _compared(part: Played, steps: int) -> FloatArray:
-    """Predicted minus demonstrated, (variants, moments, steps, action); NaN behind the episode's end."""
-    places = part.frames[:, None] + np.arange(steps)
-    exists = places < len(part.demonstrated)
-    wanted = np.where(exists[..., None], part.demonstrated[np.minimum(places, len(part.demonstrated) - 1)], np.nan)
-    return np.asarray(part.predicted[:, :, :steps] - wanted, np.float32)
-
-
-def _repeating(part: Played, chunk: int) -> Played:
-    """As if the policy had repeated the last demonstrated action."""
-    last = part.demonstrated[np.maximum(part.frames - 1, 0)]
-    return Played(**{**vars(part), "predicted": np.repeat(last[None, :, None], chunk, axis=2)})
-
-
-def _blocks(values: Sequence[FloatArray], moments: int) -> tuple[FloatArray, FloatArray]:
-    """Means over blocks of successive moments, (blocks, variants), and how many moments each has, (blocks,)."""
-    parts = [one[:, start : start + moments] for one in values for start in range(0, one.shape[1], moments)]
-    return (
-        np.array([part.mean(axis=1) for part in parts], np.float32),
-        np.array([part.shape[1] for part in parts], np.float32),
-    )
-
-
-def _interval(values: FloatArray, moments: FloatArray) -> dict[str, Any]:
-    """Mean over moments, and its 95 % bootstrap interval over blocks.
-
-    It tells of moments like those of these episodes; how episodes differ from each other, few of them cannot tell.
-    """
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(0, len(values), (RESAMPLES, len(values)))
-    means = (values[drawn] * moments[drawn]).sum(axis=1) / moments[drawn].sum(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return {"mean": float(np.average(values, weights=moments)), "ci95": [float(low), float(high)]}
-
-
-def _mean(values: Sequence[NDArray[Any]]) -> float | None:
-    joined = np.concatenate([np.asarray(value, np.float64) for value in values])
-    return None if np.isnan(joined).all() else float(np.nanmean(joined))
-
-
-def _quantiles(values: Sequence[FloatArray]) -> Mapping[str, float]:
-    joined = np.concatenate(values)
-    p50, p99 = np.percentile(joined, (50, 99))
-    return {"mean": float(joined.mean()), "p50": float(p50), "p99": float(p99)}

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from dysl_vla.eval.offline_summary import Played
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import atomic_write
 from dysl_vla.types import PolicySpec
-
-if TYPE_CHECKING:
-    from dysl_vla.eval.offline import Played
 
 COLUMNS = 3
 

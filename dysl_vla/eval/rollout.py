@@ -6,17 +6,18 @@ Images are rendered only when the policy looks, at each inference; the steps of 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dysl_vla.envs import ManipulationEnv
 from dysl_vla.eval.contact_sheet import draw_skipping
 from dysl_vla.policies import Policy
-from dysl_vla.types import ImageArray, SkipTrace, check_actions
+from dysl_vla.policies.execution import next_action, start_chunk
+from dysl_vla.types import ActionChunk, ImageArray, SkipTrace
 
 WARM_UP_INFERENCES = 5
-FILM_FPS = 20.0
+VIDEO_FPS = 20.0
+TIMES = ("render_ms", "encode_ms", "llm_ms", "decode_ms", "guidance_ms", "total_ms")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Rollout:
     success: bool = False
     steps: list[dict[str, Any]] = field(default_factory=list)
     video: list[ImageArray] = field(default_factory=list)
-    video_fps: float = FILM_FPS
+    video_fps: float = VIDEO_FPS
 
 
 def warm_up(policy: Policy, env: ManipulationEnv) -> None:
@@ -70,66 +71,90 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, video:
         ActionError: The policy's action has NaN or infinity.
     """
     clock = time.perf_counter
-    every = max(1, round(env.embodiment.rate_hz / FILM_FPS))
+    every = max(1, round(env.embodiment.rate_hz / VIDEO_FPS))
     rollout = Rollout(video_fps=env.embodiment.rate_hz / every)
-    started = clock()
+    camera = _VideoCamera(env, rollout.video, every if video else None)
     observation, _ = env.reset(seed=key.seed, options={"episode_index": key.index})
-    render_s = clock() - started
+    render_s: float | None = None  # the first observation is part of the reset
     state = policy.reset()
-    continuities: list[float | None] = []
-    busiest: SkipTrace | None = None  # since the last frame: a video shows one inference in several
     while True:
-        [chunk] = policy.infer([observation], [state])
-        timing = chunk.timing
-        if chunk.skips is not None:
-            continuities.append(chunk.skips.continuity)
-            busiest = chunk.skips if busiest is None or chunk.skips.layers >= busiest.layers else busiest
-        check_actions(chunk.actions, len(env.embodiment.action_names))
-        executed = env.embodiment.clip(chunk.actions[: policy.spec.execute_steps])
-        for offset, action in enumerate(executed):
-            if video and len(rollout.steps) % every == 0:
-                rollout.video.append(_frame(env, busiest or chunk.skips, continuities))
-                busiest = None
+        # Observe, and infer a chunk.
+        if rollout.steps:
+            started = clock()
+            observation = env.observe()
+            render_s = clock() - started
+        chunk = start_chunk(policy, observation, state, env.embodiment)
+        camera.note(chunk.skips)
+        inferred: ActionChunk | None = chunk
+        # Execute it: physics alone.
+        while state.planned:
+            step = len(rollout.steps)
+            camera.record_before(step)
+            action = next_action(state)
             started = clock()
             reward, truncated, info = env.advance(action)
-            physics_s = clock() - started
-            state.executed.append(action)
-            inferred = offset == 0
-            rollout.steps.append(
-                {
-                    "task": key.task,
-                    "episode_index": key.index,
-                    "step": len(rollout.steps),
-                    "reward": reward,
-                    "success": info["success"],
-                    "physics_ms": 1e3 * physics_s,
-                    "render_ms": 1e3 * render_s if inferred and rollout.steps else None,
-                    "encode_ms": 1e3 * timing.encode_s if inferred else None,
-                    "llm_ms": 1e3 * timing.llm_s if inferred else None,
-                    "decode_ms": 1e3 * timing.decode_s if inferred else None,
-                    "guidance_ms": 1e3 * timing.guidance_s if inferred else None,
-                    "total_ms": 1e3 * timing.total_s if inferred else None,
-                    "action": action.tolist(),
-                    **(_skipping(chunk.skips) if inferred and chunk.skips is not None else {}),
-                }
-            )
+            outcome = {"reward": reward, "success": info["success"], "physics_ms": 1e3 * (clock() - started)}
+            times, skipping = _times(inferred, render_s), _skipping(inferred)
+            episode = {"task": key.task, "episode_index": key.index, "step": step}
+            rollout.steps.append({**episode, **outcome, **times, "action": action.tolist(), **skipping})
+            inferred = None
             if info["success"] or truncated:
                 rollout.success = info["success"]
-                if video:
-                    rollout.video.append(_frame(env, busiest or chunk.skips, continuities))
+                camera.record()
                 return rollout
-        started = clock()
-        observation = env.observe()
-        render_s = clock() - started
 
 
-def _frame(env: ManipulationEnv, trace: SkipTrace | None, continuities: Sequence[float | None]) -> ImageArray:
-    frame = env.render()
-    return frame if trace is None else draw_skipping(frame, trace, continuities)
+class _VideoCamera:
+    """Records frames for people, each with what was skipped since the last one: a frame stands for several inferences.
+
+    Args:
+        env: The environment.
+        frames: The list that frames are appended to.
+        every: Steps from one frame to the next; None: nothing is recorded.
+    """
+
+    def __init__(self, env: ManipulationEnv, frames: list[ImageArray], every: int | None) -> None:
+        self._env, self._frames, self._every = env, frames, every
+        self._continuities: list[float | None] = []
+        self._latest: SkipTrace | None = None
+        self._busiest: SkipTrace | None = None
+
+    def note(self, trace: SkipTrace | None) -> None:
+        """Remember what an inference skipped."""
+        self._latest = trace
+        if trace is not None:
+            self._continuities.append(trace.continuity)
+            if self._busiest is None or trace.layers >= self._busiest.layers:
+                self._busiest = trace
+
+    def record_before(self, step: int) -> None:
+        """Record a frame if one is due before a step."""
+        if self._every and step % self._every == 0:
+            self.record()
+
+    def record(self) -> None:
+        """Record a frame now, above the inference since the last frame that ran the most layers."""
+        if not self._every:
+            return
+        picture, trace = self._env.render(), self._busiest or self._latest
+        self._frames.append(picture if trace is None else draw_skipping(picture, trace, self._continuities))
+        self._busiest = None
 
 
-def _skipping(trace: SkipTrace) -> dict[str, Any]:
-    """Columns of `steps.parquet` that a policy that skips layers adds."""
+def _times(chunk: ActionChunk | None, render_s: float | None) -> dict[str, float | None]:
+    """Columns of `steps.parquet` with the times of looking and inferring; None where a chunk was only executed."""
+    if chunk is None:
+        return dict.fromkeys(TIMES)
+    timing = chunk.timing
+    seconds = (render_s, timing.encode_s, timing.llm_s, timing.decode_s, timing.guidance_s, timing.total_s)
+    return {name: None if value is None else 1e3 * value for name, value in zip(TIMES, seconds, strict=True)}
+
+
+def _skipping(chunk: ActionChunk | None) -> dict[str, Any]:
+    """Columns of `steps.parquet` that a policy that skips layers adds, at the steps that inferred."""
+    if chunk is None or chunk.skips is None:
+        return {}
+    trace = chunk.skips
     return {
         "layers": trace.layers,
         "layers_run": trace.layers_run.tolist(),

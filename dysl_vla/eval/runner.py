@@ -20,7 +20,8 @@ from dysl_vla.eval.offline import evaluate_offline
 from dysl_vla.eval.records import RUN, RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
 from dysl_vla.eval.rollout import EpisodeKey, run_episode, warm_up
-from dysl_vla.policies import Policy, check_fingerprint
+from dysl_vla.policies import Policy
+from dysl_vla.policies.worker import worker_policy
 from dysl_vla.types import check_actions
 from dysl_vla.video import write_video
 from dysl_vla.workers import use_one_inference_thread, worker_pool
@@ -243,17 +244,9 @@ def _worker_bench(suite: str) -> _Bench:
     return _Bench(get_suite(suite))
 
 
-@lru_cache(maxsize=16)
-def _worker_policy(name: str, variant: Variant, fingerprint: str) -> Policy:
-    policy = variant.load(name)
-    check_fingerprint(policy, name, fingerprint)
-    use_one_inference_thread()
-    return policy
-
-
 def _run_in_worker(
     config: EvalConfig, variant: Variant, fingerprint: str, folder: RunFolder, key: EpisodeKey
 ) -> dict[str, Any]:
     assert config.suite is not None
-    policy = _worker_policy(config.policy, variant, fingerprint)
+    policy = worker_policy(config.policy, fingerprint, skip=variant.skip, ablation=variant.ablation)
     return _worker_bench(config.suite).run(policy, folder, key, video=key.index < config.video)

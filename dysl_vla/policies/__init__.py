@@ -21,6 +21,7 @@ from dysl_vla.policies.base import (
     policies,
 )
 from dysl_vla.policies.compute import ComputeConfig
+from dysl_vla.policies.execution import select_action
 from dysl_vla.skip_controller.operating import Ablation
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "load_policy",
     "load_skippable_policy",
     "policies",
+    "select_action",
 ]
 
 

@@ -26,6 +26,7 @@ from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.images import Place, looked_at
 from dysl_vla.policies.backbone import EMBEDS, BackbonePolicy
 from dysl_vla.policies.base import policies
+from dysl_vla.policies.packed_conv import PackedConv2d, RectifiedConvolutions
 from dysl_vla.types import (
     IMAGE_PREFIX,
     STATE_KEY,
@@ -38,7 +39,6 @@ from dysl_vla.types import (
 POLICY_TYPE = "mini-vla"
 CELL = 8
 """Pixels that one cell of a camera's feature map stands for, a side."""
-_CAN_PACK = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 @dataclass(frozen=True)
@@ -116,54 +116,6 @@ class MiniVLAConfig:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
         if self.hidden_size % (2 * self.num_heads):
             raise ConfigError(f"hidden_size: {self.hidden_size} is no multiple of 2 x num_heads ({self.num_heads}).")
-
-
-class PackedConv2d(nn.Conv2d):
-    """A convolution that keeps its weights, for inference on a CPU, as oneDNN wants them for the size of its input.
-
-    PyTorch reorders a convolution's weights at every call, which for one small image costs as much as the convolution.
-    """
-
-    _packed: tuple[object, Tensor] | None = None
-
-    def forward(self, images: Tensor, *, is_rectified: bool = False) -> Tensor:
-        """(batch, channels, height, width) to the same; what is negative becomes 0 if it shall be rectified."""
-        weight = self.weight
-        if (
-            not (_CAN_PACK and torch.is_inference_mode_enabled() and images.device.type == "cpu")
-            or weight.is_inference()
-        ):
-            plainly = super().forward(images)
-            return plainly.relu_() if is_rectified else plainly
-        how = [self.padding, self.stride, self.dilation, self.groups]
-        packed_for = (weight.data_ptr(), weight._version, images.shape[1:])
-        if self._packed is None or self._packed[0] != packed_for:
-            plain = weight.to_mkldnn()
-            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the input's shape
-            self._packed = packed_for, reorder(plain, *how, [1, *images.shape[1:]])
-        output: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            images, self._packed[1], self.bias, *how, "relu" if is_rectified else "none", [], ""
-        )
-        return output
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}  # it cannot be copied
-
-
-class RectifiedConvolutions(nn.Sequential):
-    """Convolutions with a ReLU behind each, computed in the same pass over memory where that is possible.
-
-    The `nn.ReLU` modules stand for what is computed, and keep the weights' names; they are never called.
-    """
-
-    def __init__(self, *convolutions: PackedConv2d) -> None:
-        super().__init__(*(module for convolution in convolutions for module in (convolution, nn.ReLU())))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(batch, channels, height, width) to the same."""
-        for convolution in list(self)[::2]:
-            images = convolution(images, is_rectified=True)
-        return images
 
 
 class CameraEncoder(nn.Module):

@@ -19,7 +19,9 @@ from PIL import Image
 SIDE = 16
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 DATA = "data/chunk-000/file-000.parquet"
-VIDEO = "videos/observation.images.top/chunk-000/file-000.mp4"
+TOP = "observation.images.top"
+VIDEO = f"videos/{TOP}/chunk-000/file-000.mp4"
+FROM = f"videos/{TOP}/from_timestamp"
 
 
 def grey(number: int) -> NDArray[np.uint8]:

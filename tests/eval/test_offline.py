@@ -16,8 +16,9 @@ from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.deploy.export import ExportConfig, export
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.eval.config import EvalConfig
-from dysl_vla.eval.offline import Played, evaluate_offline, summarise
+from dysl_vla.eval.offline import evaluate_offline
 from dysl_vla.eval.offline_report import render_offline
+from dysl_vla.eval.offline_summary import Played, summarise
 from dysl_vla.training.tune import Point, choose_by_error
 from dysl_vla.types import Normalisation
 from tests.conftest import make_tiny_policy

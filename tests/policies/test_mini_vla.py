@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import LlamaModel
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError, ObservationError
 from dysl_vla.policies import ComputeConfig, Policy, load_policy
-from dysl_vla.policies.mini_vla import Crop, MiniVLA, PackedConv2d
+from dysl_vla.policies.mini_vla import Crop, MiniVLA
 from dysl_vla.policies.mock import MockPolicy
 from dysl_vla.skip_controller.torch_backend import Forward
 from dysl_vla.types import Normalisation
@@ -118,29 +117,6 @@ def test_gradients_reach_every_weight(tiny_policy: MiniVLA) -> None:
     inputs = tiny_policy.inputs(images, torch.ones(2, 2), torch.ones(2, 9, dtype=torch.long))
     tiny_policy.act(inputs, Forward()).abs().sum().backward()
     assert [n for n, p in tiny_policy.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-def test_packed_convolutions_answer_as_plain_ones_whatever_changes() -> None:
-    convolution = PackedConv2d(3, 8, 3, stride=2, padding=1)
-
-    def agrees(images: torch.Tensor) -> None:
-        with torch.no_grad():
-            plain = convolution(images)
-        with torch.inference_mode():
-            torch.testing.assert_close(convolution(images), plain)
-            torch.testing.assert_close(convolution(images, is_rectified=True), plain.relu())
-
-    agrees(torch.randn(1, 3, 16, 16))
-    agrees(torch.randn(5, 3, 16, 16))
-    agrees(torch.randn(1, 3, 24, 12))
-    with torch.no_grad():
-        convolution.weight.mul_(-2)
-    agrees(torch.randn(1, 3, 24, 12))
-    convolution = copy.deepcopy(convolution)
-    convolution.weight.data = convolution.weight.data * 3
-    agrees(torch.randn(1, 3, 24, 12))
-    convolution.load_state_dict({name: value + 1 for name, value in convolution.state_dict().items()})
-    agrees(torch.randn(1, 3, 24, 12))
 
 
 def test_the_backbone_is_told_what_it_would_find_out_itself(tiny_policy: MiniVLA) -> None:
