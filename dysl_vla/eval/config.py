@@ -5,11 +5,11 @@ Needs no simulator, so that an evaluation on demonstrations does without one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.policies import Policy, load_policy
+from dysl_vla.policies import ComputeConfig, Policy, load_policy
 from dysl_vla.provenance import FIRST_EVALUATION_SEED
 from dysl_vla.skip_controller.operating import ABLATIONS, Ablation
 
@@ -57,6 +57,7 @@ class EvalConfig:
     """Comma-separated variants of the policy: full, dysl, no-guidance, no-verification, controllers (neither), random.
     Each episode is run once with each of them, in turn; each has its own folder under `out`, and is compared with the
     first."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
         for name in ("episodes", "workers"):
@@ -83,15 +84,17 @@ class Variant:
         name: Its name, which is also its folder's; empty for the only one of a run.
         skip: How much it skips; None: the operating point of its checkpoint.
         ablation: Parts of the method that are switched off; None for the full method and the full model.
+        compute: Device and type of numbers.
     """
 
     name: str
     skip: float | None
     ablation: Ablation | None
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def load(self, policy: str) -> Policy:
         """Load a policy, by name or folder, as this variant of it."""
-        return load_policy(policy, skip=self.skip, ablation=self.ablation)
+        return load_policy(policy, skip=self.skip, ablation=self.ablation, compute=self.compute)
 
     def folder(self, out: Path) -> Path:
         """The folder of its records, in the run's folder `out`."""
@@ -105,12 +108,13 @@ def variants_of(config: EvalConfig) -> list[Variant]:
         ConfigError: A name is unknown or given twice, or `skip` is 0 for a variant that skips.
     """
     if config.variants is None:
-        return [Variant("", config.skip, None)]
+        return [Variant("", config.skip, None, config.compute)]
     variants = []
     for name in map(str.strip, config.variants.split(",")):
         if name != "full" and name not in ABLATIONS:
             raise ConfigError(f"variants must be of full, {', '.join(ABLATIONS)}, got {name!r}.")
-        variants.append(Variant(name, 0.0, None) if name == "full" else Variant(name, config.skip, ABLATIONS[name]))
+        skip, ablation = (0.0, None) if name == "full" else (config.skip, ABLATIONS[name])
+        variants.append(Variant(name, skip, ablation, config.compute))
     if config.skip == 0 and any(variant.name != "full" for variant in variants):
         raise ConfigError(
             f"skip must be above 0 with variants {config.variants!r}, got 0, which is the full model; leave one out."

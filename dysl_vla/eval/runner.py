@@ -159,6 +159,7 @@ def _identity(
         "horizon": suite.horizon,
         "video": config.video,
         "workers": config.workers,
+        "compute": asdict(config.compute),
         "machine": provenance.machine(),
         "versions": provenance.versions(),
     }
@@ -248,5 +249,7 @@ def _run_in_worker(
     config: EvalConfig, variant: Variant, fingerprint: str, folder: RunFolder, key: EpisodeKey
 ) -> dict[str, Any]:
     assert config.suite is not None
-    policy = worker_policy(config.policy, fingerprint, skip=variant.skip, ablation=variant.ablation)
+    policy = worker_policy(
+        config.policy, fingerprint, skip=variant.skip, ablation=variant.ablation, compute=variant.compute
+    )
     return _worker_bench(config.suite).run(policy, folder, key, video=key.index < config.video)
