@@ -25,7 +25,7 @@ import tyro
 from dysl_vla.cli import VERBS, main
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/your-own-vla.md")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SERVER = "ws://127.0.0.1:8000"
 

@@ -225,13 +225,14 @@ class _Run:
         chosen = choose_frames(self._demonstrations, config.frames, split, held_out=False)
         frames = encode(self._policy, self._demonstrations, chosen, "frames", augment_copies=config.augment_copies)
         answers: FullModelAnswer | None = None
+        are_asked = False  # the full model's answers to all frames
         board = SummaryWriter(str(config.out / "tensorboard"), purge_step=trainer.step + 1)
         started = time.monotonic() - seconds
         figures: list[dict[str, float]] = []
         with tqdm(total=config.training.steps, initial=trainer.step, desc="distilling", unit="step") as progress:
             while trainer.step < config.training.steps:
-                if answers is None and not trainer.is_first_stage:
-                    answers = self._answers(frames)
+                if not are_asked and not trainer.is_first_stage:
+                    answers, are_asked = self._answers(frames), True
                 rng = trainer.rng()
                 rows = np.sort(rng.integers(0, len(frames.items), config.training.batch))
                 batch = self._policy.collate(frames.rows(rows))
