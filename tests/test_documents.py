@@ -10,6 +10,7 @@ import os
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -67,9 +68,12 @@ def parser(monkeypatch: pytest.MonkeyPatch) -> Parser:
 
 
 def blocks(language: str) -> list[str]:
-    """Fenced code of a language, "" for shell."""
-    found = [pair for name in DOCUMENTS for pair in FENCED.findall((ROOT / name).read_text())]
-    return [code for kind, code in found if kind == language]
+    """Fenced code of a language, "" for shell; Python's of docs/ is one program a document."""
+    found: list[str] = []
+    for name in DOCUMENTS:
+        codes = [code for kind, code in FENCED.findall((ROOT / name).read_text()) if kind == language]
+        found += ["\n".join(codes)] if codes and language == "python" and name.startswith("docs/") else codes
+    return found
 
 
 def code_in_sentences() -> list[str]:
@@ -192,7 +196,8 @@ def address() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
-def test_a_python_block_runs(code: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_python_block_runs(code: str, tmp_path: Path, mock_demos: Path, request: pytest.FixtureRequest) -> None:
+    shutil.copytree(mock_demos, tmp_path / "demos")
     if SERVER in code:
         code = code.replace(SERVER, request.getfixturevalue("address"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -73,24 +73,41 @@ class ConditionalDecoder(nn.Module):
             `decode`'s answer; for each exit whether its controller was asked, its log-odds, and whether the block was
             left there, (exits,); what the first layer that a block was left at got, (1, tokens, hidden).
         """
+        run, decided = self._runner(inputs, allow_points, threshold, resume_from)
+        self._running.append(run)
+        hidden = self.decoder(**inputs, **self._without_cache).last_hidden_state
+        self._running.pop()
+        asked, logits, lefts, first = decided()
+        answer: Tensor = self.decode(hidden)
+        return answer, torch.stack(asked), torch.stack(logits), torch.stack(lefts), first
+
+    def _runner(
+        self, inputs: Mapping[str, Tensor], allow_points: Tensor, threshold: Tensor, resume_from: Tensor
+    ) -> tuple[Callable[..., Any], Callable[[], tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]]]:
+        """What runs the layers of one pass, and what tells afterwards how it was decided.
+
+        What changes from layer to layer is kept in variables of this call, which every exporter can trace.
+        """
         skips = resume_from == 0
         asked: list[Tensor] = []
         logits: list[Tensor] = []
         lefts: list[Tensor] = []
-        has_left = torch.zeros_like(skips)  # anywhere
+        has_left = torch.zeros_like(skips)  # a block, anywhere
         is_passed: Tensor | None = None  # the running block was left
         first = torch.zeros_like(inputs[EMBEDS])
         mask = inputs.get("attention_mask")
 
         def leave(hidden: Tensor, index: int) -> Tensor:
-            """Ask the controller of an exit, and bridge what is skipped if the block is left there."""
+            """Ask the controller of an exit, and let the adapter take the place of what is skipped."""
             nonlocal has_left, is_passed, first
+            # Is the controller asked, and does it leave the block?
             number, offset = self._block_of[index]
             controller, adapter = self.heads.controllers[str(index)], self.heads.adapters[str(index)]
             asks = skips & (allow_points[number] <= offset)
             asks = asks if is_passed is None else asks & ~is_passed
             [logit] = torch.cond(asks, lambda h: controller(h, mask), lambda h: h.new_zeros(1), (hidden,))
             leaves = asks & (logit > threshold)
+            # Keep what resuming will need, and what was decided.
             first = torch.cond(
                 leaves & ~has_left, lambda h, _: h.clone(), lambda _, kept: kept.clone(), (hidden, first)
             )
@@ -99,8 +116,8 @@ class ConditionalDecoder(nn.Module):
             asked.append(asks)
             logits.append(logit)
             lefts.append(leaves)
-            bridged: Tensor = torch.cond(leaves, adapter, lambda h: h.clone(), (hidden,))
-            return bridged
+            landed: Tensor = torch.cond(leaves, adapter, lambda h: h.clone(), (hidden,))
+            return landed
 
         def run(index: int, original: Callable[..., Any], hidden: Tensor, *arguments: Any, **named: Any) -> Any:
             """A layer: run, unless its block was left, or a pass that resumes begins later."""
@@ -112,11 +129,7 @@ class ConditionalDecoder(nn.Module):
             passes = index < resume_from if is_passed is None else is_passed | (index < resume_from)
             return torch.cond(passes, lambda h: h.clone(), lambda h: original(h, *arguments, **named), (hidden,))
 
-        self._running.append(run)
-        hidden = self.decoder(**inputs, **self._without_cache).last_hidden_state
-        self._running.pop()
-        answer: Tensor = self.decode(hidden)
-        return answer, torch.stack(asked), torch.stack(logits), torch.stack(lefts), first
+        return run, lambda: (asked, logits, lefts, first)
 
     @contextmanager
     def installed(self) -> Iterator[None]:

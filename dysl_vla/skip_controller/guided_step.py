@@ -8,8 +8,8 @@ depend on its neighbours.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -168,7 +168,6 @@ class GuidedStep:
             TypeError: A state is another policy's.
         """
         started = clock()
-        spec, guidance = self._spec, self._guidance
         # Take in what was executed, and move the allow points.
         memories = [self._observe(state) for state in states]
         if allow_points is None:
@@ -176,52 +175,41 @@ class GuidedStep:
             allow_points = np.stack([memory.allow_points if is_guided else self._no_layer for memory in memories])
         # Run, skipping as far as the controllers and allow points let it.
         passed = backend.run(inputs, allow_points)
-        actions = passed.actions
         # Check which rows' actions are surprising, and for which of them there is time to verify.
         wanted = [
-            guidance.update_and_check(memory, row, spec.execute_steps) and bool(targets) and self._ablation.verification
-            for memory, row, targets in zip(memories, actions, passed.targets, strict=True)
+            self._check(memory, row) and bool(targets) and self._ablation.verification
+            for memory, row, targets in zip(memories, passed.actions, passed.targets, strict=True)
         ]
         verified = [ask and self._budget.affords(state) for ask, state in zip(wanted, states, strict=True)]
         if any(wanted) and not any(verified):
             self._budget.was_refused()
         backend.remember(inputs, {row: states[row] for row, is_verified in enumerate(verified) if not is_verified})
         # Verify: the full model goes on from the first skip, and guidance sees what will be executed.
-        llm_s, decode_s, verify_s = passed.llm_s, passed.decode_s, 0.0
+        exact = Resumed(passed.actions, 0.0)
         if any(verified):
-            exact = backend.resume(inputs, passed)
-            verify_s = exact.llm_s
-            self._budget.took(verify_s)
-            llm_s, decode_s = llm_s + verify_s, decode_s + exact.decode_s
-            actions = np.where(np.array(verified)[:, None, None], exact.actions, actions)
-            for memory, row, is_verified in zip(memories, actions, verified, strict=True):
-                if is_verified:
-                    guidance.update_and_check(memory, row, spec.execute_steps)
+            exact = self._verify(backend.resume(inputs, passed), passed, memories, verified)
             backend.remember(inputs, {row: states[row] for row, is_verified in enumerate(verified) if is_verified})
         # Account for time and layers.
-        world = spec.action_normalisation.undo(actions)
+        world = self._spec.action_normalisation.undo(exact.actions)
+        llm_s, decode_s = passed.llm_s + exact.llm_s, passed.decode_s + exact.decode_s
         timing = InferenceTiming(encode_s, llm_s, decode_s, guidance_s=clock() - started - llm_s - decode_s)
-        first_skip = passed.first_skip if any(verified) else None
-        return [
-            ActionChunk(
-                actions=world[row],
-                timing=timing,
-                skips=SkipTrace(
-                    layers_run=passed.layers_run[row],
-                    skips=passed.targets[row],
-                    outputs=passed.outputs[row],
-                    allow_points=tuple(allow_points[row].tolist()),
-                    continuity=memory.continuity,
-                    is_verified=verified[row],
-                    is_verification_late=wanted[row] and not verified[row],
-                    resumed_from=first_skip if verified[row] else None,
-                    controllers_s=passed.controllers_s,
-                    adapters_s=passed.adapters_s,
-                    verify_s=verify_s,
-                ),
-            )
-            for row, memory in enumerate(memories)
-        ]
+        traces = _traces(passed, exact, allow_points, memories, zip(wanted, verified, strict=True))
+        return [ActionChunk(row, timing, trace) for row, trace in zip(world, traces, strict=True)]
+
+    def _verify(
+        self, full: Resumed, passed: PassResult, memories: Sequence[GuidanceState], verified: Sequence[bool]
+    ) -> Resumed:
+        """What is executed of every row: the full model's actions where they were verified."""
+        self._budget.took(full.llm_s)
+        actions = np.where(np.array(verified)[:, None, None], full.actions, passed.actions)
+        for memory, row, is_verified in zip(memories, actions, verified, strict=True):
+            if is_verified:
+                self._check(memory, row)
+        return replace(full, actions=actions)
+
+    def _check(self, memory: GuidanceState, actions: FloatArray) -> bool:
+        """Whether predicted actions are surprising; guidance remembers them."""
+        return self._guidance.update_and_check(memory, actions, self._spec.execute_steps)
 
     def _observe(self, state: EpisodeState) -> GuidanceState:
         memory = state.guidance
@@ -237,3 +225,27 @@ def latest_executed(state: EpisodeState, normalisation: Normalisation, action_di
     """The executed actions that guidance looks back on, normalised, (at most WINDOW + 1, action)."""
     actions = list(state.executed)[-WINDOW - 1 :]
     return normalisation.apply(np.array(actions, np.float32) if actions else np.empty((0, action_dim), np.float32))
+
+
+def _traces(
+    passed: PassResult,
+    exact: Resumed,
+    allow_points: NDArray[np.int64],
+    memories: Sequence[GuidanceState],
+    verification: Iterable[tuple[bool, bool]],
+) -> Iterator[SkipTrace]:
+    """What skipping did, for each row; `verification` says of each whether it was wanted, and whether it was done."""
+    for row, (memory, (is_wanted, is_verified)) in enumerate(zip(memories, verification, strict=True)):
+        yield SkipTrace(
+            layers_run=passed.layers_run[row],
+            skips=passed.targets[row],
+            outputs=passed.outputs[row],
+            allow_points=tuple(allow_points[row].tolist()),
+            continuity=memory.continuity,
+            is_verified=is_verified,
+            is_verification_late=is_wanted and not is_verified,
+            resumed_from=passed.first_skip if is_verified else None,
+            controllers_s=passed.controllers_s,
+            adapters_s=passed.adapters_s,
+            verify_s=exact.llm_s,
+        )

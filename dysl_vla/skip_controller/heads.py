@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +48,7 @@ class Adapter(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, tokens, hidden) to the same."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        inner = functional.silu(functional.linear(flat, *_weights(self, "down")))
-        up: Any = self._parameters["up"]
-        return torch.addmm(flat, inner, up).view_as(hidden)
+        return torch.addmm(flat, functional.silu(self.down(flat)), self.up).view_as(hidden)
 
 
 class Controller(nn.Module):
@@ -72,8 +69,9 @@ class Controller(nn.Module):
         Returns:
             (batch,); their sigmoid is the probability.
         """
-        inside = functional.silu(functional.linear(_pool(hidden, mask), *_weights(self, "hidden")))
-        return functional.linear(inside, *_weights(self, "out")).view(-1)
+        inside = functional.silu(self.hidden(_pool(hidden, mask)))
+        answer: Tensor = self.out(inside)
+        return answer.view(-1)
 
 
 class SkipHeads(nn.Module):
@@ -91,12 +89,6 @@ class SkipHeads(nn.Module):
         layers = plan.exits or plan.dynamic_layers
         self.adapters = nn.ModuleDict({str(layer): Adapter(config) for layer in layers})
         self.controllers = nn.ModuleDict({str(layer): Controller(config) for layer in layers})
-
-
-def _weights(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear part, past calls and attribute look-ups, which would take as long as the product."""
-    linear: Any = module._modules[name]
-    return linear._parameters["weight"], linear._parameters["bias"]
 
 
 def _pool(hidden: Tensor, mask: Tensor | None) -> Tensor:

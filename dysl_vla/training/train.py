@@ -118,22 +118,13 @@ def train(config: TrainConfig) -> Path:
     """
     if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
         raise ConfigError(f"out: {config.out} is not empty and holds no training; give a new folder.")
+    # The demonstrations, and the policy that they decide.
     demonstrations = _open(config)
     columns = demonstrations.columns()
     torch.manual_seed(config.optimizer.seed)
-    episodes = len(demonstrations.rows)
-    if config.init:
-        policy = _warm_start(config, demonstrations)
-        split = split_for(episodes, policy.provenance, config.held_out)
-        if split != (before := split_for(episodes, policy.provenance)):
-            raise ConfigError(
-                f"held_out: {config.init} was trained with one episode in {before.every} held out, and has seen others "
-                "that would be held out now; leave it out, or train without --init."
-            )
-    else:
-        split = split_for(episodes, share=config.held_out)
-        policy = _new_policy(config, demonstrations, columns, split)
+    policy, split = _beginning(config, demonstrations, columns)
     shortest_path = _shortest_path(config.plan, policy.config.num_layers)
+    # Is it a new run, one that goes on, or one that has ended?
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.optimizer)}, default=str))
     del settings["optimizer"]
     settings["plan"] = shortest_path or None
@@ -141,18 +132,18 @@ def train(config: TrainConfig) -> Path:
     if _is_finished(config.out, identity):
         shutil.rmtree(config.out / FRAMES, ignore_errors=True)
         return config.out
-    data = describe(demonstrations)
-    data |= {
-        "held_out_every": split.every,
-        "action_change": action_change(columns["actions"], columns["episode_index"]),
-    }
     policy.provenance = {
         "method": "behaviour cloning",
         **provenance.record(),
         "config": settings,
-        "data": data,
+        "data": {
+            **describe(demonstrations),
+            "held_out_every": split.every,
+            "action_change": action_change(columns["actions"], columns["episode_index"]),
+        },
         "init": policy.provenance or None,
     }
+    # Decode the images, and train.
     is_new = not (config.out / RUN_FILE).exists()
     with locked_dir(config.out):
         write_json(config.out / RUN_FILE, identity)
@@ -162,14 +153,31 @@ def train(config: TrainConfig) -> Path:
             if is_new:  # a damaged dataset leaves no training behind
                 shutil.rmtree(config.out, ignore_errors=True)
             raise
-        named = {name: columns[name] for name in ("states", "actions", "episode_index", "task_index")}
-        instructions = demonstrations.instructions
         arrays = TrainingArrays(
-            images, **named, instructions=instructions, held_out=_held_out(split, columns["episode_index"])
+            images,
+            **{name: columns[name] for name in ("states", "actions", "episode_index", "task_index")},
+            instructions=demonstrations.instructions,
+            held_out=_held_out(split, columns["episode_index"]),
         )
         BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
         shutil.rmtree(config.out / FRAMES)
     return config.out
+
+
+def _beginning(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any]) -> tuple[MiniVLA, Split]:
+    """The policy before training, and which episodes are held out."""
+    episodes = len(demonstrations.rows)
+    if not config.init:
+        split = split_for(episodes, share=config.held_out)
+        return _new_policy(config, demonstrations, columns, split), split
+    policy = _warm_start(config, demonstrations)
+    split, before = split_for(episodes, policy.provenance, config.held_out), split_for(episodes, policy.provenance)
+    if split != before:
+        raise ConfigError(
+            f"held_out: {config.init} was trained with one episode in {before.every} held out, and has seen others "
+            "that would be held out now; leave it out, or train without --init."
+        )
+    return policy, split
 
 
 def _held_out(split: Split, episode_index: NDArray[np.int64]) -> NDArray[np.bool_]:
