@@ -136,11 +136,7 @@ def train(config: TrainConfig) -> Path:
         "method": "behaviour cloning",
         **provenance.record(),
         "config": settings,
-        "data": {
-            **describe(demonstrations),
-            "held_out_every": split.every,
-            "action_change": action_change(columns["actions"], columns["episode_index"]),
-        },
+        "data": {**describe(demonstrations), **_split_and_change(split, columns)},
         "init": policy.provenance or None,
     }
     # Decode the images, and train.
@@ -153,12 +149,9 @@ def train(config: TrainConfig) -> Path:
             if is_new:  # a damaged dataset leaves no training behind
                 shutil.rmtree(config.out, ignore_errors=True)
             raise
-        arrays = TrainingArrays(
-            images,
-            **{name: columns[name] for name in ("states", "actions", "episode_index", "task_index")},
-            instructions=demonstrations.instructions,
-            held_out=_held_out(split, columns["episode_index"]),
-        )
+        named = {name: columns[name] for name in ("states", "actions", "episode_index", "task_index")}
+        held_out = _held_out(split, columns["episode_index"])
+        arrays = TrainingArrays(images, **named, instructions=demonstrations.instructions, held_out=held_out)
         BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
         shutil.rmtree(config.out / FRAMES)
     return config.out
@@ -178,6 +171,14 @@ def _beginning(config: TrainConfig, demonstrations: Demonstrations, columns: dic
             "that would be held out now; leave it out, or train without --init."
         )
     return policy, split
+
+
+def _split_and_change(split: Split, columns: dict[str, Any]) -> dict[str, Any]:
+    """What later verbs need to know of the data: what was held out, and how fast actions change."""
+    return {
+        "held_out_every": split.every,
+        "action_change": action_change(columns["actions"], columns["episode_index"]),
+    }
 
 
 def _held_out(split: Split, episode_index: NDArray[np.int64]) -> NDArray[np.bool_]:
