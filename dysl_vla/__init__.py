@@ -28,7 +28,7 @@ _PUBLIC = {
     "SkippablePolicy": "dysl_vla.policies",
     "attach": "dysl_vla.skip_controller.skipping",
     "detach": "dysl_vla.skip_controller.skipping",
-    "evaluate": "dysl_vla.eval.runner",
+    "evaluate": "dysl_vla.eval",
     "get_suite": "dysl_vla.envs",
     "load_policy": "dysl_vla.policies",
 }

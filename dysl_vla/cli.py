@@ -160,9 +160,9 @@ def _eval(arguments: Sequence[str]) -> int:
         print(render_offline(evaluate_offline(config)))
         print(f"Records and pictures: {config.out}")
         return 0
+    from dysl_vla.eval import evaluate
     from dysl_vla.eval.compare import compare, render_comparison
     from dysl_vla.eval.report import render_report
-    from dysl_vla.eval.runner import evaluate
 
     variants = evaluate(config)["variants"]
     for figures in variants.values():

@@ -87,7 +87,7 @@ class RunFolder:
             raise ConfigError(f"out must be a new folder or one of a run; {root} is not empty and holds no run.")
 
     @contextmanager
-    def locked_dir(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Lock the folder while the run goes on, and write the run's settings.
 
         Raises:

@@ -16,7 +16,6 @@ from dysl_vla import provenance
 from dysl_vla.envs import Suite, TaskEnvs, get_suite, with_robot
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig, Variant, variants_of
-from dysl_vla.eval.offline import evaluate_offline
 from dysl_vla.eval.records import RUN, RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
 from dysl_vla.eval.rollout import EpisodeKey, run_episode, warm_up
@@ -29,29 +28,16 @@ from dysl_vla.workers import use_one_inference_thread, worker_pool
 VIDEO_CRF = 18
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Run what is missing of an evaluation, and write its figures.
-
-    Returns:
-        The figures of each variant, by its name, under "variants"; without `config.variants` there is one, "policy".
-        They are those of its `result.json`; with `config.data`, `offline.evaluate_offline` says what they are, and
-        which others stand beside "variants".
-
-    Raises:
-        ConfigError: A value cannot work, the policy does not fit the suite, or `out` holds another run. Nothing was
-            written.
-    """
-    if config.data is not None:
-        return evaluate_offline(config)
+def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
+    """Evaluate on a suite; see `eval.evaluate`."""
     variants = variants_of(config)
     if config.variants and (config.out / RUN).exists():
         raise ConfigError(f"out: {config.out} holds another run; give a new folder.")
     if config.suite is not None:  # loading takes longer than finding that there is none such
         resolve_tasks(config, None)
     policies = [variant.load(config.policy) for variant in variants]
-    suite, tasks = resolve_tasks(
-        config, max((policy.provenance for policy in policies), key=len)
-    )  # one says of its heads
+    provenances = [policy.provenance for policy in policies]
+    suite, tasks = resolve_tasks(config, max(provenances, key=len))  # the longest also says how heads were trained
     config = replace(config, suite=suite.name, robot=None, tasks=",".join(tasks))
     for policy in policies:
         check_seed(config.seed, policy)
@@ -74,7 +60,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         keys = [EpisodeKey(task, config.seed, index) for task in tasks for index in range(config.episodes)]
         with ExitStack() as claims:
             for run in runs:
-                claims.enter_context(run.folder.locked_dir())
+                claims.enter_context(run.folder.locked())
             _run(config, runs, keys)
             for run in runs:
                 _finish(config, run, suite, tasks, keys)

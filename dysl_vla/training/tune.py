@@ -208,7 +208,7 @@ def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
 
 def _evaluate(config: TuneConfig, out: Path, skip: float) -> Path:
     """Measure success at a setting; the folder with its records."""
-    from dysl_vla.eval.runner import evaluate
+    from dysl_vla.eval import evaluate
 
     evaluate(_evaluation(config, out, skip))
     return out

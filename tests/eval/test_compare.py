@@ -7,9 +7,9 @@ import pytest
 
 from dysl_vla.cli import main
 from dysl_vla.errors import ConfigError
+from dysl_vla.eval import evaluate
 from dysl_vla.eval.compare import compare, render_comparison
 from dysl_vla.eval.config import EvalConfig
-from dysl_vla.eval.runner import evaluate
 from dysl_vla.files import append_line
 
 

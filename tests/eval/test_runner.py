@@ -17,9 +17,10 @@ from PIL import Image
 
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ActionError, CheckpointError, ConfigError
+from dysl_vla.eval import evaluate
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
-from dysl_vla.eval.runner import check_seed, evaluate
+from dysl_vla.eval.runner import check_seed
 from dysl_vla.files import locked_dir, read_lines
 from dysl_vla.policies.mock import MockPolicy
 from dysl_vla.types import ActionChunk

@@ -15,8 +15,8 @@ from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.deploy.export import ExportConfig, export
 from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.errors import ConfigError, ObservationError
+from dysl_vla.eval import evaluate
 from dysl_vla.eval.config import EvalConfig
-from dysl_vla.eval.runner import evaluate
 from dysl_vla.policies import load_policy
 from dysl_vla.policies.dysl import DyslPolicy, SkipSettings
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan

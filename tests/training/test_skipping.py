@@ -21,10 +21,10 @@ from dysl_vla.cli import main
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError
+from dysl_vla.eval import evaluate
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.plot import plot
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
-from dysl_vla.eval.runner import evaluate
 from dysl_vla.files import write_json
 from dysl_vla.policies import load_policy, load_skippable_policy
 from dysl_vla.policies.dysl import load_dysl
