@@ -158,13 +158,7 @@ def choose_by_time(curve: list[Point], target_ms: float) -> Point:
     Raises:
         ConfigError: None is.
     """
-    possible = [point for point in curve if point.total_ms <= target_ms]
-    if not possible:
-        nearest = min(curve, key=lambda point: point.total_ms)
-        raise ConfigError(
-            f"target_ms: {target_ms} cannot be met on this machine; the nearest possible is {nearest.total_ms:.2f} ms, "
-            f"at skip {nearest.skip}."
-        )
+    possible = _within(curve, [point.total_ms for point in curve], target_ms, "target_ms", "on this machine")
     return min(possible, key=lambda point: point.skip)
 
 
@@ -174,14 +168,19 @@ def choose_by_error(curve: list[Point], target: float) -> Point:
     Raises:
         ConfigError: None is.
     """
-    possible = [point for point in curve if point.error <= target]
-    if not possible:
-        nearest = min(curve, key=lambda point: point.error)
-        raise ConfigError(
-            f"target_action_error: {target} cannot be met; the nearest possible is {nearest.error:.4f}, at skip "
-            f"{nearest.skip}."
-        )
+    possible = _within(curve, [point.error for point in curve], target, "target_action_error", "at any setting")
     return max(possible, key=lambda point: point.skip)
+
+
+def _within(curve: list[Point], costs: list[float], target: float, name: str, where: str) -> list[Point]:
+    """The points that cost no more than a target."""
+    possible = [point for point, cost in zip(curve, costs, strict=True) if cost <= target]
+    if not possible:
+        least, nearest = min(zip(costs, curve, strict=True), key=lambda pair: pair[0])
+        raise ConfigError(
+            f"{name}: {target} cannot be met {where}; the nearest possible is {least:.4g}, at skip {nearest.skip}."
+        )
+    return possible
 
 
 def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:

@@ -143,7 +143,7 @@ def test_the_fastest_setting_near_enough_to_the_full_model_is_chosen() -> None:
     curve = [Point(skip, 3, 1, 2, error, 0) for skip, error in ((1.0, 0.2), (0.9, 0.1), (0.5, 0.12), (0.1, 0.01))]
     assert choose_by_error(curve, 0.1).skip == 0.9
     assert choose_by_error(curve, 0.5).skip == 1.0
-    with pytest.raises(ConfigError, match=r"nearest possible is 0\.0100, at skip 0\.1"):
+    with pytest.raises(ConfigError, match=r"nearest possible is 0\.01, at skip 0\.1"):
         choose_by_error(curve, 0.001)
 
 
