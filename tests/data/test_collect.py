@@ -67,7 +67,7 @@ def test_noise_spares_the_gripper_and_is_reproducible(seed: int, strength: float
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"seed": 100_000}, "seed: 100000 is not for demonstrations"),
+        ({"seed": 100_000}, "seed must be from 0 to 99999, got 100000"),
         ({"seed": -1}, "seed"),
         ({"episodes": 0}, "episodes"),
         ({"workers": 0}, "workers"),

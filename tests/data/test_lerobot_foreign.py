@@ -125,7 +125,7 @@ def test_time_stamps_of_another_rate_are_refused(tmp_path: Path) -> None:
         DatasetError, match=r"frame 1 of episode 0 .*0\.0333 s.*15, it is due at 0\.0667 s.*30 a second"
     ):
         Demonstrations(tmp_path).columns()
-    with pytest.raises(DatasetError, match="Mend fps"):
+    with pytest.raises(DatasetError, match="Correct fps"):
         list(Demonstrations(tmp_path).frames("top"))
 
 

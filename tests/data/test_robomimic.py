@@ -146,7 +146,7 @@ def changed(recording: Path, folder: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.attrs.__setitem__("env_args", "{"), "which environment"),
+        (lambda data: data.attrs.__setitem__("env_args", "{"), "not declare its environment"),
         (lambda data: data.attrs.__setitem__("env_args", json.dumps({**ARGUMENTS, "env_name": "Kitchen"})), "Kitchen"),
         (
             lambda data: data.attrs.__setitem__(
@@ -164,7 +164,10 @@ def changed(recording: Path, folder: Path, change: Any) -> Path:
             lambda data: data.attrs.__setitem__("env_args", json.dumps(ARGUMENTS).replace('"delta"', '"absolute"')),
             "relative poses",
         ),
-        (lambda data: data.attrs.__setitem__("env_args", json.dumps({**ARGUMENTS, "env_kwargs": None})), "which env"),
+        (
+            lambda data: data.attrs.__setitem__("env_args", json.dumps({**ARGUMENTS, "env_kwargs": None})),
+            "not declare its env",
+        ),
         (
             lambda data: data.attrs.__setitem__("env_args", json.dumps(ARGUMENTS).replace("Panda", "Baxter")),
             r"Baxter.*Panda",
@@ -190,12 +193,15 @@ def changed(recording: Path, folder: Path, change: Any) -> Path:
         ),
         (lambda data: data.attrs.__setitem__("env_args", json.dumps(ARGUMENTS).replace("Door", "Wipe")), "'Wipe'"),
         (lambda data: data["demo_1"].__delitem__("actions"), r"demo_1: its actions are missing"),
-        (lambda data: replace_values(data["demo_1"], "states", np.zeros((STEPS, 2))), r"demo_1: its states have shape"),
-        (lambda data: replace_values(data["demo_1"], "states", np.float64(1)), r"demo_1: its states have shape"),
+        (
+            lambda data: replace_values(data["demo_1"], "states", np.zeros((STEPS, 2))),
+            r"demo_1: its states must have shape",
+        ),
+        (lambda data: replace_values(data["demo_1"], "states", np.float64(1)), r"demo_1: its states must have shape"),
         (lambda data: replace_values(data["demo_1"], "actions", np.full((STEPS, 7), np.nan)), r"demo_1.*not finite"),
-        (lambda data: replace_values(data["demo_1"], "actions", np.array([b"a"])), r"demo_1.*no numbers"),
+        (lambda data: replace_values(data["demo_1"], "actions", np.array([b"a"])), r"demo_1.*not numbers"),
         (lambda data: replace_values(data["demo_1"], "actions", np.zeros((2, 7))), r"demo_1.*6 states and 2 actions"),
-        (lambda data: data["demo_1"].attrs.__setitem__("model_file", "rubbish"), r"demo_1.*no MuJoCo scene"),
+        (lambda data: data["demo_1"].attrs.__setitem__("model_file", "rubbish"), r"demo_1.*not a MuJoCo scene"),
         (lambda data: [data.__delitem__(f"demo_{index}") for index in range(2)], "no demonstrations"),
         (lambda data: data["demo_0"].attrs.__setitem__("model_file", "<mujoco/>"), r"robosuite 1\.5"),
     ],
@@ -213,5 +219,5 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         import_robomimic(ImportConfig(tmp_path / "nothing.hdf5", tmp_path / "out"))
     (tmp_path / "text.hdf5").write_text("hello")
-    with pytest.raises(DatasetError, match="no HDF5 file"):
+    with pytest.raises(DatasetError, match="cannot be read as HDF5"):
         import_robomimic(ImportConfig(tmp_path / "text.hdf5", tmp_path / "out"))

@@ -193,7 +193,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         ({"suite": "libero"}, "unknown suite"),
         ({"tasks": "fly"}, "unknown task"),
         ({"policy": "nobody"}, "unknown policy"),
-        ({"seed": 5}, "seed: 5 belongs to demonstrations"),
+        ({"seed": 5}, "seed must be at least 100000, got 5"),
         ({"episodes": 0}, "episodes"),
         ({"workers": 0}, "workers"),
     ],
