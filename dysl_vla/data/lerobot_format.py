@@ -134,7 +134,9 @@ def read_info(root: Path) -> dict[str, Any]:
     for name in ("data_path", "video_path"):
         template = info.get(name)
         if template is not None and not _stays_inside(template):
-            raise DatasetError(f"{path}: {name} is {template!r}, which leads out of the dataset's folder; correct it.")
+            raise DatasetError(
+                f"{path}: {name} must lead to a file in the dataset's folder, got {template!r}; correct it."
+            )
     return info | {"features": features}
 
 
@@ -291,8 +293,8 @@ def read_episodes(root: Path, info: Mapping[str, Any], storage: Mapping[str, str
     values = sorted(values, key=lambda row: int(row["episode_index"]))[:count]
     if len(values) != count:
         raise DatasetError(
-            f"{folder}: has {len(values)} episodes, meta/info.json counts {count}, as a recording leaves it that was cut "
-            "off before it was finalized; restore it, or set total_episodes and total_frames to what there is."
+            f"{folder}: has {len(values)} episodes, meta/info.json counts {count}, as after a recording that was cut off "
+            "before it was finalized; restore it, or set total_episodes and total_frames to what there is."
         )
     rows: list[EpisodeRow] = []
     for row in values:
@@ -317,7 +319,7 @@ def _row(folder: Path, values: Mapping[str, Any], start: int, videos: Sequence[s
         chunk, file, from_s = (values.get(f"videos/{IMAGE_PREFIX}{camera}/{name}") for name in names)
         if chunk is None or file is None or from_s is None or not math.isfinite(from_s):
             raise DatasetError(
-                f"{folder}: episode {number} has no video of camera {camera!r}, as a recording leaves it that was cut "
+                f"{folder}: episode {number} has no video of camera {camera!r}, as after a recording that was cut "
                 "off before its videos were encoded; record it again, or choose other cameras."
             )
         files[camera], starts[camera] = (int(chunk), int(file)), float(from_s)

@@ -30,14 +30,14 @@ VIDEO_CRF = 18
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Run what is missing of an evaluation, and write its figures.
+    """Run the episodes that an evaluation lacks, and write its figures.
 
     Returns:
-        `result.json`; with `variants`, {"variants": name to `result.json`}. With `data`, see
+        The content of `result.json`; with `variants`, {"variants": name to that of each variant}. With `data`, see
         `offline.evaluate_offline`.
 
     Raises:
-        ConfigError: A value cannot work, the policy does not fit the suite, or `out` holds another run. Nothing was
+        ConfigError: A value is wrong, the policy does not fit the suite, or `out` holds another run. Nothing was
             written.
     """
     if config.data is not None:
@@ -54,15 +54,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     config = replace(config, suite=suite.name, robot="", tasks=",".join(tasks))
     for policy in policies:
         check_seed(config.seed, policy)
-    # Try them once: a machine that cannot render, or a policy that answers NaN, is found before anything is written.
-    with closing(suite.make(tasks[0], policies[0].spec.cameras)) as env:
-        policies[0].spec.check_embodiment(env.embodiment)
-        if env.horizon != suite.horizon:
-            raise ConfigError(f"horizon: suite {suite.name} says {suite.horizon}, its environment {env.horizon}.")
-        observation, _ = env.reset(seed=0)
-        for policy in policies:
-            [chunk] = policy.infer([observation], [policy.reset()])
-            check_actions(chunk.actions, len(env.embodiment.action_names))
+    _try(policies, suite, tasks[0])
     # Run what is missing, and write the figures.
     runs = [
         VariantRun(
@@ -80,6 +72,18 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                 _finish(config, run, suite, tasks, keys)
     results = {run.variant.name: read_result(run.folder.root) for run in runs}
     return {"variants": results} if config.variants else results[""]
+
+
+def _try(policies: Sequence[Policy], suite: Suite, task: str) -> None:
+    """Infer once. A machine that cannot render, or a policy that answers NaN, is found before anything is written."""
+    with closing(suite.make(task, policies[0].spec.cameras)) as env:
+        policies[0].spec.check_embodiment(env.embodiment)
+        if env.horizon != suite.horizon:
+            raise ConfigError(f"horizon: suite {suite.name} says {suite.horizon}, its environment {env.horizon}.")
+        observation, _ = env.reset(seed=0)
+        for policy in policies:
+            [chunk] = policy.infer([observation], [policy.reset()])
+            check_actions(chunk.actions, len(env.embodiment.action_names))
 
 
 def resolve_tasks(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ...]]:
