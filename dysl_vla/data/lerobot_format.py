@@ -293,8 +293,8 @@ def read_episodes(root: Path, info: Mapping[str, Any], storage: Mapping[str, str
     values = sorted(values, key=lambda row: int(row["episode_index"]))[:count]
     if len(values) != count:
         raise DatasetError(
-            f"{folder}: has {len(values)} episodes, meta/info.json counts {count}, as after a recording that was cut off "
-            "before it was finalized; restore it, or set total_episodes and total_frames to what there is."
+            f"{folder}: has {len(values)} episodes, meta/info.json counts {count}, as after a recording that was cut "
+            "off before it was finalized; restore it, or set total_episodes and total_frames to what there is."
         )
     rows: list[EpisodeRow] = []
     for row in values:

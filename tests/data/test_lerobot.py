@@ -198,8 +198,8 @@ def take_origins(root: Path) -> None:
 
 
 def move_videos(root: Path) -> None:
-    (root / "videos").rename(root / "videos")
-    edit_info(root, video_path="videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4")
+    (root / "videos").rename(root / "clips")
+    edit_info(root, video_path="clips/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4")
 
 
 def renumber(root: Path) -> None:
