@@ -19,7 +19,7 @@ from tests.data.foreign import DATA, EPISODES, FROM, SIDE, TOP, VIDEO, edit_feat
 
 
 def cut(name: str) -> Callable[[Path], None]:
-    """A file that was not written to its end."""
+    """Cut a file off, as if it had not been written to its end."""
 
     def break_(root: Path) -> None:
         data = (root / name).read_bytes()
@@ -138,7 +138,7 @@ def refusal(root: Path) -> str | None:
 
 
 def test_any_oddity_of_a_description_is_read_or_refused(tmp_path: Path) -> None:
-    """Never another exception than ours."""
+    """No other exception than this package's is ever raised."""
     good = json.loads((record(tmp_path) / "meta/info.json").read_text())
     harmless = ("data_path", "robot_type", "total_tasks")
     for odd in (None, [], "x", -3, {}, [None], {"x": None}):

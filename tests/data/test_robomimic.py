@@ -1,4 +1,4 @@
-"""Recordings in the layout of robomimic's and robosuite's files, made here by the simulator that they are of."""
+"""Recordings in the layout of robomimic's and robosuite's files, made here by their simulator."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def replace_values(group: Any, name: str, values: Any) -> None:
 
 @dataclass
 class Seen:
-    """What the environment showed while it was recorded."""
+    """Observations of the environment while it was recorded."""
 
     states: list[np.ndarray] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
-    """Two short recordings, and what was seen."""
+    """Two short recordings, and the observations while they were made."""
     path = tmp_path_factory.mktemp("robomimic") / "demo_v15.hdf5"
     seen = Seen()
     with closing(RobosuiteEnv("door", {"agentview": (32, 32)})) as env, h5py.File(path, "w") as file:
@@ -110,7 +110,7 @@ def test_a_recording_of_robosuites_own_is_read_too(recording: tuple[Path, Seen],
 
 
 def told_by_robosuite(data: Any) -> None:
-    """As `collect_human_demonstrations.py` of robosuite 1.5 says what was recorded."""
+    """Such recordings declare their environment as `collect_human_demonstrations.py` of robosuite 1.5 does."""
     del data.attrs["env_args"]
     settings = {**ARGUMENTS["env_kwargs"], "env_name": "Door", "robots": "Panda"}
     del settings["control_freq"]
