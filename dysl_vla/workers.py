@@ -23,21 +23,21 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def use_one_inference_thread() -> None:
-    """With more threads than that, processes fight for the cores, and a latency depends on who else runs."""
+    """Let this process infer with one thread. With more, processes compete for cores, and latency depends on others."""
     os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that is imported later
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
 
 def begin_worker() -> None:
-    """What a process does first that must not outlive its parent."""
+    """Prepare a worker process: one inference thread, no reaction to Ctrl-C, and an end with its parent."""
     use_one_inference_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent closes nothing: without this, its workers would wait for work for ever."""
+    """End this process with its parent. A killed parent closes nothing, so its workers would wait for ever."""
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,8 +1,8 @@
 """Collect demonstrations: scripted experts act, with noise, or a policy acts and the expert corrects it (DAgger).
 
-In every recorded moment the label is the expert's clean action. With an expert alone, what is executed is that action
-plus noise, so that the data also shows the way back from mistakes. With `policy` the policy drives, until at a random
-step the expert takes over and finishes. Episodes that fail are dropped.
+In every recorded moment the label is the expert's clean action. With an expert alone, that action plus noise is
+executed, so that the data also shows the way back from mistakes. With `policy` the policy acts, until at a random step
+the expert takes over and finishes. Episodes that fail are dropped.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from dysl_vla.workers import worker_pool
 EXPERT = "expert"
 DEFAULT_SUITE = "metaworld-mt10"
 MAX_DEMONSTRATION = 250
-"""Steps. An expert that needs more was thrown off by the noise, and shows nothing worth learning."""
+"""Steps of an episode at most. An expert that needs more was thrown off by the noise, and teaches nothing."""
 TAIL_STEPS = 4
-"""Executed after success, so that chunks that begin before it show what comes then."""
+"""Steps that are executed after success, so that chunks that begin before it show what follows."""
 MAX_FAILURES = 20
-"""Failed episodes for each that succeeded, from which on collecting is hopeless."""
+"""Failed episodes for each that succeeded at which collecting is given up."""
 TAKE_OVER_STEPS = (10, 160)
-"""The expert takes over from a policy at a step drawn from here."""
+"""Range of the step at which the expert takes over from a policy."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class CollectConfig:
     out: Path
     """Folder of the dataset; an existing one is continued."""
     suite: str = ""
-    """Suite whose tasks are demonstrated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all. The one that
-    `--policy` was trained in when empty; without a policy metaworld-mt10."""
+    """Suite whose tasks are demonstrated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all. When empty, the
+    suite that `--policy` was trained in; without a policy metaworld-mt10."""
     robot: str = ""
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str = ""
     """Comma-separated tasks of the suite; all of them when empty."""
     episodes: int = 100
-    """Successful episodes of each task that this seed and actor shall have in the end."""
+    """Successful episodes of each task that the dataset shall have of this seed and actor in the end."""
     seed: int = 0
     """Seed of the initial states, below 100000: the seeds from there on are for evaluation."""
     noise: float | None = None
@@ -89,9 +89,9 @@ def collect(config: CollectConfig) -> Demonstrations:
     tasks = suite.choose(task_names)
     if lacking := [task for task in tasks if task in suite.without_expert]:
         having = ",".join(task for task in tasks if task not in suite.without_expert)
-        mend = f"take --tasks {having}" if having else "take another --robot or --suite"
+        fix = f"take --tasks {having}" if having else "take another --robot or --suite"
         raise ConfigError(
-            f"tasks: {suite.robot} has no scripted expert for {', '.join(lacking)}; {mend}, or imported demonstrations."
+            f"tasks: {suite.robot} has no scripted expert for {', '.join(lacking)}; {fix}, or import demonstrations."
         )
     sizes = camera_options("cameras", config.cameras, SIZE, "144x144")
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
@@ -100,7 +100,7 @@ def collect(config: CollectConfig) -> Demonstrations:
         if policy is not None and config.policy is not None:
             policy.spec.check_embodiment(env.embodiment)
             actor = f"{Path(config.policy).name}@{policy.fingerprint[:12]}"
-        env.reset(seed=0)  # renders: a machine that cannot is found out before anything is written
+        env.reset(seed=0)  # a machine that cannot render is found before anything is written
         spec = env.embodiment
     check_writable(config.out, spec, suite.robot)
     with locked_dir(config.out), worker_pool(config.workers) as pool:
@@ -117,14 +117,13 @@ def collect(config: CollectConfig) -> Demonstrations:
 def _check(config: CollectConfig) -> None:
     if not 0 <= config.seed < FIRST_EVALUATION_SEED:
         raise ConfigError(
-            f"seed: {config.seed} is not for demonstrations; take one from 0 to {FIRST_EVALUATION_SEED - 1}. "
-            "Those above are kept for evaluation."
+            f"seed must be from 0 to {FIRST_EVALUATION_SEED - 1}, got {config.seed}; seeds above are for evaluation."
         )
     for name in ("episodes", "workers"):
         if getattr(config, name) < 1:
-            raise ConfigError(f"{name}: {getattr(config, name)} must be at least 1.")
+            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}.")
     if config.noise is not None and not 0 <= config.noise < math.inf:
-        raise ConfigError(f"noise: {config.noise} must be 0 or above, and finite.")
+        raise ConfigError(f"noise must be 0 or above and finite, got {config.noise}.")
 
 
 def _collect_task(
@@ -155,7 +154,7 @@ def _collect_task(
                 progress.set_postfix(failures=failures)
                 if failures >= MAX_FAILURES * (have + 1):
                     raise DatasetError(
-                        f"{first.task}: {failures} episodes failed, {have} succeeded; lower --noise or mend the expert."
+                        f"{first.task}: {failures} episodes failed, {have} succeeded; lower --noise or fix the expert."
                     )
                 continue
             writer.append(episode)
@@ -171,7 +170,7 @@ def _envs(suite: str, cameras: tuple[tuple[str, tuple[int, int]], ...]) -> TaskE
 
 
 def _demonstrate(origin: Origin, cameras: Mapping[str, tuple[int, int]], policy: str | None) -> Episode | None:
-    """Run in a worker, which keeps the policy and the last task's environment."""
+    """Simulate an episode in a worker, which keeps the policy and the last task's environment."""
     env = _envs(origin.suite, tuple(cameras.items())).env(origin.task)
     return demonstrate(env, origin, worker_policy(policy, origin.actor.rpartition("@")[2]) if policy else None)
 
@@ -180,9 +179,9 @@ def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None) -> 
     """Simulate one episode and keep every moment with the expert's action.
 
     Args:
-        env: Of the origin's task.
-        origin: Decides the initial state, and the noise on the expert's actions.
-        policy: Drives until the expert takes over; None: the expert drives from the beginning.
+        env: The environment of the origin's task.
+        origin: The origin, which decides the initial state and the noise on the expert's actions.
+        policy: A policy that acts until the expert takes over; None: the expert acts from the beginning.
 
     Returns:
         The episode; None when it failed.
@@ -227,9 +226,9 @@ class ActionNoise:
     """Noise on executed actions: jitter at every step, and pushes that last some steps, of a strength drawn once.
 
     Args:
-        action_names: The world's; a gripper stays undisturbed.
-        strength: The largest strength of an episode; 1 moves an action in [-1, 1] visibly.
-        rng: The episode's.
+        action_names: Names of the action's dimensions; a gripper stays undisturbed.
+        strength: Upper end of the range from which an episode's strength is drawn; actions are in [-1, 1].
+        rng: The random numbers of the episode.
     """
 
     PUSH_PROBABILITY = 0.04
@@ -243,7 +242,7 @@ class ActionNoise:
         self._left = 0
 
     def __call__(self) -> FloatArray:
-        """The next step's noise, (action,)."""
+        """The noise of the next step, (action,)."""
         if self._left == 0 and self._rng.random() < self.PUSH_PROBABILITY:
             self._left = int(self._rng.integers(*self.PUSH_STEPS))
             self._push = self._rng.uniform(-1, 1, len(self._push))

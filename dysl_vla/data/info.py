@@ -1,4 +1,4 @@
-"""What a dataset holds, as text and tables. No image is decoded for it."""
+"""The content of a dataset as text and tables. No image is decoded for it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dysl_vla.data.split import split_for
 from dysl_vla.types import IMAGE_PREFIX, FloatArray
 
 HARDLY = 0.005
-"""A dimension hardly moves whose deviation is below this share of the largest one of its vector."""
+"""A dimension hardly moves if its deviation is below this share of the largest deviation of its vector."""
 NEVER = 1e-4
-"""Or below this, from where on training does not scale it up any more."""
+"""A dimension also hardly moves if its deviation is below this: training does not scale it up any further."""
 
 
 def render_info(demonstrations: Demonstrations) -> str:
-    """A dataset's cameras, dimensions and ranges, and its episodes by (suite, task, seed, actor).
+    """A dataset's cameras, dimensions and ranges, and its episodes by (suite, task, seed, actor), in Markdown.
 
     Raises:
-        DatasetError: Its data is damaged.
+        DatasetError: The dataset is damaged.
     """
     parts = [list(_head(demonstrations)), list(_episodes(demonstrations))]
     if demonstrations.rows:

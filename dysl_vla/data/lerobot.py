@@ -1,10 +1,10 @@
-"""LeRobotDataset v3 on a local disk: written by demonstrations' collection, read for training.
+"""LeRobotDataset v3 on a local disk: written where demonstrations are collected, read for training.
 
-Written is one data file and one video a camera and episode, which the format allows and which makes appending safe: an
-episode's files come first, `meta/info.json`, which counts them, last. Read is any dataset of the format: with many
-episodes a file, with videos or images, recorded by LeRobot or continued by it. What a dataset must show of every
-episode's origin (suite, task, seed, episode index, who acted) stands in extra columns of the episodes' table. Not for
-the hub: nothing is downloaded or uploaded.
+Each episode is written as one data file and one video a camera, which the format allows and which makes appending safe:
+an episode's files come first, `meta/info.json`, which counts them, last. Any dataset of the format can be read: with
+many episodes a file, with videos or images, recorded by LeRobot or continued by it. The origin of every episode (suite,
+task, seed, episode index, who acted) is kept in extra columns of the episodes' table. Nothing is downloaded from the
+hub or uploaded to it.
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ class Demonstrations:
 
     Args:
         root: The dataset's folder.
-        cameras: Those to use; None: all that can be.
-        state_names: Names of the state's dimensions, for a dataset that has none.
-        action_names: Names of the action's dimensions, likewise.
+        cameras: Names of the cameras to use; None: all that can be used.
+        state_names: Names of the state's dimensions, for a dataset that does not name them.
+        action_names: Names of the action's dimensions, for a dataset that does not name them.
 
     Attributes:
-        info: `meta/info.json`.
+        info: The content of `meta/info.json`.
         rows: The episodes.
-        spec: The world: cameras, state, actions and rate, as far as the dataset says them. Without names, dimensions
-            are "0", "1" and so on.
+        spec: The embodiment: cameras, state, actions and rate, as far as the dataset declares them. Without names,
+            dimensions are "0", "1" and so on.
         storage: Camera to how its images are kept, "video" or "image".
         left_out: Cameras that cannot be used, and why.
-        has_state_names: The dataset itself names the state's dimensions.
-        has_action_names: And those of the action.
+        has_state_names: Whether the dataset itself names the state's dimensions.
+        has_action_names: Whether the dataset itself names the action's dimensions.
         instructions: Distinct instructions; `task_index` of `columns` counts them.
 
     Raises:
@@ -100,7 +100,7 @@ class Demonstrations:
 
     @property
     def total_frames(self) -> int:
-        """Frames of all episodes."""
+        """The number of frames of all episodes."""
         return sum(row.length for row in self.rows)
 
     def columns(self) -> dict[str, NDArray[Any]]:
@@ -112,14 +112,14 @@ class Demonstrations:
 
         Raises:
             DatasetError: A file is missing or damaged, frames are missing or were not taken at the rate, a value is
-                not finite, a dimension is another than declared.
+                not finite, or a vector has another dimension than declared.
         """
         dims = {STATE_KEY: len(self.spec.state_names), ACTION_KEY: len(self.spec.action_names), "task_index": 1}
         read = read_vectors(self._located, dims)
         episode = np.repeat(np.arange(len(self.rows)), [row.length for row in self.rows] or 0)
         arrays: dict[str, NDArray[Any]] = {}
         for key, name in ((STATE_KEY, "states"), (ACTION_KEY, "actions")):
-            with np.errstate(over="ignore"):  # what overflows is not finite, and is named
+            with np.errstate(over="ignore"):  # what overflows is not finite, and is refused below
                 arrays[name] = np.asarray(read[key], np.float32)
             bad = ~np.isfinite(arrays[name]).all(axis=1)
             if bad.any():
@@ -132,14 +132,14 @@ class Demonstrations:
         return arrays | {"episode_index": episode, "task_index": np.searchsorted(self._task_numbers, task)}
 
     def frames(self, camera: str, episodes: Container[int] | None = None) -> Iterator[tuple[int, int, ImageArray]]:
-        """Read a camera's images, each of those that are asked for exactly once.
+        """Read a camera's images, each exactly once.
 
         Args:
-            camera: Its name.
-            episodes: Only these, as places in `rows`; None: all.
+            camera: The camera's name.
+            episodes: Places in `rows` of the episodes to read; None: all.
 
         Yields:
-            Episode, frame, uint8 (height, width, 3); both rising.
+            Episode, frame, and image, uint8 (height, width, 3). Episodes and frames rise.
 
         Raises:
             DatasetError: A video or image is missing, damaged or of another size than declared, or a video has no
@@ -153,7 +153,7 @@ class Demonstrations:
             if image.shape != size:
                 raise DatasetError(
                     f"{self.root}: {IMAGE_PREFIX}{camera}: frames of episode {self.rows[episode].number} are "
-                    f"{image.shape}, meta/info.json declares {size}; mend the shape, or restore the images."
+                    f"{image.shape}, meta/info.json declares {size}; correct the shape, or restore the images."
                 )
             yield episode, frame, image
 
@@ -179,11 +179,11 @@ class Demonstrations:
 
 
 def check_writable(root: Path, spec: EmbodimentSpec, robot: str) -> None:
-    """Refuse a folder that episodes of a world cannot be appended to.
+    """Refuse a folder that episodes of an embodiment cannot be appended to.
 
     Raises:
-        DatasetError: It holds something else, or demonstrations of another world or robot, or another program has
-            written to it, be it a single episode.
+        DatasetError: The folder holds something else, or demonstrations of another embodiment or robot, or another
+            program has written to it, be it a single episode.
     """
     if (root / INFO).exists():
         present = Demonstrations(root)
@@ -195,19 +195,19 @@ def check_writable(root: Path, spec: EmbodimentSpec, robot: str) -> None:
         if not is_ours:
             raise DatasetError(f"{root}: was written, or changed, by another program; give --out a new folder.")
     elif not is_unused(root):
-        raise DatasetError(f"{root}: is not empty and no dataset; give --out a new folder.")
+        raise DatasetError(f"{root}: is not empty and holds no dataset; give --out a new folder.")
 
 
 class DemonstrationWriter:
-    """Appends episodes to a dataset, a new one or one that it wrote before. One at a time may write to a folder.
+    """Appends episodes to a new dataset, or to one that it wrote before. Only one writer may use a folder at a time.
 
     LeRobot can continue a dataset that was begun here: its table of episodes has all columns that LeRobot's has, which
-    is what LeRobot asks of a table in many files. One that was begun before it had them is continued as it is.
+    is what LeRobot asks of a table in many files. A dataset that was begun before it had them keeps its own columns.
 
     Args:
         root: The dataset's folder.
-        spec: The world that the demonstrations are of.
-        robot: Whose arm moves; LeRobot's `robot_type`.
+        spec: The embodiment that the demonstrations are of.
+        robot: The robot whose arm moves; LeRobot's `robot_type`.
 
     Raises:
         DatasetError: See `check_writable`.
@@ -231,7 +231,7 @@ class DemonstrationWriter:
             self._columns = set(pq.read_schema(first).names)
 
     def append(self, episode: Episode) -> None:
-        """Write one episode; it counts once this has returned."""
+        """Write one episode, which counts once this has returned."""
         number, length = len(self.rows), len(episode.states)
         start = int(self._info["total_frames"])
         chunk, file = divmod(number, FILES_PER_CHUNK)
@@ -318,7 +318,7 @@ class DemonstrationWriter:
 
 def _new_info(spec: EmbodimentSpec, robot: str) -> dict[str, Any]:
     if not float(spec.rate_hz).is_integer():
-        raise DatasetError(f"fps: LeRobot's format needs a whole number, the world runs at {spec.rate_hz} Hz.")
+        raise DatasetError(f"fps must be a whole number in LeRobot's format, got {spec.rate_hz} Hz.")
     features: dict[str, Any] = {}
     for camera, (height, width) in spec.cameras.items():
         features[IMAGE_PREFIX + camera] = {
@@ -359,7 +359,7 @@ def _new_info(spec: EmbodimentSpec, robot: str) -> dict[str, Any]:
 
 
 def _kinds(info: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
-    """What a file must hold that is to stand beside a dataset's others."""
+    """The dtype and shape of each feature, which all files of a dataset must share."""
     return {key: (feature["dtype"], list(feature["shape"])) for key, feature in info["features"].items()}
 
 
@@ -375,6 +375,6 @@ def _check_same_embodiment(present: Demonstrations, spec: EmbodimentSpec, robot:
 
 
 def _vectors(values: FloatArray) -> pa.Array:
-    """A column of vectors; those of one dimension are plain numbers in the format."""
+    """A column of vectors; vectors of one dimension are plain numbers in the format."""
     flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
     return flat if values.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

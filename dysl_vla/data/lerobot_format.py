@@ -1,6 +1,6 @@
-"""What a LeRobotDataset v3 says of itself: `meta/info.json`, the tasks, the table of episodes.
+"""The metadata of a LeRobotDataset v3: `meta/info.json`, the tasks, the table of episodes.
 
-Everything here is small and read at once. What it describes, the frames, is `lerobot_frames`' to read.
+Everything here is small and read at once. The frames that it describes are read by `lerobot_frames`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EPISODES = "meta/episodes"
 CONVERT = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
 NUMBER = re.compile(r"(float|u?int)\d+|bool")
 PLACEHOLDER = re.compile(r"\{(video_key|(chunk|file)_index(:0\dd)?)\}")
-"""What may stand in a path of `meta/info.json`."""
+"""A placeholder that a path of `meta/info.json` may have."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Episode:
     Attributes:
         images: Camera name to uint8, (time, height, width, 3).
         states: (time, state).
-        actions: (time, action): what the expert does in each of these moments.
-        instruction: In plain English.
-        origin: Where it comes from.
+        actions: The expert's action at each of these moments, (time, action).
+        instruction: The instruction in plain English.
+        origin: Where the episode comes from.
     """
 
     images: dict[str, ImageArray]
@@ -71,12 +71,12 @@ class EpisodeRow:
     """An episode's entry in the dataset's table.
 
     Attributes:
-        number: Its `episode_index`; not its place among the rows where episodes were taken out.
-        length: Frames.
-        start: Its first frame's place among all frames.
+        number: The episode's `episode_index`, which is not its place among the rows where episodes were removed.
+        length: Number of frames.
+        start: Place of the first frame among all frames.
         video_files: Camera to chunk and file, of the cameras that are kept as videos.
         video_starts_s: Camera to the time at which the episode begins in that file.
-        origin: None in datasets that others wrote.
+        origin: Where the episode comes from; None in datasets that other programs wrote.
     """
 
     number: int
@@ -89,14 +89,14 @@ class EpisodeRow:
 
 @dataclass(frozen=True)
 class Declared:
-    """What `meta/info.json` declares, as far as it can be used.
+    """The usable part of what `meta/info.json` declares.
 
     Attributes:
         spec: Cameras, state, actions and rate.
         storage: Camera to "video" or "image".
         left_out: Cameras that cannot be used, and why.
-        has_state_names: The dataset itself names the dimensions of the state.
-        has_action_names: And those of the action.
+        has_state_names: Whether the dataset itself names the dimensions of the state.
+        has_action_names: Whether the dataset itself names the dimensions of the action.
     """
 
     spec: EmbodimentSpec
@@ -107,10 +107,10 @@ class Declared:
 
 
 def read_info(root: Path) -> dict[str, Any]:
-    """`meta/info.json`, checked as far as every reading needs it.
+    """Read `meta/info.json`, and check what every reader needs.
 
     Raises:
-        DatasetError: It is missing, damaged or of another version, or its paths lead out of the folder.
+        DatasetError: The file is missing, damaged or of another version, or its paths lead out of the folder.
     """
     path = root / INFO
     if not path.is_file():
@@ -120,7 +120,7 @@ def read_info(root: Path) -> dict[str, Any]:
         version, fps, count, frames = (info[n] for n in ("codebase_version", "fps", "total_episodes", "total_frames"))
         if version != CODEBASE_VERSION:
             raise DatasetError(
-                f"{path}: codebase_version is {version!r}; this reads {CODEBASE_VERSION!r}. LeRobot converts a dataset "
+                f"{path}: codebase_version must be {CODEBASE_VERSION!r}, got {version!r}. LeRobot converts a dataset "
                 f"of v2.1: {CONVERT}"
             )
         is_right = 0 < float(fps) < math.inf and int(count) >= 0 and int(frames) >= 0
@@ -128,16 +128,20 @@ def read_info(root: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{path}: is not a LeRobotDataset v3 description ({error!r}).") from error
     if not is_right:
-        raise DatasetError(f"{path}: fps is {fps}, total_episodes {count}, total_frames {frames}; mend what is wrong.")
+        raise DatasetError(
+            f"{path}: fps is {fps}, total_episodes {count}, total_frames {frames}; correct what is wrong."
+        )
     for name in ("data_path", "video_path"):
         template = info.get(name)
         if template is not None and not _stays_inside(template):
-            raise DatasetError(f"{path}: {name} is {template!r}, which does not stay in the dataset's folder; mend it.")
+            raise DatasetError(
+                f"{path}: {name} must lead to a file in the dataset's folder, got {template!r}; correct it."
+            )
     return info | {"features": features}
 
 
 def _stays_inside(template: object) -> bool:
-    """Is this the form of a path below the dataset's folder? Links in the folder may lead where they will."""
+    """Whether a path of `meta/info.json` stays below the dataset's folder; links in the folder may lead anywhere."""
     if not isinstance(template, str):
         return False
     rest = PLACEHOLDER.sub("x", template)
@@ -151,10 +155,10 @@ def read_declared(
     state_names: Sequence[str] | None,
     action_names: Sequence[str] | None,
 ) -> Declared:
-    """What a description declares, with the cameras and names that a user chose; see `Demonstrations`.
+    """Read what `meta/info.json` declares, with the cameras and names that a user chose; see `Demonstrations`.
 
     Raises:
-        DatasetError: A choice does not fit, or what is needed is missing.
+        DatasetError: A choice does not fit the dataset, or the dataset lacks what is needed.
     """
     features = info["features"]
     try:
@@ -171,7 +175,7 @@ def read_declared(
     chosen = {name: size for name, size in sizes.items() if cameras is None or name in cameras}
     storage = {name: features[IMAGE_PREFIX + name]["dtype"] for name in chosen}
     if "video" in storage.values() and info.get("video_path") is None:
-        raise DatasetError(f"{INFO}: has no video_path, although cameras are kept as videos; mend it.")
+        raise DatasetError(f"{INFO}: has no video_path, although cameras are kept as videos; add it.")
     spec = EmbodimentSpec(
         cameras=chosen,
         state_names=states,
@@ -186,9 +190,9 @@ def read_declared(
 def _names(
     key: str, features: Mapping[str, Any], option: str, given: Sequence[str] | None
 ) -> tuple[tuple[str, ...], bool]:
-    """A vector's names, and whether they are the dataset's own.
+    """The names of a vector's dimensions, and whether they are the dataset's own.
 
-    The dataset has a list, lists under some words ("motors"), a map to positions, or none.
+    Datasets have a list, lists under some keys ("motors"), a map to positions, or no names.
     """
     if key not in features:
         raise DatasetError(f"{INFO}: there is no feature {key!r}.")
@@ -199,7 +203,9 @@ def _names(
         lists = [name for value in found.values() if isinstance(value, list) for name in value]
         found = lists or sorted(found, key=lambda name: found[name])
     if found and len(found) != shape[0]:
-        raise DatasetError(f"{INFO}: {key} has {shape[0]} dimensions and {len(found)} names ({found}); mend its names.")
+        raise DatasetError(
+            f"{INFO}: {key} has {shape[0]} dimensions and {len(found)} names ({found}); correct its names."
+        )
     own = tuple(map(str, found or ()))
     if given is None:
         return own or tuple(map(str, range(shape[0]))), bool(own)
@@ -211,7 +217,7 @@ def _names(
 
 
 def _cameras(features: Mapping[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """Sizes of the cameras that can be used; the others, and why not."""
+    """The sizes of the cameras that can be used, and why the others cannot."""
     sizes, left_out = {}, {}
     for key, feature in features.items():
         if key.startswith(IMAGE_PREFIX):
@@ -226,7 +232,7 @@ def _cameras(features: Mapping[str, Any]) -> tuple[dict[str, tuple[int, int]], d
 
 
 def _camera_size(key: str, feature: Mapping[str, Any]) -> tuple[int, int] | str:
-    """Height and width, or why it cannot be used."""
+    """The height and width of a camera, or why it cannot be used."""
     shape = tuple(feature["shape"])
     about = [feature.get("info") or {}, feature.get("video_info") or {}]
     if "/" in key:
@@ -248,9 +254,9 @@ def _camera_size(key: str, feature: Mapping[str, Any]) -> tuple[int, int] | str:
 
 
 def read_tasks(root: Path) -> dict[int, str]:
-    """`task_index` to instruction, rising.
+    """Read the tasks: `task_index`, rising, to instruction.
 
-    LeRobot writes the text with pandas as an index, whose column is "task" or, where it had no name, another.
+    LeRobot writes the text with pandas as an index, whose column is "task" or, for an index without a name, another.
 
     Raises:
         DatasetError: The table is missing or damaged.
@@ -262,14 +268,14 @@ def read_tasks(root: Path) -> dict[int, str]:
         numbers, tasks = table["task_index"].to_pylist(), table[texts[0]].to_pylist()
         found = {int(number): str(task) for number, task in zip(numbers, tasks, strict=True) if task is not None}
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise DatasetError(f"{path}: has not the columns task_index and task ({error!r}); restore it.") from error
+        raise DatasetError(f"{path}: does not have the columns task_index and task ({error!r}); restore it.") from error
     if len(found) != len(numbers):
-        raise DatasetError(f"{path}: a task_index stands twice, or has no task; restore it.")
+        raise DatasetError(f"{path}: a task_index is there twice, or has no task; restore it.")
     return dict(sorted(found.items()))
 
 
 def read_episodes(root: Path, info: Mapping[str, Any], storage: Mapping[str, str]) -> list[EpisodeRow]:
-    """The first rows of the table; those behind them are of an episode that was interrupted before it counted.
+    """Read the first rows of the table; a row behind them is of an episode that was interrupted before it counted.
 
     Raises:
         DatasetError: The table is damaged, or does not fit `meta/info.json`.
@@ -287,20 +293,20 @@ def read_episodes(root: Path, info: Mapping[str, Any], storage: Mapping[str, str
     values = sorted(values, key=lambda row: int(row["episode_index"]))[:count]
     if len(values) != count:
         raise DatasetError(
-            f"{folder}: {len(values)} episodes, meta/info.json counts {count}. A recording that was cut off before it "
-            "was finalized leaves that; restore it, or set total_episodes and total_frames to what there is."
+            f"{folder}: has {len(values)} episodes, meta/info.json counts {count}, as after a recording that was cut "
+            "off before it was finalized; restore it, or set total_episodes and total_frames to what there is."
         )
     rows: list[EpisodeRow] = []
     for row in values:
         start = rows[-1].start + rows[-1].length if rows else 0
         rows.append(_row(folder, row, start, videos))
         if rows[-1].length < 1 or (len(rows) > 1 and rows[-1].number == rows[-2].number):
-            raise DatasetError(f"{folder}: episode {rows[-1].number} has no frames, or stands twice; restore it.")
+            raise DatasetError(f"{folder}: episode {rows[-1].number} has no frames, or is there twice; restore it.")
     total = sum(row.length for row in rows)
     if total != int(info["total_frames"]):
         raise DatasetError(
-            f"{root / INFO}: total_frames is {info['total_frames']}, its {count} episodes have {total}; set it to "
-            "that, or restore the episodes that are missing."
+            f"{root / INFO}: total_frames is {info['total_frames']}, its {count} episodes have {total}; correct it, "
+            "or restore the episodes that are missing."
         )
     return rows
 
@@ -313,8 +319,8 @@ def _row(folder: Path, values: Mapping[str, Any], start: int, videos: Sequence[s
         chunk, file, from_s = (values.get(f"videos/{IMAGE_PREFIX}{camera}/{name}") for name in names)
         if chunk is None or file is None or from_s is None or not math.isfinite(from_s):
             raise DatasetError(
-                f"{folder}: episode {number} has no video of camera {camera!r}. A recording that was cut off before "
-                "its videos were encoded leaves that; record it again, or choose other cameras."
+                f"{folder}: episode {number} has no video of camera {camera!r}, as after a recording that was cut "
+                "off before its videos were encoded; record it again, or choose other cameras."
             )
         files[camera], starts[camera] = (int(chunk), int(file)), float(from_s)
     origin = {name: values.get(f"origin/{name}") for name in Origin.__dataclass_fields__}
@@ -329,12 +335,12 @@ def _row(folder: Path, values: Mapping[str, Any], start: int, videos: Sequence[s
 
 
 def read_table(path: Path, names: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:
-    """Columns of one Parquet file, or all.
+    """Read columns of one Parquet file.
 
     Args:
         path: The file.
-        names: Those that must be there; None: all that are.
-        optional: Those that are read when they are there.
+        names: Names of the columns that must be there; None: all columns are read.
+        optional: Names of columns that are read if they are there.
 
     Raises:
         DatasetError: The file is missing or damaged, or a column is missing.
@@ -355,13 +361,13 @@ def read_table(path: Path, names: Sequence[str] | None = None, optional: Sequenc
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file whole."""
+    """Write a Parquet file atomically."""
     with atomic_write(path) as temporary:
         pq.write_table(table, temporary)
 
 
 def write_tasks(root: Path, tasks: Sequence[str]) -> None:
-    """LeRobot reads this table with pandas and wants the text as its index, which pandas keeps in the schema."""
+    """Write the tasks. LeRobot reads them with pandas, with the text as the index, which pandas keeps in the schema."""
     column = {"field_name": "task_index", "name": "task_index", "pandas_type": "int64", "numpy_type": "int64"}
     text = {"field_name": "task", "name": "task", "pandas_type": "unicode", "numpy_type": "object"}
     pandas = {

@@ -1,7 +1,7 @@
-"""The frames of a LeRobotDataset v3: where they lie in its files, their numbers, and their pictures.
+"""The frames of a LeRobotDataset v3: where they are in its files, their numbers, and their pictures.
 
-Episodes may lie in any order in any number of data files, beside others that do not count; the frames of one must be
-in order. A video's picture belongs to a frame by its time, as in LeRobot, and not by its place in the file.
+Episodes may be in any order in any number of data files, beside others that do not count; the frames of one must be in
+order. A video's picture belongs to a frame by its time, as in LeRobot, and not by its place in the file.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ with needs_extra("train"):
     from PIL import Image
 
 TOLERANCE = 0.25
-"""Of a frame's period (1 / fps of `meta/info.json`): so far may a frame's time be from where it is due, and a
-picture's time from its frame's. Below a half, no picture is near enough to two frames."""
+"""Share of a frame's period (1 / fps of `meta/info.json`) by which a frame's time may differ from the time at which it
+is due, and a picture's time from its frame's. Below a half, no picture is near enough to two frames."""
 BATCH_ROWS = 16
 """Compressed images that are read at once."""
 BUFFER = 2**20
-"""Bytes that are read from a file at once; without it, it would be a column of all rows of a group."""
+"""Bytes that are read from a file at once; the default is a column of all rows of a group."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Located:
-    """Where the frames of a dataset's episodes are.
+    """The places of the frames of a dataset's episodes.
 
     Attributes:
         files: The data files.
         order: For each frame, episode by episode, its row among those of all files, (frames,).
-        timestamps: In the episode, in seconds, (frames,).
-        spans: For each episode the places of its rows.
+        timestamps: For each frame, its time in the episode, in seconds, (frames,).
+        spans: For each episode, the places of its rows.
     """
 
     files: list[Path]
@@ -68,8 +68,9 @@ def locate(root: Path, rows: Sequence[EpisodeRow], rate_hz: float) -> Located:
     """Find the frames of episodes in the data files, and check their times.
 
     Raises:
-        DatasetError: A file is damaged, frames are missing or out of order, or their times are not those of the rate.
+        DatasetError: A file is damaged, frames are missing or out of order, or their times do not fit the rate.
     """
+    # Find the rows of these episodes, in the order of the episodes.
     files = sorted((root / "data").glob("*/*.parquet"))
     parts = [_bookkeeping(path) for path in files]
     number, frame, time = np.concatenate([*parts, np.empty((3, 0))], axis=1)
@@ -79,6 +80,7 @@ def locate(root: Path, rows: Sequence[EpisodeRow], rate_hz: float) -> Located:
     order, episode = kept[placed], episode[placed]
     _check_complete(root, rows, episode, frame[order])
     _check_times(root, rows, rate_hz, time[order])
+    # Join rows that follow one another in a file and in an episode.
     sizes = [part.shape[1] for part in parts]
     file = np.repeat(np.arange(len(files)), sizes)[order] if files else order
     first_rows = np.cumsum(sizes) - sizes
@@ -92,7 +94,7 @@ def locate(root: Path, rows: Sequence[EpisodeRow], rate_hz: float) -> Located:
 
 
 def _bookkeeping(path: Path) -> NDArray[np.float64]:
-    """(3, rows): episode_index, frame_index, timestamp."""
+    """Read episode_index, frame_index and timestamp of a file, (3, rows)."""
     names = ("episode_index", "frame_index", "timestamp")
     table = read_table(path, names)
     return np.stack([np.asarray(vectors(table, name, 1, path)[:, 0], np.float64) for name in names])
@@ -107,8 +109,8 @@ def _check_complete(
     if (wrong := np.flatnonzero(there != lengths)).size:
         row = rows[wrong[0]]
         raise DatasetError(
-            f"{root}/data: {there[wrong[0]]} frames of episode {row.number}, which has {row.length} by the table of "
-            "episodes; restore what is missing."
+            f"{root}/data: has {there[wrong[0]]} frames of episode {row.number}, which has {row.length} by the table "
+            "of episodes; restore what is missing."
         )
     due = np.arange(len(frame)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     if (wrong := np.flatnonzero(frame != due)).size:
@@ -130,16 +132,19 @@ def _check_times(root: Path, rows: Sequence[EpisodeRow], rate_hz: float, timesta
             recorded = f"; its frames are {1 / step:.4g} a second" if step > 0 else ""
             raise DatasetError(
                 f"{root}/data: frame {frame} of episode {row.number} has the timestamp {times[frame]:.4f} s; at the "
-                f"fps of meta/info.json, {rate_hz:g}, it is due at {due[frame]:.4f} s{recorded}. Mend fps, or sample "
-                "the episode again at that rate."
+                f"fps of meta/info.json, {rate_hz:g}, it is due at {due[frame]:.4f} s{recorded}. Correct fps, or "
+                "sample the episode again at that rate."
             )
 
 
 def vectors(table: pa.Table, name: str, dim: int, path: Path) -> NDArray[Any]:
-    """A column as (rows, dim): lists of a fixed or of any length hold it or, as of one dimension, plain numbers.
+    """Read a column of vectors, kept as lists or, for one dimension, as plain numbers.
+
+    Returns:
+        (rows, dim).
 
     Raises:
-        DatasetError: It has another dimension, or holds something else than numbers.
+        DatasetError: The column has another dimension, or holds something else than numbers.
     """
     column = table[name].combine_chunks()
     kind = column.type
@@ -157,7 +162,7 @@ def read_vectors(located: Located, dims: Mapping[str, int]) -> dict[str, NDArray
     """Columns of all frames, episode by episode.
 
     Args:
-        located: Where they are.
+        located: The places of the frames.
         dims: Column to its dimension.
 
     Returns:
@@ -179,16 +184,16 @@ def read_vectors(located: Located, dims: Mapping[str, int]) -> dict[str, NDArray
 def read_pictures(
     path: Path, times_s: Sequence[NDArray[np.float64]], numbers: Sequence[int], rate_hz: float
 ) -> Iterator[ImageArray]:
-    """A video's pictures of some episodes.
+    """Read a video's pictures of some episodes.
 
     Args:
         path: The video.
-        times_s: For each episode the times of its frames in the video, (frames,).
+        times_s: For each episode, the times of its frames in the video, in seconds, (frames,).
         numbers: The episodes' `episode_index`, for messages.
         rate_hz: Frames a second.
 
     Yields:
-        uint8 (height, width, 3), a picture a frame.
+        A picture for each frame, uint8 (height, width, 3).
 
     Raises:
         DatasetError: The video is damaged, or has no picture at a frame's time.
@@ -201,21 +206,21 @@ def read_pictures(
                     raise DatasetError(
                         f"{path}: has no picture for frame {frame} of episode {number}, at {wanted:.4f} s; the nearest "
                         f"is at {time:.4f} s. It has {video.rate_hz:.4g} pictures a second, fps of meta/info.json is "
-                        f"{rate_hz:g}. If that is the rate of the data, too, mend fps; else the video is of another "
+                        f"{rate_hz:g}. If that is the rate of the data, too, correct fps; else the video is of another "
                         "recording or was cut off: restore it."
                     )
                 yield image
 
 
 def read_images(spans: Sequence[Span], key: str) -> Iterator[ImageArray]:
-    """Images that lie in data files, few at a time in memory; compressed, those that the file keeps in one page.
+    """Read images from data files. Few are in memory at a time: decoded one, compressed those of a page of the file.
 
     Args:
-        spans: Their rows.
-        key: Their column.
+        spans: The rows of the images.
+        key: The column of the images.
 
     Yields:
-        uint8 (height, width, 3), an image a row.
+        An image for each row, uint8 (height, width, 3).
 
     Raises:
         DatasetError: A file or an image is damaged.
@@ -230,7 +235,7 @@ def read_images(spans: Sequence[Span], key: str) -> Iterator[ImageArray]:
 
 
 def _together(spans: Sequence[Span]) -> Iterator[tuple[Path, list[Span]]]:
-    """Spans that one reading of a file from its beginning to its end passes in this order."""
+    """Group spans that are passed in this order when a file is read once from its beginning to its end."""
     ahead: list[Span] = []
     for span in spans:
         if ahead and (span.file != ahead[-1].file or span.first < ahead[-1].stop):
@@ -242,7 +247,7 @@ def _together(spans: Sequence[Span]) -> Iterator[tuple[Path, list[Span]]]:
 
 
 def _values(file: pq.ParquetFile, key: str, spans: Sequence[Span]) -> Iterator[tuple[int, Any]]:
-    """Row and value of a column, for spans in rising order; groups of rows without any are skipped."""
+    """Yield row and value of a column, for spans in rising order. Row groups without a span are skipped."""
     stop = 0
     for group in range(file.num_row_groups):
         first, stop = stop, stop + file.metadata.row_group(group).num_rows
@@ -260,7 +265,7 @@ def _values(file: pq.ParquetFile, key: str, spans: Sequence[Span]) -> Iterator[t
 def _decode(value: Any, what: str) -> ImageArray:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise DatasetError(f"{what} is no embedded image; write the dataset with its images embedded.")
+        raise DatasetError(f"{what} is not an embedded image; write the dataset with its images embedded.")
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode != "RGB":

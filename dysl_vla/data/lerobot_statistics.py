@@ -1,4 +1,4 @@
-"""Statistics as LeRobot keeps them, of each episode and of all: what its training normalises with."""
+"""Statistics in LeRobot's format, of each episode and of all, by which LeRobot's training normalises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dysl_vla.types import ImageArray
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 STATISTICS_FRAMES = 16
-"""Of an episode's images; more say no more of their brightness."""
+"""How many of an episode's images are measured; more images change these statistics little."""
 
 
 def of_numbers(values: NDArray[Any]) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def of_numbers(values: NDArray[Any]) -> dict[str, Any]:
 
 
 def of_images(images: ImageArray) -> dict[str, Any]:
-    """The same of the pixels of some of (frames, height, width, 3), each (3, 1, 1), from 0 to 1."""
+    """The same statistics of the pixels, from 0 to 1, of some of (frames, height, width, 3); each (3, 1, 1)."""
     some = images[:: max(1, len(images) // STATISTICS_FRAMES)]
     pixels = of_numbers(some.reshape(-1, 3) / 255.0)
     return {name: [[[value]] for value in pixels[name]] for name in pixels if name != "count"} | {"count": [len(some)]}
@@ -40,13 +40,16 @@ def merged(
 ) -> dict[str, dict[str, Any]]:
     """The statistics of all episodes.
 
-    Those of numbers that are at hand, states and actions, are computed from them. Of the others, images above all, the
-    range, mean and deviation of all episodes follow from theirs; quantiles do not, and are the mean of the episodes'
-    quantiles, weighted by their counts, as in LeRobot's `aggregate_stats`.
+    Those of states and actions, whose values are at hand, are computed from the values. For other features, images
+    above all, range, mean and deviation follow from those of the episodes; quantiles do not, and are the mean of the
+    episodes' quantiles, weighted by their counts, as in LeRobot's `aggregate_stats`.
 
     Args:
         episodes: Feature to statistic to its values, (episodes, ...). Quantiles may be missing.
         exact: Feature to the values of all frames, (frames, dim).
+
+    Returns:
+        Feature to statistic to its value.
     """
     result: dict[str, dict[str, Any]] = {}
     for key, of in episodes.items():

@@ -19,20 +19,23 @@ def camera_options(
 
     Args:
         field: The option's name, for messages.
-        text: "camera=value,camera=value"; empty for none.
-        pattern: What a value is, a group a number.
-        example: A right value, for messages.
-        cameras: Those that exist; None when that is checked elsewhere.
+        text: "camera=value,camera=value"; empty for no camera.
+        pattern: Pattern of a value, with a group for each number.
+        example: A correct value, for messages.
+        cameras: Names of the cameras that exist; None when that is checked elsewhere.
+
+    Returns:
+        Camera name to its numbers.
 
     Raises:
-        ConfigError: Another form, or a camera that does not exist.
+        ConfigError: The text has another form, or names a camera that does not exist.
     """
     options: dict[str, tuple[int, ...]] = {}
     for item in filter(None, text.split(",")):
         camera, _, value = item.partition("=")
         match = pattern.fullmatch(value)
         if match is None:
-            raise ConfigError(f"{field}: {item!r} is not of the form camera={example}.")
+            raise ConfigError(f"{field} must be of the form camera={example}, got {item!r}.")
         if cameras is not None and camera not in cameras:
             raise ConfigError(f"{field}: the data has no camera {camera!r}; it has {', '.join(cameras)}.")
         options[camera] = tuple(map(int, match.groups()))

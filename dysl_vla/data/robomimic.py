@@ -1,8 +1,8 @@
 """Human demonstrations of robosuite's, from HDF5 files of robomimic's or of robosuite's own recorder.
 
-Such a file holds the simulator's states and the actions between them. They are played in the simulator, and what the
+These files hold the simulator's states and the actions between them. They are played in the simulator, and what the
 cameras see there is written as a LeRobotDataset v3, to be trained on beside other demonstrations, or alone. Recordings
-in which the task is never done (robomimic also publishes such ones) are left out, as failed episodes are elsewhere.
+in which the task is never done, which robomimic publishes, too, are left out, as failed episodes are elsewhere.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ SETTINGS = (
     "interpolation",
     "uncouple_pos_ori",
 )
-"""Of the controller, by which the same action is another motion."""
+"""Settings of the controller that decide which motion an action is."""
 NO_SEED = -1
-"""The initial states are none of our own."""
+"""The seed of demonstrations whose initial states this package did not draw."""
 
 
 @dataclass(frozen=True)
@@ -51,31 +51,31 @@ class ImportConfig:
     """Write an HDF5 file of robomimic's or robosuite's as a LeRobotDataset v3. Resumes where it stopped."""
 
     file: Path
-    """Such as robomimic's demo_v15.hdf5, recorded with robosuite 1.5; its states are played and rendered."""
+    """HDF5 file that was recorded with robosuite 1.5, such as robomimic's demo_v15.hdf5; its states are rendered."""
     out: Path
     """Folder of the dataset; an existing one of the same world is continued."""
     episodes: int = 0
-    """So many demonstrations at most; 0: all."""
+    """Demonstrations that are imported at most; 0: all."""
     cameras: str = ""
     """Camera sizes, "agentview=128x128,robot0_eye_in_hand=96x96"; the suite's own when empty."""
 
 
 def import_robomimic(config: ImportConfig) -> Demonstrations:
-    """Play and write what is missing.
+    """Play the file's demonstrations, and write those that the dataset lacks.
 
     Returns:
         The dataset, opened.
 
     Raises:
-        ConfigError: A value cannot work.
-        DatasetError: It is no such file, or of another robot, controller or version.
+        ConfigError: A value of the configuration is wrong.
+        DatasetError: The file has another format, or is of another robot, controller or version.
     """
     if config.episodes < 0:
         raise ConfigError(f"episodes must be 0 (all) or more, got {config.episodes}.")
     sizes = camera_options("cameras", config.cameras, SIZE, "128x128")
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
     with _recorded(config.file) as data:
-        # Which demonstrations of which world the file holds.
+        # Find out which demonstrations of which world the file holds.
         task, robot = _world_of(config.file, data)
         suite = get_suite(with_robot("robosuite-5" if task in FIVE else "robosuite-all", robot)).name
         first = Origin(suite, task, NO_SEED, 0, f"{HUMAN}@{sha256(config.file)[:12]}", 0.0)
@@ -84,14 +84,14 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
         if not numbers:
             raise DatasetError(f"{config.file}: holds no demonstrations (groups data/demo_0 and so on).")
         with closing(RobosuiteEnv(task, cameras, robot=robot)) as env:
-            # Whether they can be played, before anything is written. Scenes take long to load: only the first one is.
+            # Check that they can be played, before anything is written. Scenes take long to load: only one is, here.
             check_writable(config.out, env.embodiment, robot)
             with _naming(config.file, data[f"demo_{numbers[0]}"]) as recorded:
                 env.load_recorded(_scene(recorded))
             for number in numbers:
                 with _naming(config.file, data[f"demo_{number}"]) as recorded:
                     _check(recorded, env)
-            # Play and write those that the dataset lacks.
+            # Play and write what is missing.
             with locked_dir(config.out), closing(DemonstrationWriter(config.out, env.embodiment, robot)) as writer:
                 origins = [replace(first, episode_index=number) for number in numbers]
                 _write_missing(config.file, data, env, origins, writer)
@@ -127,7 +127,7 @@ def _recorded(path: Path) -> Iterator[Any]:
     try:
         opened = h5py.File(path, "r")
     except OSError as error:
-        raise DatasetError(f"{path}: is no HDF5 file, or is damaged ({error}); fetch it again.") from error
+        raise DatasetError(f"{path}: cannot be read as HDF5 ({error}); download it again.") from error
     with opened:
         if "data" not in opened:
             raise DatasetError(f"{path}: has no group 'data'; robomimic's files and robosuite's recordings have.")
@@ -135,8 +135,8 @@ def _recorded(path: Path) -> Iterator[Any]:
 
 
 def _world_of(path: Path, data: Any) -> tuple[str, str]:
-    """Task and robot of a file that this package's environment can play."""
-    # What the file says: robomimic's own files in one attribute, robosuite's recordings in two.
+    """The task and the robot of a file, if this package's environment can play it."""
+    # Read what the file declares: robomimic's files do it in one attribute, robosuite's recordings in two.
     try:
         if "env_args" in data.attrs:
             made = json.loads(data.attrs["env_args"])
@@ -144,10 +144,10 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
         else:
             name, settings = data.attrs["env"], dict(json.loads(data.attrs["env_info"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"{path}: does not say which environment it is of ({error!r}).") from error
-    # Whether this package has that task, robot and rate.
+        raise DatasetError(f"{path}: does not declare its environment ({error!r}); download it again.") from error
+    # Check that this package has the task, the robot and the rate.
     task = re.sub(r"(?<=.)(?=[A-Z])", "-", str(name)).lower()
-    known = sorted(set(INSTRUCTIONS) - {"wipe"})  # what has been wiped off is not in its states
+    known = sorted(set(INSTRUCTIONS) - {"wipe"})  # its states do not hold what has been wiped off
     if task not in known:
         raise DatasetError(f"{path}: is of robosuite's {name!r}; those that can be played: {', '.join(known)}.")
     robots = settings.get("robots", ROBOTS[0])
@@ -157,7 +157,7 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
             f"{path}: is of {robots} at {settings.get('control_freq', RATE_HZ)} Hz; it can be played for one of "
             f"{', '.join(ROBOTS)} at {RATE_HZ} Hz."
         )
-    # Whether the same action is the same motion here.
+    # Check that the same action is the same motion here.
     recorded, ours = _pose_controller(settings.get("controller_configs")), _pose_controller(controllers(robot))
     if recorded is None or recorded.get("input_type", "delta") != "delta" or recorded.get("control_delta") is False:
         raise DatasetError(f"{path}: its actions are not relative poses (OSC_POSE); take the file with those.")
@@ -172,7 +172,7 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
 
 
 def _pose_controller(found: Any) -> Any:
-    """Settings of the operational-space controller, wherever a version of robosuite keeps them; None: there is none."""
+    """The settings of the operational-space controller, wherever a version of robosuite keeps them; or None."""
     if not isinstance(found, dict):
         return None
     if found.get("type") == POSE_CONTROLLER:
@@ -183,13 +183,13 @@ def _pose_controller(found: Any) -> Any:
 def _are_same(theirs: Any, ours: Any) -> bool:
     try:
         return bool(np.allclose(np.asarray(theirs, np.float64), ours))
-    except (TypeError, ValueError):  # no numbers, or not as many
+    except (TypeError, ValueError):  # not numbers, or not as many
         return bool(theirs == ours)
 
 
 @contextmanager
 def _naming(path: Path, recorded: Any) -> Iterator[Any]:
-    """Say of which recording an error is."""
+    """Add the name of a recording to the message of an error."""
     try:
         yield recorded
     except DatasetError as error:
@@ -199,35 +199,37 @@ def _naming(path: Path, recorded: Any) -> Iterator[Any]:
 def _scene(recorded: Any) -> str:
     scene = str(recorded.attrs.get("model_file", ""))
     if "<mujoco" not in scene:
-        raise DatasetError("its attribute model_file is missing, or no MuJoCo scene.")
+        raise DatasetError("its attribute model_file is missing, or is not a MuJoCo scene.")
     return scene
 
 
 def _check(recorded: Any, env: RobosuiteEnv) -> None:
-    """Refuse what cannot be played in the scene that is loaded: one file's scenes hold the same objects."""
+    """Refuse a recording that the loaded scene cannot show. All scenes of a file hold the same objects."""
     _scene(recorded)
     numbers = _numbers(recorded, "states", env.recorded_width), _numbers(recorded, "actions", len(ACTION_NAMES))
     lengths = list(map(len, numbers))
     if lengths[0] != lengths[1] or not lengths[0]:
-        raise DatasetError(f"it has {lengths[0]} states and {lengths[1]} actions; expected one action for each state.")
+        raise DatasetError(f"it must have one action for each state, got {lengths[0]} states and {lengths[1]} actions.")
 
 
 def _numbers(recorded: Any, name: str, width: int) -> NDArray[np.float64]:
     try:
         values = np.asarray(recorded[name], np.float64)
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise DatasetError(f"its {name} are missing, damaged, or no numbers ({error}).") from error
-    if values.ndim != 2 or values.shape[1] != width or not np.isfinite(values).all():
-        raise DatasetError(f"its {name} have shape {values.shape}, or are not finite; expected (time, {width}).")
+        raise DatasetError(f"its {name} are missing, damaged, or not numbers ({error}).") from error
+    if values.ndim != 2 or values.shape[1] != width:
+        raise DatasetError(f"its {name} must have shape (time, {width}), got {values.shape}.")
+    if not np.isfinite(values).all():
+        raise DatasetError(f"its {name} have a value that is not finite.")
     return values
 
 
 def _play(recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episode | None:
-    """The episode that a recording shows; None when the task is never done in it."""
+    """Play a recording and return it as an episode; None when the task is never done in it."""
     env.load_recorded(_scene(recorded))
     images: dict[str, list[Any]] = {camera: [] for camera in env.embodiment.cameras}
     shown = []
-    is_done = "rewards" in recorded and np.max(recorded["rewards"], initial=0) > 0  # maybe by the very last action
+    is_done = "rewards" in recorded and np.max(recorded["rewards"], initial=0) > 0  # the last action may do it
     for state in np.asarray(recorded["states"]):
         is_done |= env.show_recorded(state)
         observation = env.observe()

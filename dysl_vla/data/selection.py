@@ -1,4 +1,4 @@
-"""Frames of demonstrations as a policy sees them: opened for it, chosen, and read as observations."""
+"""Demonstrations as a policy needs them: opened with its cameras, their frames chosen and read as observations."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def demonstrations_for(root: Path, spec: PolicySpec) -> Demonstrations:
     """Demonstrations as a policy needs them: its cameras alone, and its names where the dataset has none.
 
     Raises:
-        DatasetError: The dataset is damaged, or has not the policy's cameras.
-        ConfigError: It is of another world than the policy's.
+        DatasetError: The dataset is damaged, or does not have the policy's cameras.
+        ConfigError: The dataset is of another embodiment than the policy's.
     """
     found = Demonstrations(root)
     names: dict[str, Sequence[str]] = {}
@@ -33,14 +33,14 @@ def demonstrations_for(root: Path, spec: PolicySpec) -> Demonstrations:
 
 
 def observations(demonstrations: Demonstrations, chosen: NDArray[np.int64]) -> Iterator[tuple[int, Observation]]:
-    """Chosen frames as a policy sees them.
+    """Read chosen frames as observations.
 
     Args:
-        demonstrations: Where from.
-        chosen: Indices of frames, rising.
+        demonstrations: The dataset.
+        chosen: Indices of frames in rising order.
 
     Yields:
-        Index, observation.
+        Index and observation of each frame.
 
     Raises:
         DatasetError: A file is damaged, or the cameras' videos are not in one order.
@@ -66,14 +66,23 @@ def observations(demonstrations: Demonstrations, chosen: NDArray[np.int64]) -> I
 
 
 def choose_frames(demonstrations: Demonstrations, count: int, split: Split, *, held_out: bool) -> NDArray[np.int64]:
-    """So many frames, or all, evenly spread over the episodes that are, or are not, held out.
+    """Choose frames, evenly spread over the episodes that are, or are not, held out.
+
+    Args:
+        demonstrations: The dataset.
+        count: How many frames to choose; all, if there are fewer.
+        split: The rule by which episodes are held out.
+        held_out: Whether the frames come from the episodes that are held out, or from the others.
+
+    Returns:
+        Indices of frames in rising order, (frames,).
 
     Raises:
-        ConfigError: Less than one.
-        DatasetError: There is none.
+        ConfigError: `count` is less than one.
+        DatasetError: There are no such episodes.
     """
     if count < 1:
-        raise ConfigError(f"frames: {count} must be at least 1.")
+        raise ConfigError(f"frames must be at least 1, got {count}.")
     kept = [row for index, row in enumerate(demonstrations.rows) if split.is_held_out(index) == held_out]
     frames = np.concatenate([np.arange(row.start, row.start + row.length) for row in kept] or [np.empty(0, np.int64)])
     if not len(frames):
@@ -82,5 +91,5 @@ def choose_frames(demonstrations: Demonstrations, count: int, split: Split, *, h
 
 
 def evenly(length: int, count: int) -> NDArray[np.int64]:
-    """At most `count` indices of a sequence, evenly spread, rising."""
+    """At most `count` indices of a sequence, evenly spread, in rising order."""
     return np.arange(min(length, count)) * length // max(1, min(length, count))

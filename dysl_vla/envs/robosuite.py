@@ -173,7 +173,7 @@ class RobosuiteEnv(ManipulationEnv):
         """
         if state.shape != (self.recorded_width,) or not np.isfinite(state).all():
             raise DatasetError(
-                f"a recorded state must be finite, of shape ({self.recorded_width},), got shape {state.shape}."
+                f"a recorded state must have {self.recorded_width} finite values, got an array of shape {state.shape}."
             )
         self._world.sim.set_state_from_flattened(state)
         self._world.sim.forward()

@@ -21,7 +21,7 @@ class EnvBenchConfig:
     """Measure a suite's environments: steps a second as demonstrations are collected, and where the time goes."""
 
     suite: str = "metaworld-mt10"
-    """What is measured: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, mock."""
+    """Suite that is measured: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, mock."""
     robot: str = ""
     """Another robot than the suite's own."""
     tasks: str = ""
@@ -31,19 +31,20 @@ class EnvBenchConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ConfigError(f"steps: {self.steps} must be at least 1.")
+            raise ConfigError(f"steps must be at least 1, got {self.steps}.")
 
 
 @dataclass(frozen=True)
 class EnvTimes:
-    """Seconds: means over steps, or over some resets; making happens once a task and process.
+    """Times of a task's environment in seconds: means over steps, or over some resets.
 
     Attributes:
-        make_s: Making the environment.
-        reset_s: Starting an episode, its first picture included.
-        expert_s: Asking the expert; 0 without one.
-        physics_s: A control period.
-        cameras_s: All cameras.
+        task: The task.
+        make_s: Time to make the environment, once a task and process.
+        reset_s: Time to start an episode, its first picture included.
+        expert_s: Time to ask the expert for an action; 0 without an expert.
+        physics_s: Time to simulate a control period.
+        cameras_s: Time to render all cameras.
     """
 
     task: str
@@ -55,7 +56,7 @@ class EnvTimes:
 
     @property
     def steps_per_s(self) -> float:
-        """Of an episode in which every step is shown, as in demonstrations."""
+        """Steps a second of an episode in which every step is rendered, as in demonstrations."""
         return 1 / (self.expert_s + self.physics_s + self.cameras_s)
 
 
@@ -63,7 +64,7 @@ def bench_env(config: EnvBenchConfig) -> Iterator[EnvTimes]:
     """Measure task after task.
 
     Raises:
-        ConfigError: Unknown suite, robot or task.
+        ConfigError: The suite, the robot or a task is unknown.
     """
     suite = get_suite(with_robot(config.suite, config.robot))
     for task in tqdm(suite.choose(config.tasks), desc=suite.name, unit="task"):
@@ -81,7 +82,7 @@ def _measure(env: ManipulationEnv, make_s: float, steps: int, has_expert: bool) 
         yield
         spent[name].append(time.perf_counter() - started)
 
-    env.reset(seed=0)  # whatever is compiled or allocated once
+    env.reset(seed=0)  # what is compiled or allocated once is not measured
     action = env.embodiment.clip(np.zeros(len(env.embodiment.action_names), np.float32))
     env.advance(action)
     for index in range(RESETS):
@@ -102,7 +103,7 @@ def _measure(env: ManipulationEnv, make_s: float, steps: int, has_expert: bool) 
 
 
 def render_env_times(config: EnvBenchConfig, rows: list[EnvTimes]) -> str:
-    """As a table in Markdown."""
+    """The measured times as a table in Markdown."""
     lines = [
         f"{with_robot(config.suite, config.robot)}, {config.steps} steps of each task, one process:",
         "",

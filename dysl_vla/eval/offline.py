@@ -1,12 +1,12 @@
 """`dysl eval --data`: how far a policy's actions are from those demonstrated, for those who have no simulator.
 
-The policy is shown held-out episodes at each moment at which it would look, and the actions that it would execute are
+The policy observes held-out episodes at each moment at which it would infer, and the actions that it would execute are
 compared with those that were demonstrated then. Several variants of it (the full model, the one that skips layers)
 take turns at every moment, so that they are paired by frame and their latencies are of the same minutes. For all
-variants the actions of the first count as executed: guidance compares with the last plan, which is a model's, too.
+variants the actions of the first count as executed: guidance compares with the last chunk, which is a model's, too.
 
-A small distance is no success rate: errors add up when the policy acts by itself. What it tells is whether training
-learned anything, in which dimension it did not, and what skipping changes.
+A small distance is no success rate: errors add up when the policy acts by itself. It shows whether training learned
+anything, in which dimension it did not, and what skipping changes.
 """
 
 from __future__ import annotations
@@ -37,28 +37,30 @@ RUN, RESULT, REPORT = "offline_run.json", "result.json", "report.md"
 PARTS, HORIZON_PICTURE = "episodes", "horizon.png"
 WARM_UP = 3
 PICTURES = 3
-"""Episodes that are drawn."""
+"""How many episodes are drawn."""
 
 
 def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
     """Compare a policy's actions with demonstrated ones, and write report and pictures.
 
     Args:
-        config: With `data`.
+        config: A configuration with `data`.
 
     Returns:
-        `result.json`; the figures of each variant under "variants".
+        The content of `result.json`, with the figures of each variant under "variants".
 
     Raises:
         ConfigError: A value cannot work, the policy does not fit the demonstrations, or `out` holds another run.
-        DatasetError: The demonstrations are damaged, or none is held out.
+        DatasetError: The demonstrations are damaged, or no episode is held out.
         CheckpointError: The policy is damaged.
     """
     assert config.data is not None
     use_one_inference_thread()
-    # What is compared on which episodes: every mistake is found before anything is written.
+    # Decide what is compared on which episodes. Every mistake is found here, before anything is written.
     if not is_unused(config.out) and not (config.out / RUN).exists():
-        raise ConfigError(f"out: {config.out} is not empty and holds no such evaluation; give a new folder.")
+        raise ConfigError(
+            f"out: {config.out} is not empty and holds no evaluation on demonstrations; give a new folder."
+        )
     variants = _variants(config)
     policies = [variant.load(config.policy) for variant in variants]
     demonstrations = demonstrations_for(config.data, policies[0].spec)
@@ -75,12 +77,12 @@ def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
         "policies": [policy.fingerprint for policy in policies],
     }
     with locked_dir(config.out):
-        # The episodes that an interrupted run has not played yet.
+        # Play the episodes that an interrupted run has not played yet.
         if (config.out / RUN).exists():
             check_same_run(config.out / RUN, identity)
         write_json(config.out / RUN, identity)
         _play(config.out, policies, demonstrations, episodes)
-        # Figures, pictures and the report, of all episodes.
+        # Write figures, pictures and the report of all episodes.
         names = [variant.name or "policy" for variant in variants]
         parts = {episode: _read(_part(config.out, episode)) for episode in episodes}
         details = {"episodes_in_all": len(demonstrations.rows), "held_out_every": split.every}
@@ -109,7 +111,7 @@ def _write_results(
 
 
 def _variants(config: EvalConfig) -> list[Variant]:
-    """As asked for; where nothing is, the full model and, where the policy can, the one that skips layers."""
+    """The variants that were asked for; by default the full model and, if there is one, the model that skips layers."""
     if config.variants or config.skip == 0:
         return variants_of(config)
     [variant] = variants_of(config)
@@ -119,7 +121,7 @@ def _variants(config: EvalConfig) -> list[Variant]:
 
 
 def _split(config: EvalConfig, episodes: int, policy: Policy) -> Split:
-    """Which episodes are held out; those that the policy may have been trained on are said."""
+    """Which episodes are held out, with a warning when the policy may have been trained on some of them."""
     trained = split_for(episodes, policy.provenance)
     if config.held_out is None:
         return trained
@@ -137,7 +139,7 @@ def _part(out: Path, episode: int) -> Path:
 
 
 def _play(out: Path, policies: Sequence[Policy], demonstrations: Demonstrations, episodes: Sequence[int]) -> None:
-    """Play what is missing of some episodes, and keep each when it has ended."""
+    """Play those episodes that have no record yet, and write each record when its episode has ended."""
     columns = demonstrations.columns()
     todo = [episode for episode in episodes if not _part(out, episode).exists()]
     is_warm = False
@@ -155,7 +157,7 @@ def _play(out: Path, policies: Sequence[Policy], demonstrations: Demonstrations,
 def _play_episode(
     policies: Sequence[Policy], demonstrations: Demonstrations, start: int, demonstrated: FloatArray, *, is_warm: bool
 ) -> Played:
-    """Show an episode to all policies, which take turns at every moment."""
+    """Let all policies infer at the moments of an episode; who begins changes from moment to moment."""
     spec = policies[0].spec
     frames = np.arange(0, len(demonstrated), spec.execute_steps)
     states = [policy.reset() for policy in policies]

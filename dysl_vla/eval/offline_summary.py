@@ -22,13 +22,13 @@ class Played:
     """One episode as it was demonstrated, and as each variant would have acted.
 
     Attributes:
-        frames: (moments,), of the episode, at which the policy looked.
-        demonstrated: (length, action), in the world's units.
-        predicted: (variants, moments, chunk, action), in the world's units.
-        llm_ms: (variants, moments), of the backbone.
-        total_ms: (variants, moments), of the whole policy.
-        layers: (variants, moments), NaN for a policy that skips nothing.
-        verified: (variants, moments): the full model predicted again.
+        frames: Frames of the episode at which the policy inferred, (moments,).
+        demonstrated: Demonstrated actions, (length, action), in the embodiment's units.
+        predicted: Predicted chunks, (variants, moments, chunk, action), in the embodiment's units.
+        llm_ms: Latency of the backbone, (variants, moments).
+        total_ms: Latency of the whole policy, (variants, moments).
+        layers: Layers that ran, (variants, moments); NaN for a policy that skips nothing.
+        verified: Whether the full model predicted again, (variants, moments).
     """
 
     frames: NDArray[np.int64]
@@ -44,15 +44,15 @@ def summarise(parts: Sequence[Played], names: Sequence[str], spec: PolicySpec) -
     """The figures of an evaluation.
 
     Args:
-        parts: Its episodes.
-        names: Of the variants, in the order of the parts' first dimension.
-        spec: The policy's.
+        parts: The records of its episodes.
+        names: Names of the variants, in the order of the records' first dimension.
+        spec: The policy's specification.
 
     Returns:
         For each variant under "variants": `error`, the mean distance of the executed actions from those demonstrated,
-        in deviations of the demonstrated actions; `per_dimension`, in the world's units; `horizon`, by the action's
-        place in the chunk; layers, latencies and, but for the first, `difference`, paired by frame with the first, and
-        `distance`, of the executed actions from the first's. `repeating` is the error of repeating the last
+        in deviations of the demonstrated actions; `per_dimension`, in the embodiment's units; `horizon`, by the place
+        of the action in the chunk; layers, latencies and, except for the first, `difference`, paired by frame with the
+        first, and `distance`, of the executed actions from the first's. `repeating` is the error of repeating the last
         demonstrated action, which is what a policy must do better than.
     """
     std = np.array(spec.action_normalisation.std, np.float32)
@@ -95,7 +95,7 @@ def _compared(part: Played, steps: int) -> FloatArray:
 
 
 def _repeating(part: Played, chunk: int) -> Played:
-    """As if the policy had repeated the last demonstrated action."""
+    """The record of a policy that repeats the last demonstrated action."""
     last = part.demonstrated[np.maximum(part.frames - 1, 0)]
     return Played(**{**vars(part), "predicted": np.repeat(last[None, :, None], chunk, axis=2)})
 
@@ -112,7 +112,7 @@ def _blocks(values: Sequence[FloatArray], moments: int) -> tuple[FloatArray, Flo
 def _interval(values: FloatArray, moments: FloatArray) -> dict[str, Any]:
     """Mean over moments, and its 95 % bootstrap interval over blocks.
 
-    It tells of moments like those of these episodes; how episodes differ from each other, few of them cannot tell.
+    It holds for moments like those of these episodes; few episodes do not show how episodes differ from each other.
     """
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, len(values), (RESAMPLES, len(values)))

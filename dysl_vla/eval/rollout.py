@@ -1,6 +1,6 @@
-"""One episode: a policy in an environment, with every part of every step timed apart.
+"""One episode: a policy in an environment, with every part of every step timed separately.
 
-Images are rendered only when the policy looks, at each inference; the steps of a chunk in between are physics alone.
+Images are rendered only for an inference; the other steps of a chunk are physics alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TIMES = ("render_ms", "encode_ms", "llm_ms", "decode_ms", "guidance_ms", "total_
 
 @dataclass(frozen=True)
 class EpisodeKey:
-    """Which episode: decides its initial state."""
+    """The name of an episode, which decides its initial state."""
 
     task: str
     seed: int
@@ -31,15 +31,14 @@ class EpisodeKey:
 
 @dataclass
 class Rollout:
-    """What an episode left.
+    """The records of an episode.
 
     Attributes:
-        success: The success flag was raised at some step.
+        success: Whether the success flag was raised at some step.
         steps: One row a step, for `steps.parquet`. Times are in milliseconds; those of the policy are None at steps
-            that executed a chunk predicted before. What was skipped is None likewise, and for
-            policies that skip nothing.
+            that executed a chunk predicted before. So is what was skipped, also for policies that skip nothing.
         video: Frames for people, uint8 (256, 256, 3), higher with a strip of what was skipped; empty unless asked for.
-        video_fps: Their rate in real time.
+        video_fps: Frames a second of that video, in real time.
     """
 
     success: bool = False
@@ -49,7 +48,7 @@ class Rollout:
 
 
 def warm_up(policy: Policy, env: ManipulationEnv) -> None:
-    """Run some inferences that nobody times: the first ones allocate, and are slower."""
+    """Run some inferences that are not recorded: the first ones allocate memory, and are slower."""
     observation, _ = env.reset(seed=0)
     for _ in range(WARM_UP_INFERENCES):
         policy.infer([observation], [policy.reset()])
@@ -59,13 +58,13 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, video:
     """Run one episode to its first success or to the horizon.
 
     Args:
-        env: Of the key's task.
-        policy: Checked against the environment before.
+        env: The environment of the key's task.
+        policy: A policy that fits the environment.
         key: The episode.
-        video: Also render frames for people.
+        video: Whether to render frames for people, too.
 
     Returns:
-        Its records.
+        The episode's records.
 
     Raises:
         ActionError: The policy's action has NaN or infinity.

@@ -33,23 +33,17 @@ def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
     variants = variants_of(config)
     if config.variants and (config.out / RUN).exists():
         raise ConfigError(f"out: {config.out} holds another run; give a new folder.")
-    if config.suite is not None:  # loading takes longer than finding that there is none such
+    # Load the variants, and decide on suite and tasks.
+    if config.suite is not None:  # an unknown one is found before policies are loaded, which takes longer
         resolve_tasks(config, None)
     policies = [variant.load(config.policy) for variant in variants]
-    provenances = [policy.provenance for policy in policies]
-    suite, tasks = resolve_tasks(config, max(provenances, key=len))  # the longest also says how heads were trained
+    record = max((policy.provenance for policy in policies), key=len)  # that of a variant with heads says more
+    suite, tasks = resolve_tasks(config, record)
     config = replace(config, suite=suite.name, robot=None, tasks=",".join(tasks))
     for policy in policies:
         check_seed(config.seed, policy)
-    with closing(suite.make(tasks[0], policies[0].spec.cameras)) as env:
-        policies[0].spec.check_embodiment(env.embodiment)
-        if env.horizon != suite.horizon:
-            raise ConfigError(f"horizon: suite {suite.name} says {suite.horizon}, its environment {env.horizon}.")
-        # A machine that cannot render, or a policy that answers NaN, is found out before anything is written.
-        observation, _ = env.reset(seed=0)
-        for policy in policies:
-            [chunk] = policy.infer([observation], [policy.reset()])
-            check_actions(chunk.actions, len(env.embodiment.action_names))
+    _try(policies, suite, tasks[0])
+    # Run what is missing, and write the figures.
     runs = [
         VariantRun(
             variant, policy, RunFolder(variant.folder(config.out), _identity(config, variant, suite, tasks, policy))
@@ -67,15 +61,27 @@ def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
     return {"variants": {run.variant.name or "policy": read_result(run.folder.root) for run in runs}}
 
 
+def _try(policies: Sequence[Policy], suite: Suite, task: str) -> None:
+    """Infer once. A machine that cannot render, or a policy that answers NaN, is found before anything is written."""
+    with closing(suite.make(task, policies[0].spec.cameras)) as env:
+        policies[0].spec.check_embodiment(env.embodiment)
+        if env.horizon != suite.horizon:
+            raise ConfigError(f"horizon: suite {suite.name} says {suite.horizon}, its environment {env.horizon}.")
+        observation, _ = env.reset(seed=0)
+        for policy in policies:
+            [chunk] = policy.infer([observation], [policy.reset()])
+            check_actions(chunk.actions, len(env.embodiment.action_names))
+
+
 def resolve_tasks(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ...]]:
-    """Suite and tasks that an evaluation is of.
+    """The suite and the tasks of an evaluation.
 
     Args:
-        config: Of the evaluation.
-        record: The policy's provenance.
+        config: The evaluation's configuration.
+        record: The policy's provenance, which decides where the configuration does not.
 
     Raises:
-        ConfigError: They, the robot or the numbers of episodes or workers cannot be.
+        ConfigError: The suite, a task or the robot is unknown.
     """
     suite_name, tasks = provenance.training_suite(record, config.suite, config.tasks)
     suite = get_suite(with_robot(suite_name, config.robot))
@@ -121,7 +127,7 @@ def check_seed(seed: int, policy: Policy) -> None:
     """Refuse a seed whose initial states the policy may have been trained on.
 
     Raises:
-        ConfigError: Naming the seed.
+        ConfigError: The seed belongs to demonstrations, or was used in training or tuning the policy.
     """
     trained = {origin["seed"] for origin in provenance.origins(policy.provenance)}
     if seed in trained:
@@ -152,7 +158,7 @@ def _identity(
 
 
 def _run(config: EvalConfig, runs: Sequence[VariantRun], keys: Sequence[EpisodeKey]) -> None:
-    """Run the episodes that have not ended; every variant runs one before any runs the next."""
+    """Run the episodes that have not ended. Every variant runs an episode before any variant runs the next one."""
     records = {run.variant.name: run.folder.episodes() for run in runs}
     ended = {(name, e["task"], e["episode_index"]) for name, ends in records.items() for e in ends}
     todo = [(e, key) for key in keys for e in runs if (e.variant.name, key.task, key.index) not in ended]
@@ -172,13 +178,13 @@ def _run(config: EvalConfig, runs: Sequence[VariantRun], keys: Sequence[EpisodeK
 def _episodes(
     config: EvalConfig, todo: Sequence[tuple[VariantRun, EpisodeKey]]
 ) -> Iterator[tuple[VariantRun, dict[str, Any]]]:
-    """Records of episodes, in the order in which they end."""
-    assert config.suite is not None  # `evaluate` has resolved it
+    """Run episodes and yield their records, in the order in which they end."""
+    assert config.suite is not None  # `evaluate_in_simulation` has resolved it
     if config.workers == 1:
         use_one_inference_thread()
-        with closing(_Bench(get_suite(config.suite))) as bench:
+        with closing(_EpisodeRunner(get_suite(config.suite))) as runner:
             for run, key in todo:
-                yield run, bench.run(run.policy, run.folder, key, video=key.index < config.video)
+                yield run, runner.run(run.policy, run.folder, key, video=key.index < config.video)
         return
     fingerprints = {run.variant.name: run.policy.fingerprint for run, _ in todo}  # hashes all weights: once
     with worker_pool(config.workers) as pool:
@@ -190,8 +196,8 @@ def _episodes(
             yield futures[future], future.result()
 
 
-class _Bench:
-    """What one process keeps between episodes: warm policies, and the environment of the last task."""
+class _EpisodeRunner:
+    """Runs episodes, and keeps between them what is slow to begin: warm policies and the last task's environment."""
 
     def __init__(self, suite: Suite) -> None:
         self._suite = suite
@@ -199,7 +205,7 @@ class _Bench:
         self._warm: list[Policy] = []
 
     def run(self, policy: Policy, folder: RunFolder, key: EpisodeKey, *, video: bool) -> dict[str, Any]:
-        """Run one episode and write its steps and video; the caller counts it as ended."""
+        """Run one episode, write its steps and video, and return its record, which the caller writes."""
         if self._envs is None:
             self._envs = TaskEnvs(self._suite, policy.spec.cameras)
         env = self._envs.env(key.task)
@@ -226,9 +232,9 @@ class _Bench:
 
 
 @lru_cache(maxsize=1)
-def _worker_bench(suite: str) -> _Bench:
+def _worker_runner(suite: str) -> _EpisodeRunner:
     use_one_inference_thread()
-    return _Bench(get_suite(suite))
+    return _EpisodeRunner(get_suite(suite))
 
 
 def _run_in_worker(
@@ -238,4 +244,4 @@ def _run_in_worker(
     policy = worker_policy(
         config.policy, fingerprint, skip=variant.skip, ablation=variant.ablation, compute=variant.compute
     )
-    return _worker_bench(config.suite).run(policy, folder, key, video=key.index < config.video)
+    return _worker_runner(config.suite).run(policy, folder, key, video=key.index < config.video)

@@ -1,4 +1,4 @@
-"""Datasets as LeRobot's recorder lays them out, many episodes a file, written here with what a test wants to be odd."""
+"""Datasets in the layout of LeRobot's recorder, many episodes a file, with the oddities that tests ask for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FROM = f"videos/{TOP}/from_timestamp"
 
 
 def grey(number: int) -> NDArray[np.uint8]:
-    """A picture that says its number, up to 60, also when it was compressed; from there on they begin anew."""
+    """A picture from which its number can be read, also when it was compressed; numbers repeat after 60."""
     return np.full((SIDE, SIDE, 3), 10 + 4 * (number % 61), np.uint8)
 
 
@@ -58,7 +58,7 @@ def png(image: NDArray[np.uint8]) -> bytes:
 
 
 def record(root: Path, lengths: Sequence[int] = (5, 9, 7), *, fps: float = 30, kind: str = "video") -> Path:
-    """A dataset with one camera, "top", whose pictures are numbered through. States are (number, episode).
+    """Write a dataset with one camera, "top", whose pictures are numbered. States are (number, episode).
 
     Args:
         root: Its folder.
@@ -140,7 +140,7 @@ def edit_feature(root: Path, key: str, **changes: Any) -> None:
 
 
 def edit_table(root: Path, name: str, **columns: Any) -> None:
-    """Replace or add columns of a Parquet file; None takes one out."""
+    """Replace or add columns of a Parquet file; None removes one."""
     table = pq.read_table(root / name)
     for column, values in columns.items():
         if column in table.column_names:

@@ -133,7 +133,7 @@ def test_quantiles_are_those_of_the_numbers(tmp_path: Path) -> None:
 
 
 def forget_quantiles(root: Path) -> None:
-    """Make a dataset such as this package wrote before it knew quantiles, and statistics of time stamps and indices."""
+    """Make a dataset as this package wrote it before it had quantiles and statistics of time stamps and indices."""
     for path in (root / "meta/episodes/chunk-000").iterdir():
         table = pq.read_table(path)
         late = [n for n in table.column_names if re.search(r"^stats/(.*/q\d\d|[a-z_]*(index|stamp)/)", n)]
@@ -184,7 +184,7 @@ def add_feature(root: Path) -> None:
 
 
 def take_origin_of_last(root: Path) -> None:
-    """As LeRobot leaves a dataset that it has continued: it knows nothing of our columns."""
+    """Leave out the columns that LeRobot does not write when it continues a dataset."""
     path = root / "meta/episodes/chunk-000/file-002.parquet"
     table = pq.read_table(path)
     pq.write_table(table.drop_columns([n for n in table.column_names if n.startswith("origin/")]), path)
@@ -198,8 +198,8 @@ def take_origins(root: Path) -> None:
 
 
 def move_videos(root: Path) -> None:
-    (root / "videos").rename(root / "videos")
-    edit_info(root, video_path="videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4")
+    (root / "videos").rename(root / "clips")
+    edit_info(root, video_path="clips/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4")
 
 
 def renumber(root: Path) -> None:

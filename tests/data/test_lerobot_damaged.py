@@ -19,7 +19,7 @@ from tests.data.foreign import DATA, EPISODES, FROM, SIDE, TOP, VIDEO, edit_feat
 
 
 def cut(name: str) -> Callable[[Path], None]:
-    """A file that was not written to its end."""
+    """Cut a file off, as if it had not been written to its end."""
 
     def break_(root: Path) -> None:
         data = (root / name).read_bytes()
@@ -57,11 +57,11 @@ STATES = [[float(i), 0.0] for i in range(21)]
         (info(total_episodes=-1), "total_episodes -1"),
         (info(features=[1]), "not a LeRobotDataset v3"),
         (info(codebase_version="v2.1"), r"'v2\.1'.*convert_dataset_v21_to_v30"),
-        (info(video_path="../{video_key}/file-{file_index:03d}.mp4"), "video_path is.*mend"),
-        (info(video_path="/etc/{video_key}/file-{file_index:03d}.mp4"), "video_path is.*mend"),
-        (info(video_path="videos/{video_key.__class__}.mp4"), "video_path is.*mend"),
-        (info(video_path="videos/{video_key}-{file_index:0999999999d}.mp4"), "video_path is.*mend"),
-        (info(data_path="a/../../data-{file_index}.parquet"), "data_path is.*mend"),
+        (info(video_path="../{video_key}/file-{file_index:03d}.mp4"), "video_path must.*correct it"),
+        (info(video_path="/etc/{video_key}/file-{file_index:03d}.mp4"), "video_path must.*correct it"),
+        (info(video_path="videos/{video_key.__class__}.mp4"), "video_path must.*correct it"),
+        (info(video_path="videos/{video_key}-{file_index:0999999999d}.mp4"), "video_path must.*correct it"),
+        (info(data_path="a/../../data-{file_index}.parquet"), "data_path must.*correct it"),
         (info(video_path=None), "no video_path"),
         (feature("observation.state", shape=[2, 1]), r"observation\.state is float32 of shape \[2, 1\]"),
         (feature("observation.state", dtype="string"), r"observation\.state is string"),
@@ -69,7 +69,7 @@ STATES = [[float(i), 0.0] for i in range(21)]
         (feature("action", shape=[3], names=None), "action has another dimension than the 3"),
         (feature(TOP, shape=[SIDE, 2 * SIDE, 3]), r"observation\.images\.top.*episode 0.*\(16, 16, 3\).*\(16, 32, 3\)"),
         (tasks(task_index=[0], task=["task 0"]), r"tasks\.parquet: has no task 1"),
-        (tasks(task_index=[0, 0], task=["a", "b"]), "task_index stands twice"),
+        (tasks(task_index=[0, 0], task=["a", "b"]), "task_index is there twice"),
         (tasks(number=[0], task=["a"]), "columns task_index and task"),
         (tasks(task_index=[0, 1], words=["a", "b"]), "columns task_index and task"),
         (cut("meta/tasks.parquet"), r"tasks\.parquet: cannot be read"),
@@ -81,7 +81,7 @@ STATES = [[float(i), 0.0] for i in range(21)]
         (table(EPISODES, length=[5, 16, 0]), "episode 2 has no frames"),
         (table(EPISODES, length=None), "no column 'length'"),
         (table(EPISODES, length=[5, None, 7]), "no length"),
-        (table(EPISODES, episode_index=[0, 1, 1]), "episode 1 .*stands twice"),
+        (table(EPISODES, episode_index=[0, 1, 1]), "episode 1 .*is there twice"),
         (table(EPISODES, **{FROM: [0.0, None, 0.1]}), "episode 1 has no video of camera 'top'"),
         (table(EPISODES, **{FROM: None}), "episode 0 has no video of camera 'top'"),
         (table(DATA, timestamp=None), "no column 'timestamp'"),
@@ -116,10 +116,10 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(
     ("images", "words"),
     [
         ([{"bytes": b"no image", "path": ""}] * 21, "row 0 of observation.images.top cannot be read as an image"),
-        ([{"bytes": None, "path": "/etc/passwd"}] * 21, "no embedded image"),
+        ([{"bytes": None, "path": "/etc/passwd"}] * 21, "not an embedded image"),
         ([{"bytes": png(np.zeros((SIDE, SIDE), np.uint16)), "path": ""}] * 21, "mode I;16; expected RGB"),  # type: ignore[arg-type]
         ([{"bytes": png(np.zeros((8, 8, 3), np.uint8)), "path": ""}] * 21, r"\(8, 8, 3\), meta/info\.json declares"),
-        (["frame-0.png"] * 21, "no embedded image"),
+        (["frame-0.png"] * 21, "not an embedded image"),
         (None, "cannot be read"),
     ],
 )
@@ -138,7 +138,7 @@ def refusal(root: Path) -> str | None:
 
 
 def test_any_oddity_of_a_description_is_read_or_refused(tmp_path: Path) -> None:
-    """Never another exception than ours."""
+    """No other exception than this package's is ever raised."""
     good = json.loads((record(tmp_path) / "meta/info.json").read_text())
     harmless = ("data_path", "robot_type", "total_tasks")
     for odd in (None, [], "x", -3, {}, [None], {"x": None}):

@@ -64,7 +64,7 @@ def test_episodes_that_share_files_are_read(tmp_path: Path, kind: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_frame_has_the_picture_of_its_time(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Whatever the video's rate and start, and however unsteady it is, within the tolerance."""
+    """It has, whatever the video's rate and start, and however unsteady it is within the tolerance."""
     lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     fps, every = data.draw(st.integers(1, 120)), data.draw(st.integers(1, 3))
     start = data.draw(st.floats(0, 10))
@@ -125,7 +125,7 @@ def test_time_stamps_of_another_rate_are_refused(tmp_path: Path) -> None:
         DatasetError, match=r"frame 1 of episode 0 .*0\.0333 s.*15, it is due at 0\.0667 s.*30 a second"
     ):
         Demonstrations(tmp_path).columns()
-    with pytest.raises(DatasetError, match="Mend fps"):
+    with pytest.raises(DatasetError, match="Correct fps"):
         list(Demonstrations(tmp_path).frames("top"))
 
 
@@ -163,7 +163,7 @@ def test_images_are_read_from_wherever_their_rows_are(tmp_path: Path) -> None:
     "layout", [{"row_group_size": 20}, {"use_dictionary": False, "write_batch_size": 8, "data_page_size": 2**19}]
 )
 def test_images_are_not_all_in_memory(tmp_path: Path, layout: dict[str, Any]) -> None:
-    """Be there many groups of rows, as LeRobot writes one an episode, or a single one of many pages."""
+    """They are, from many row groups, as LeRobot writes one an episode, and from a single one of many pages."""
     record(tmp_path, (200,), kind="image")
     noise = np.random.default_rng(0).integers(0, 256, (200, 128, 128, 3), np.uint8)
     edit_table(tmp_path, DATA, **{TOP: [{"bytes": png(image), "path": ""} for image in noise]})
@@ -342,7 +342,7 @@ def test_numbers_of_tasks_may_have_gaps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{"total_tasks": 0}, {}])
 def test_a_dataset_without_episodes_is_empty(tmp_path: Path, fields: dict[str, int]) -> None:
-    """As LeRobot leaves one that was begun, and as one is whose first episode was interrupted."""
+    """LeRobot leaves one when it has begun to record, and one whose first episode was interrupted."""
     edit_info(record(tmp_path), total_episodes=0, total_frames=0, **fields)
     if fields:
         for name in ("data", "videos", "meta/episodes"):
@@ -355,7 +355,7 @@ def test_a_dataset_without_episodes_is_empty(tmp_path: Path, fields: dict[str, i
 
 
 def test_links_in_the_folder_are_followed(tmp_path: Path) -> None:
-    """So the hub's cache keeps its files."""
+    """The cache of the hub keeps its files as links."""
     record(tmp_path / "d")
     for number, name in enumerate((DATA, VIDEO, EPISODES, "meta/info.json", "meta/tasks.parquet")):
         (tmp_path / "d" / name).rename(tmp_path / f"blob-{number}")

@@ -1,4 +1,4 @@
-"""Recordings in the layout of robomimic's and robosuite's files, made here by the simulator that they are of."""
+"""Recordings in the layout of robomimic's and robosuite's files, made here by their simulator."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def replace_values(group: Any, name: str, values: Any) -> None:
 
 @dataclass
 class Seen:
-    """What the environment showed while it was recorded."""
+    """Observations of the environment while it was recorded."""
 
     states: list[np.ndarray] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
-    """Two short recordings, and what was seen."""
+    """Two short recordings, and the observations while they were made."""
     path = tmp_path_factory.mktemp("robomimic") / "demo_v15.hdf5"
     seen = Seen()
     with closing(RobosuiteEnv("door", {"agentview": (32, 32)})) as env, h5py.File(path, "w") as file:
@@ -110,7 +110,7 @@ def test_a_recording_of_robosuites_own_is_read_too(recording: tuple[Path, Seen],
 
 
 def told_by_robosuite(data: Any) -> None:
-    """As `collect_human_demonstrations.py` of robosuite 1.5 says what was recorded."""
+    """Such recordings declare their environment as `collect_human_demonstrations.py` of robosuite 1.5 does."""
     del data.attrs["env_args"]
     settings = {**ARGUMENTS["env_kwargs"], "env_name": "Door", "robots": "Panda"}
     del settings["control_freq"]
@@ -146,7 +146,7 @@ def changed(recording: Path, folder: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.attrs.__setitem__("env_args", "{"), "which environment"),
+        (lambda data: data.attrs.__setitem__("env_args", "{"), "not declare its environment"),
         (lambda data: data.attrs.__setitem__("env_args", json.dumps({**ARGUMENTS, "env_name": "Kitchen"})), "Kitchen"),
         (
             lambda data: data.attrs.__setitem__(
@@ -164,7 +164,10 @@ def changed(recording: Path, folder: Path, change: Any) -> Path:
             lambda data: data.attrs.__setitem__("env_args", json.dumps(ARGUMENTS).replace('"delta"', '"absolute"')),
             "relative poses",
         ),
-        (lambda data: data.attrs.__setitem__("env_args", json.dumps({**ARGUMENTS, "env_kwargs": None})), "which env"),
+        (
+            lambda data: data.attrs.__setitem__("env_args", json.dumps({**ARGUMENTS, "env_kwargs": None})),
+            "not declare its env",
+        ),
         (
             lambda data: data.attrs.__setitem__("env_args", json.dumps(ARGUMENTS).replace("Panda", "Baxter")),
             r"Baxter.*Panda",
@@ -190,12 +193,15 @@ def changed(recording: Path, folder: Path, change: Any) -> Path:
         ),
         (lambda data: data.attrs.__setitem__("env_args", json.dumps(ARGUMENTS).replace("Door", "Wipe")), "'Wipe'"),
         (lambda data: data["demo_1"].__delitem__("actions"), r"demo_1: its actions are missing"),
-        (lambda data: replace_values(data["demo_1"], "states", np.zeros((STEPS, 2))), r"demo_1: its states have shape"),
-        (lambda data: replace_values(data["demo_1"], "states", np.float64(1)), r"demo_1: its states have shape"),
+        (
+            lambda data: replace_values(data["demo_1"], "states", np.zeros((STEPS, 2))),
+            r"demo_1: its states must have shape",
+        ),
+        (lambda data: replace_values(data["demo_1"], "states", np.float64(1)), r"demo_1: its states must have shape"),
         (lambda data: replace_values(data["demo_1"], "actions", np.full((STEPS, 7), np.nan)), r"demo_1.*not finite"),
-        (lambda data: replace_values(data["demo_1"], "actions", np.array([b"a"])), r"demo_1.*no numbers"),
+        (lambda data: replace_values(data["demo_1"], "actions", np.array([b"a"])), r"demo_1.*not numbers"),
         (lambda data: replace_values(data["demo_1"], "actions", np.zeros((2, 7))), r"demo_1.*6 states and 2 actions"),
-        (lambda data: data["demo_1"].attrs.__setitem__("model_file", "rubbish"), r"demo_1.*no MuJoCo scene"),
+        (lambda data: data["demo_1"].attrs.__setitem__("model_file", "rubbish"), r"demo_1.*not a MuJoCo scene"),
         (lambda data: [data.__delitem__(f"demo_{index}") for index in range(2)], "no demonstrations"),
         (lambda data: data["demo_0"].attrs.__setitem__("model_file", "<mujoco/>"), r"robosuite 1\.5"),
     ],
@@ -213,5 +219,5 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         import_robomimic(ImportConfig(tmp_path / "nothing.hdf5", tmp_path / "out"))
     (tmp_path / "text.hdf5").write_text("hello")
-    with pytest.raises(DatasetError, match="no HDF5 file"):
+    with pytest.raises(DatasetError, match="cannot be read as HDF5"):
         import_robomimic(ImportConfig(tmp_path / "text.hdf5", tmp_path / "out"))

@@ -30,7 +30,7 @@ def packets(path: Path) -> list[tuple[int, int]]:
 
 
 def damage(path: Path, first: int, last: int) -> None:
-    """Overwrite some of a video's compressed pictures, counted in their file's order."""
+    """Overwrite some of a video's compressed pictures, counted in the order of the file."""
     data = bytearray(path.read_bytes())
     for place, size in packets(path)[first:last]:
         data[place : place + size] = bytes(size)

@@ -1,4 +1,4 @@
-"""A simulator in fifty lines: what CONTRIBUTING.md shows, and that demonstrations can be collected in it."""
+"""A simulator in fifty lines, which CONTRIBUTING.md refers to, and demonstrations that are collected in it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a package's entry point would."""
+    """Register the suite, as a package's entry point would."""
     monkeypatch.setitem(suites._parts, "disc", disc)
 
 

@@ -1,4 +1,4 @@
-"""What holds in every simulator: episodes, cameras, actions and experts, each property tested once for all of them."""
+"""Properties that hold in every simulator: of episodes, cameras, actions and experts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Simulator:
         tasks: Tasks that are tested.
         shown: Cameras that an environment has when none are asked for.
         offered: Every camera that may be asked for.
-        scenes: Tasks in whose scenes all offered cameras are looked for: one for each arena.
+        scenes: Tasks in whose scenes all offered cameras must be found: one for each arena.
         physics: An environment to arrays with everything that decides how an episode continues.
     """
 
@@ -105,10 +105,10 @@ def digest(env: ManipulationEnv, name: str, seed: int, index: int) -> str:
     parts = [value for value in observation.values() if isinstance(value, np.ndarray)]
     still = np.full(len(env.embodiment.action_names), 0.3, np.float32)
     for _ in range(5):
-        parts += [np.array(values) for values in SIMULATORS[name].physics(env)]
         action = env.expert_action() if has_expert(env, name) else still
-        parts.append(action)
+        parts += [np.array(values) for values in (*SIMULATORS[name].physics(env), action)]
         env.advance(action)
+    parts += [np.array(values) for values in SIMULATORS[name].physics(env)]
     return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
 
@@ -132,7 +132,7 @@ class OtherProcess:
         print(task, file=self._process.stdin, flush=True)
 
     def digest(self, task: str) -> str:
-        """The hash, after `ask`."""
+        """Wait for the hash that was asked for."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(f"digest {task} "):

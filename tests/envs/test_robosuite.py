@@ -1,4 +1,4 @@
-"""What is particular to robosuite; what holds in every simulator is tested in test_contract.py."""
+"""Properties of robosuite alone; those of every simulator are tested in test_contract.py."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def outcomes(out: Path) -> list[tuple[object, ...]]:
 
 
 def decisions(out: Path) -> list[object]:
-    """All of a run's steps that does not depend on the clock."""
+    """The part of a run's steps that does not depend on the clock."""
     return pq.read_table(out / "steps.parquet", columns=["task", "episode_index", "step", "action"]).to_pylist()
 
 
