@@ -140,9 +140,9 @@ def test_a_robots_own_range_is_no_breach() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"low": (0.0,)}, "low: 1 values, the robot has 4"),
-        ({"max_change": (0.1, 0.1)}, "max_change: 2 values"),
-        ({"low": (2.0,) * 4}, "no action"),
+        ({"low": (0.0,)}, "low must have a value for each of the robot's 4 actions.*got 1 values"),
+        ({"max_change": (0.1, 0.1)}, "max_change must have .*got 2 values"),
+        ({"low": (2.0,) * 4}, "low, high must leave an action"),
         ({"max_change": (0.0,) * 4}, "above zero"),
         ({"gripper_rate": -1.0}, "gripper_rate"),
         ({"max_speed": float("nan")}, "max_speed"),
