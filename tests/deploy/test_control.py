@@ -330,7 +330,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_connected(change: dict[
 
 
 def test_loop_values_that_cannot_work_are_refused() -> None:
-    for values in ({"on_miss": "x"}, {"stop_after": 0}, {"blend_steps": -1}, {"max_age_s": float("nan")}, {"frozen_s": 0.0}):
+    for values in (
+        {"on_miss": "x"},
+        {"stop_after": 0},
+        {"blend_steps": -1},
+        {"max_age_s": float("nan")},
+        {"frozen_s": 0.0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(values))):
             LoopConfig(**values)  # type: ignore[arg-type]
 

@@ -106,11 +106,11 @@ def test_names_that_mean_nothing_are_refused() -> None:
     for text, words in (("mock-fly", "mock-reach"), ("nothing-x", "nothing to simulate")):
         with pytest.raises(ConfigError, match=words):
             assert MujocoRobot(Simulation(text)).embodiment
-    with pytest.raises(ConfigError, match="has no option .speed.; it has episode"):
+    with pytest.raises(ConfigError, match=r"has no option .speed.; it has episode"):
         Simulation.parse("mock-reach?speed=3")
-    with pytest.raises(ConfigError, match="answer_s must be .*not negative, got nan"):
+    with pytest.raises(ConfigError, match=r"answer_s must be .*not negative, got nan"):
         Simulation.parse("mock-reach?answer_s=nan")
-    with pytest.raises(ConfigError, match="episode must be a number, got .x."):
+    with pytest.raises(ConfigError, match=r"episode must be a number, got .x."):
         Simulation.parse("mock-reach?episode=x")
     with closing(make_env("mock-Reach@Point", None)) as env:
         assert env.task == "reach"

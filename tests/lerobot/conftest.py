@@ -27,7 +27,7 @@ else:
     # is there counts as missing after 50 ms.
     with suppress(OSError):
         os.nice(-15)
-    from tests.lerobot.fake_cameras import CAMERAS_VARIABLE, REGISTERS_VARIABLE, Ablation, FakeCapture
+    from tests.lerobot.fake_cameras import CAMERAS_VARIABLE, REGISTERS_VARIABLE, CameraFaults, FakeCapture
 
 
 @pytest.fixture
@@ -38,23 +38,23 @@ def bus(tmp_path: Path) -> Iterator[Bus]:
 
 
 @pytest.fixture
-def cameras(tmp_path: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> Ablation:
+def cameras(tmp_path: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> CameraFaults:
     """OpenCV's cameras are fake, and look at the arm."""
     monkeypatch.setenv(CAMERAS_VARIABLE, str(tmp_path / "cameras"))
     monkeypatch.setenv(REGISTERS_VARIABLE, str(bus.registers_file))
     monkeypatch.setattr("cv2.VideoCapture", FakeCapture)
-    return Ablation(tmp_path / "cameras")
+    return CameraFaults(tmp_path / "cameras")
 
 
 @pytest.fixture
-def command_environment(cameras: Ablation) -> dict[str, str]:
+def command_environment(cameras: CameraFaults) -> dict[str, str]:
     """For commands that are started (`python -m dysl_vla.cli control ...`): their cameras are the fake ones, too."""
     folders = (str(HERE / "site"), str(REPOSITORY), os.environ.get("PYTHONPATH", ""))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 @pytest.fixture
-def write_robot(tmp_path: Path, bus: Bus, cameras: Ablation) -> Callable[..., Path]:
+def write_robot(tmp_path: Path, bus: Bus, cameras: CameraFaults) -> Callable[..., Path]:
     """Makes launch/so101.json for the stand-in, with other fields if given: of the file, and `robot`'s as a mapping."""
 
     def write(robot: dict[str, Any] | None = None, **others: Any) -> Path:

@@ -1,7 +1,7 @@
 """Cameras for LeRobot's own `OpenCVCamera`, in place of `cv2.VideoCapture`: 480x640 at 30 frames a second.
 
 A picture depends on the time and, where a register file of `feetech_bus` is given, on where the arm is. Faults are
-switched on while they run, through a file that processes share (`Ablation`). A process uses them after `install()`;
+switched on while they run, through a file that processes share (`CameraFaults`). A process uses them after `install()`;
 one that is started as a command does so by itself where this folder's `site` is on PYTHONPATH and CAMERAS_VARIABLE is
 set. A camera is named by the digits at the end of its index or path.
 """
@@ -28,7 +28,7 @@ else:  # from `site`
     from feetech_bus import RESOLUTION, Registers
 
 CAMERAS_VARIABLE, REGISTERS_VARIABLE = "FAKE_CAMERAS", "FAKE_CAMERAS_REGISTERS"
-"""Paths of the file of `Ablation` and, optionally, of the arm's registers."""
+"""Paths of the file of `CameraFaults` and, optionally, of the arm's registers."""
 HEIGHT, WIDTH, FPS = 480, 640, 30
 SLOW_S = 0.48
 FAULTS = ("none", "blocks", "fails", "slow", "closed", "frozen", "opening")
@@ -39,7 +39,7 @@ SETTINGS = {cv2.CAP_PROP_FRAME_WIDTH: WIDTH, cv2.CAP_PROP_FRAME_HEIGHT: HEIGHT, 
 JOINT_COLOURS = ((40, 40, 230), (40, 200, 40), (230, 90, 30), (30, 210, 230), (220, 40, 200), (240, 240, 240))
 
 
-class Ablation:
+class CameraFaults:
     """The cameras' faults, in a file that processes share.
 
     Args:
@@ -107,7 +107,7 @@ class FakeCapture:
     def __init__(self, source: int | str | Path, backend: int = 0) -> None:
         digits = re.search(r"\d+$", str(source))
         self._camera = int(digits[0]) if digits else 0
-        self._switches = Ablation(Path(os.environ[CAMERAS_VARIABLE]))
+        self._switches = CameraFaults(Path(os.environ[CAMERAS_VARIABLE]))
         registers = os.environ.get(REGISTERS_VARIABLE)
         self._registers = Registers(Path(registers)) if registers else None
         self._noise = Noise(self._camera)

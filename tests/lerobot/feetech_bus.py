@@ -77,7 +77,7 @@ def calibration() -> dict[str, dict[str, int]]:
 
 
 class Registers:
-    """The motors' registers, and the ablation of the stand-in, in a file that processes share.
+    """The motors' registers, and the faults of the stand-in, in a file that processes share.
 
     Args:
         path: Of the file, made with `create`.
@@ -265,7 +265,7 @@ class Servos:
         registers.put(motor, start, data)
         if start <= GOAL[0] < start + len(data):
             self._tell(motor, goal=registers.read(motor, GOAL))
-            registers.write(motor, TORQUE, 1)  # a goal ablation the torque on, as in the real ones
+            registers.write(motor, TORQUE, 1)  # a goal switches the torque on, as in real motors
         if registers.read(motor, TORQUE) != torque:
             self._tell(motor, torque=registers.read(motor, TORQUE))
         return 0

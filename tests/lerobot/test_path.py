@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.lerobot.fake_cameras import Ablation
+from tests.lerobot.fake_cameras import CameraFaults
 from tests.lerobot.feetech_bus import Bus
 from tests.lerobot.recorder import INSTRUCTION, record
 
@@ -117,7 +117,7 @@ def test_the_arm_moves_for_half_a_minute_and_stops(
 def test_the_arm_lets_go_when_told_to_end_whatever_is_broken(  # noqa: PLR0917 # fixtures
     bundle: Path,
     bus: Bus,
-    cameras: Ablation,
+    cameras: CameraFaults,
     robot_file: Path,
     command_environment: dict[str, str],
     fault: str,
@@ -148,7 +148,7 @@ def test_the_arm_lets_go_when_told_to_end_whatever_is_broken(  # noqa: PLR0917 #
         process.wait()
 
 
-def break_it(fault: str, bus: Bus, cameras: Ablation) -> None:
+def break_it(fault: str, bus: Bus, cameras: CameraFaults) -> None:
     if fault == "mute motors":
         bus.registers.set_fault("mute")
     elif fault:

@@ -23,7 +23,7 @@ from dysl_vla.deploy.lerobot_robot import CLOSE_S, FRAME_S, RELEASE_S, TURN_S, L
 from dysl_vla.deploy.robot import make_robot
 from dysl_vla.errors import ConfigError, MissingExtraError, RobotFault
 from tests.lerobot.conftest import EXAMPLE, FRONT, WRIST
-from tests.lerobot.fake_cameras import Ablation
+from tests.lerobot.fake_cameras import CameraFaults
 from tests.lerobot.feetech_bus import IDS, MIN_LIMIT, MOTORS, TORQUE, Bus, calibration, running_bus
 
 NAMES = tuple(f"{motor}.pos" for motor in MOTORS)
@@ -39,7 +39,7 @@ def made(path: Path) -> LeRobotRobot:
 
 
 @pytest.fixture
-def make(bus: Bus, cameras: Ablation) -> Iterator[Callable[[Path], LeRobotRobot]]:
+def make(bus: Bus, cameras: CameraFaults) -> Iterator[Callable[[Path], LeRobotRobot]]:
     """Makes robots; in the end, faults are off and they are stopped."""
     robots = []
 
@@ -179,7 +179,7 @@ def test_another_rate_is_refused(make: Callable[[Path], LeRobotRobot], robot_fil
 
 @pytest.mark.parametrize("fault", ["closed", "blocks", "fails"])
 def test_a_broken_camera_does_not_keep_the_motors_on(
-    robot: LeRobotRobot, bus: Bus, cameras: Ablation, fault: str, capfd: pytest.CaptureFixture[str]
+    robot: LeRobotRobot, bus: Bus, cameras: CameraFaults, fault: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cameras.set_fault(FRONT, fault)
     time.sleep(0.1)
@@ -329,7 +329,7 @@ def test_a_command_does_not_wait_for_a_blocked_reading(robot: LeRobotRobot) -> N
     robot.act(action)
 
 
-def test_a_command_does_not_wait_for_a_frame(robot: LeRobotRobot, cameras: Ablation) -> None:
+def test_a_command_does_not_wait_for_a_frame(robot: LeRobotRobot, cameras: CameraFaults) -> None:
     action = robot.observe(0.0).observation["observation.state"]
     cameras.set_fault(FRONT, "blocks")
     reading = Call(robot.observe, time.perf_counter() + 0.1)
@@ -340,7 +340,7 @@ def test_a_command_does_not_wait_for_a_frame(robot: LeRobotRobot, cameras: Ablat
 
 @pytest.mark.parametrize("seconds", [0.02, 0.5, 1.3])
 def test_a_connection_that_comes_back_after_stopping_is_undone(
-    make: Callable[[Path], LeRobotRobot], write_robot: Callable[..., Path], bus: Bus, cameras: Ablation, seconds: float
+    make: Callable[[Path], LeRobotRobot], write_robot: Callable[..., Path], bus: Bus, cameras: CameraFaults, seconds: float
 ) -> None:
     bus.registers.write(3, TORQUE, 1)  # left over from before
     camera = {"type": "opencv", "width": 640, "height": 480, "fps": 30, "warmup_s": 1}
@@ -359,7 +359,7 @@ def test_a_connection_that_comes_back_after_stopping_is_undone(
 
 
 def test_what_opens_after_stopping_is_closed_again(
-    make: Callable[[Path], LeRobotRobot], robot_file: Path, bus: Bus, cameras: Ablation
+    make: Callable[[Path], LeRobotRobot], robot_file: Path, bus: Bus, cameras: CameraFaults
 ) -> None:
     cameras.set_fault(WRIST, "opening")
     robot = make(robot_file)
@@ -374,7 +374,7 @@ def test_what_opens_after_stopping_is_closed_again(
 
 
 def test_a_camera_that_does_not_open_is_said_and_motors_are_let_go(
-    make: Callable[[Path], LeRobotRobot], robot_file: Path, bus: Bus, cameras: Ablation
+    make: Callable[[Path], LeRobotRobot], robot_file: Path, bus: Bus, cameras: CameraFaults
 ) -> None:
     bus.registers.write(2, TORQUE, 1)
     cameras.set_fault(WRIST, "closed")
@@ -447,7 +447,7 @@ def test_motors_keep_their_torque_where_the_file_says_so(
     assert not robot._robot.bus.is_connected
 
 
-def test_a_slow_cameras_frames_are_as_old_as_they_are(robot: LeRobotRobot, cameras: Ablation) -> None:
+def test_a_slow_cameras_frames_are_as_old_as_they_are(robot: LeRobotRobot, cameras: CameraFaults) -> None:
     cameras.set_fault(FRONT, "slow")
     time.sleep(0.6)
     ages, end = [], time.perf_counter() + 1.2
@@ -459,7 +459,7 @@ def test_a_slow_cameras_frames_are_as_old_as_they_are(robot: LeRobotRobot, camer
 
 
 @pytest.mark.parametrize("fault", ["closed", "blocks", "fails"])
-def test_a_camera_that_shows_nothing_new_is_named(robot: LeRobotRobot, cameras: Ablation, fault: str) -> None:
+def test_a_camera_that_shows_nothing_new_is_named(robot: LeRobotRobot, cameras: CameraFaults, fault: str) -> None:
     robot.observe(0.0)
     cameras.set_fault(FRONT, fault)
     time.sleep(0.1)
@@ -562,7 +562,7 @@ def test_both_arms_of_a_bimanual_robot_let_go_although_one_does_not_answer(
     make: Callable[[Path], LeRobotRobot],
     tmp_path: Path,
     bus: Bus,
-    cameras: Ablation,
+    cameras: CameraFaults,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     shot = {**CAMERA, "warmup_s": 0}
@@ -645,7 +645,7 @@ class HandMade(Robot):
 
 
 @pytest.fixture
-def hand_made(tmp_path: Path, cameras: Ablation, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hand_made(tmp_path: Path, cameras: CameraFaults, monkeypatch: pytest.MonkeyPatch) -> Path:
     """File of a plug-in's robot, without a bus that anyone knows; `torque` beside it says what it did last."""
     (tmp_path / "lerobot_robot_hand_made.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
@@ -664,7 +664,7 @@ def hand_made(tmp_path: Path, cameras: Ablation, monkeypatch: pytest.MonkeyPatch
 def test_a_plugins_robot_is_found_and_disconnected_its_own_way_also_with_a_closed_camera(
     make: Callable[[Path], LeRobotRobot],
     hand_made: Path,
-    cameras: Ablation,
+    cameras: CameraFaults,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     torque = hand_made.with_name("torque")
