@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import replace
+from multiprocessing import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dysl_vla.deploy import simulator_process
 from dysl_vla.deploy.control import ControlLoop, LoopConfig
 from dysl_vla.deploy.limits import Limits
 from dysl_vla.deploy.loop_stats import render_stats
@@ -100,6 +104,21 @@ def test_a_robot_whose_controller_is_gone_holds() -> None:
     assert 1 <= report["commands executed"] <= 6
     with pytest.raises(RobotFault, match="stopped"):
         robot.act(np.zeros(3, np.float32))
+
+
+def test_a_simulated_arm_of_torques_is_refused_before_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process holds it whenever no command comes, which no torque can do."""
+    env = make_env("mock-reach", None)
+    torques = replace(env.embodiment, action_kinds=("torque",) * 3)
+    sent: list[Any] = []
+    with closing(env):
+        unmoving = SimpleNamespace(embodiment=torques)
+        monkeypatch.setattr(simulator_process, "make_env", lambda *_: unmoving)
+        monkeypatch.setattr(simulator_process, "begin_worker", lambda: None)
+        simulator_process.simulate(Simulation("mock-reach"), None, Lock(), SimpleNamespace(send=sent.append))  # type: ignore[arg-type]
+    [error] = sent
+    assert isinstance(error, ConfigError)
+    assert "are torques" in str(error)
 
 
 def test_names_that_mean_nothing_are_refused() -> None:

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from dysl_vla.deploy.lerobot_robot import LeRobotRobot
+from dysl_vla.errors import RobotFault
+from tests.lerobot.arms import made
 from tests.lerobot.feetech_bus import Bus, calibration, running_bus
 
 HERE = Path(__file__).parent
@@ -77,3 +80,37 @@ def write_robot(tmp_path: Path, bus: Bus, cameras: CameraFaults) -> Callable[...
 def robot_file(write_robot: Callable[..., Path]) -> Path:
     """launch/so101.json for the stand-in."""
     return write_robot()
+
+
+@pytest.fixture
+def make(bus: Bus, cameras: CameraFaults) -> Iterator[Callable[[Path], LeRobotRobot]]:
+    """Makes robots; in the end, faults are off and they are stopped."""
+    robots = []
+
+    def make_one(path: Path) -> LeRobotRobot:
+        robots.append(made(path))
+        return robots[-1]
+
+    yield make_one
+    bus.registers.set_fault("none")
+    for camera in (FRONT, WRIST):
+        cameras.set_fault(camera, "none")
+    for robot in robots:
+        with suppress(RobotFault):
+            robot.stop()
+
+
+@pytest.fixture
+def robot(make: Callable[[Path], LeRobotRobot], robot_file: Path) -> LeRobotRobot:
+    """The example's, connected."""
+    robot = make(robot_file)
+    robot.connect(30.0)
+    return robot
+
+
+@pytest.fixture
+def patient(make: Callable[[Path], LeRobotRobot], write_robot: Callable[..., Path]) -> LeRobotRobot:
+    """Connected; reads the motors again and again where they do not answer, also before each command."""
+    robot = make(write_robot({"num_read_retries": 1000, "max_relative_target": 50.0}))
+    robot.connect(30.0)
+    return robot

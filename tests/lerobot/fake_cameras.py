@@ -107,18 +107,18 @@ class FakeCapture:
     def __init__(self, source: int | str | Path, backend: int = 0) -> None:
         digits = re.search(r"\d+$", str(source))
         self._camera = int(digits[0]) if digits else 0
-        self._switches = CameraFaults(Path(os.environ[CAMERAS_VARIABLE]))
+        self._faults = CameraFaults(Path(os.environ[CAMERAS_VARIABLE]))
         registers = os.environ.get(REGISTERS_VARIABLE)
         self._registers = Registers(Path(registers)) if registers else None
         self._noise = Noise(self._camera)
-        while self._switches.fault(self._camera) == "opening":
+        while self._faults.fault(self._camera) == "opening":
             time.sleep(0.01)
         self._opened_at = time.perf_counter()
-        self._is_open = self._switches.fault(self._camera) != "closed"
+        self._is_open = self._faults.fault(self._camera) != "closed"
         self._last: NDArray[np.uint8] | None = None
 
     def isOpened(self) -> bool:  # noqa: N802 # OpenCV's name
-        return self._is_open and self._switches.fault(self._camera) != "closed"
+        return self._is_open and self._faults.fault(self._camera) != "closed"
 
     def release(self) -> None:
         self._is_open = False
@@ -134,12 +134,12 @@ class FakeCapture:
 
     def read(self, image: Any = None) -> tuple[bool, NDArray[np.uint8] | None]:
         """Wait for the next frame, which is there at its time whether someone reads or not."""
-        fault = self._switches.fault(self._camera)
+        fault = self._faults.fault(self._camera)
         period = SLOW_S if fault == "slow" else 1 / FPS
         time.sleep(period - (time.perf_counter() - self._opened_at) % period)
         while fault == "blocks":  # also when it is released: some drivers do
             time.sleep(0.01)
-            fault = self._switches.fault(self._camera)
+            fault = self._faults.fault(self._camera)
         if fault in ("fails", "closed") or not self._is_open:
             return False, None
         if fault != "frozen" or self._last is None:

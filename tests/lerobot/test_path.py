@@ -45,24 +45,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(folder: Path) -> Path:
     """The path from data to a bundle; what each command says to do next is what is done next."""
-    told = dysl("demos", "info", "data", cwd=folder)
-    assert "10 episodes, 300 frames, 30 Hz" in told
-    assert "camera   front: 480x640, video, av1" in told
-    told = dysl("train", "--data", "data", "--out", "mini", "--steps", 40, "--save-every", 40, *SMALL, cwd=folder)
-    assert "dysl eval --policy mini --data data --out mini-eval" in told
-    told = dysl("calibrate", "--policy", "mini", "--data", "data", "--out", "plan", cwd=folder)
-    assert "dysl distill --policy mini --data data --plan plan/plan.json" in told
+    printed = dysl("demos", "info", "data", cwd=folder)
+    assert "10 episodes, 300 frames, 30 Hz" in printed
+    assert "camera   front: 480x640, video, av1" in printed
+    printed = dysl("train", "--data", "data", "--out", "mini", "--steps", 40, "--save-every", 40, *SMALL, cwd=folder)
+    assert "dysl eval --policy mini --data data --out mini-eval" in printed
+    printed = dysl("calibrate", "--policy", "mini", "--data", "data", "--out", "plan", cwd=folder)
+    assert "dysl distill --policy mini --data data --plan plan/plan.json" in printed
     steps = ["--adapter-steps", 10, "--skip-steps", 30, "--threads", 1]
     distill = ["distill", "--policy", "mini", "--data", "data", "--plan", "plan/plan.json", "--out", "fast"]
-    told = dysl(*distill, *steps, cwd=folder)
-    assert "dysl eval --policy fast --data data --out fast-eval --variants full,dysl" in told
-    told = dysl("eval", "--policy", "fast", "--data", "data", "--out", "fast-eval", cwd=folder)
-    assert re.search(r"\| shoulder_pan\.pos \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", told)
+    printed = dysl(*distill, *steps, cwd=folder)
+    assert "dysl eval --policy fast --data data --out fast-eval --variants full,dysl" in printed
+    printed = dysl("eval", "--policy", "fast", "--data", "data", "--out", "fast-eval", cwd=folder)
+    assert re.search(r"\| shoulder_pan\.pos \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", printed)
     assert (folder / "fast-eval/episode-004.png").exists()
-    told = dysl("tune", "--policy", "fast", "--data", "data", "--target-action-error", 10, cwd=folder)
-    assert "skip 1.0" in told
-    told = dysl("export", "--policy", "fast", "--out", "bundle", cwd=folder)
-    assert "dysl control --bundle bundle --robot lerobot:FILE.json --instruction TEXT" in told
+    printed = dysl("tune", "--policy", "fast", "--data", "data", "--target-action-error", 10, cwd=folder)
+    assert "skip 1.0" in printed
+    printed = dysl("export", "--policy", "fast", "--out", "bundle", cwd=folder)
+    assert "dysl control --bundle bundle --robot lerobot:FILE.json --instruction TEXT" in printed
     return folder / "bundle"
 
 
@@ -96,25 +96,25 @@ def test_the_arm_moves_for_half_a_minute_and_stops(
     done = subprocess.run(command, env=command_environment, capture_output=True, text=True, check=False, timeout=200)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
-    account = json.loads((tmp_path / "log/account.json").read_text())
-    assert account["cycles"] == 30 * CONTROL_S
-    assert account["stopped"] == ""
-    assert account["missed"] < 90  # none on an idle machine, which this one may not be
+    stats = json.loads((tmp_path / "log/stats.json").read_text())
+    assert stats["cycles"] == 30 * CONTROL_S
+    assert stats["stopped"] == ""
+    assert stats["missed"] < 90  # none on an idle machine, which this one may not be
     assert bus.registers.torques() == [0] * 6
     assert bus.registers.positions() != before
     # It went from where it stood, at the allowed speed
     lines = [json.loads(line) for line in (tmp_path / "log/cycles.jsonl").read_text().splitlines()]
     sent = np.array([line["action"] for line in lines])
     change = np.abs(np.diff(sent, axis=0))[:, :5]
-    assert (change <= np.array(account["limits"]["max_change"])[:5] + 1e-3).all()
-    low, high = [account["limits"][name] for name in ("low", "high")]
+    assert (change <= np.array(stats["limits"]["max_change"])[:5] + 1e-3).all()
+    low, high = [stats["limits"][name] for name in ("low", "high")]
     assert low == high == []
     assert (np.abs(sent[:, 0]) <= 110).all()
 
 
 @pytest.mark.parametrize("numbers", [("SIGINT",), ("SIGINT", "SIGINT", "SIGTERM"), ("SIGHUP",)])
 @pytest.mark.parametrize("fault", ["", "blocked camera", "closed camera", "mute motors"])
-def test_the_arm_lets_go_when_told_to_end_whatever_is_broken(  # noqa: PLR0917 # fixtures
+def test_the_arm_is_released_when_signalled_to_end_whatever_is_broken(  # noqa: PLR0917 # fixtures
     bundle: Path,
     bus: Bus,
     cameras: CameraFaults,
@@ -136,8 +136,8 @@ def test_the_arm_lets_go_when_told_to_end_whatever_is_broken(  # noqa: PLR0917 #
             time.sleep(0.02)
         if fault == "mute motors":
             assert process.stderr is not None
-            told = process.stderr.read()
-            assert "may still hold torque" in told
+            printed = process.stderr.read()
+            assert "may still hold torque" in printed
             assert process.wait(timeout=15) == 2
             return
         eventually(lambda: bus.registers.torques() == [0] * 6, 4.0)
