@@ -70,9 +70,9 @@ class LeRobotRobot:
         rename: Mapping[str, str] | None = None,
         calibrate: str = "lerobot-calibrate",
     ) -> None:
-        shown: Mapping[str, Any] = robot.observation_features
-        sizes = {name: kind[:2] for name, kind in shown.items() if isinstance(kind, tuple) and kind[2:] == (3,)}
-        self._states = tuple(name for name, kind in shown.items() if not isinstance(kind, tuple))
+        features: Mapping[str, Any] = robot.observation_features
+        sizes = {name: kind[:2] for name, kind in features.items() if isinstance(kind, tuple) and kind[2:] == (3,)}
+        self._states = tuple(name for name, kind in features.items() if not isinstance(kind, tuple))
         self._actions = tuple(robot.action_features)
         names = renamed({} if rename is None else rename, (*sizes, *self._states), self._actions)
         low, high = ordered_bounds(self._actions, action_low, action_high)
@@ -89,7 +89,7 @@ class LeRobotRobot:
         self._images = {name: names[name] for name in sizes}
         self._parts = _parts(robot, import_module("lerobot.robots").Robot)
         self._not_connected: type[Exception] = import_module("lerobot.utils.errors").DeviceNotConnectedError
-        self._cameras = _cameras(self._parts, shown)
+        self._cameras = _cameras(self._parts, features)
         self._ports = [
             GuardedPort(each.bus.port_handler) for each in self._motors() if hasattr(each.bus, "port_handler")
         ]
@@ -138,9 +138,9 @@ class LeRobotRobot:
         with self._alone("read"):
             stamps = [getattr(camera, "latest_timestamp", None) for camera in self._colour_cameras().values()]
             timestamp = min([time.perf_counter(), *(stamp for stamp in stamps if stamp is not None)])
-            shown: Mapping[str, Any] = self._robot.get_observation()
-            state = np.array([shown[name] for name in self._states], np.float32)
-            images = {IMAGE_PREFIX + name: np.asarray(shown[theirs]) for theirs, name in self._images.items()}
+            observed: Mapping[str, Any] = self._robot.get_observation()
+            state = np.array([observed[name] for name in self._states], np.float32)
+            images = {IMAGE_PREFIX + name: np.asarray(observed[theirs]) for theirs, name in self._images.items()}
         self._latest = dict(zip(self.embodiment.state_names, state.tolist(), strict=True))
         return TimedObservation({**images, STATE_KEY: state, TASK_KEY: ""}, timestamp)
 
@@ -299,13 +299,13 @@ def _parts(robot: Any, kind: type) -> dict[str, Any]:
     return parts
 
 
-def _cameras(parts: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
+def _cameras(parts: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
     """All cameras, by their names in observations."""
     cameras: dict[str, Any] = {}
     for prefix, part in reversed(tuple(parts.items())):  # the whole robot's names of its arms' cameras may clash
         for name, camera in getattr(part, "cameras", {}).items():
             if camera not in cameras.values():
-                cameras[prefix + name if prefix + name in shown else name] = camera
+                cameras[prefix + name if prefix + name in features else name] = camera
     return cameras
 
 

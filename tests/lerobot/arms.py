@@ -20,7 +20,7 @@ CAMERA = {"type": "opencv", "index_or_path": 0, "width": 640, "height": 480, "fp
 
 NAMES = tuple(f"{motor}.pos" for motor in MOTORS)
 STOP_S = TURN_S + RELEASE_S + 4 * CLOSE_S + 1.0
-"""More than stopping may take; far more than it does where nothing is stuck."""
+"""More than stopping may take, and far more than it takes where nothing is stuck."""
 OFF, ON = [0] * 6, [1] * 6
 
 
@@ -38,7 +38,7 @@ def eventually(is_so: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 class Call:
-    """One that is made on a thread of its own."""
+    """A call that is made on a thread of its own."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
         self.error: Exception | None = None
@@ -60,13 +60,13 @@ class Call:
 
 @contextmanager
 def stuck(robot: LeRobotRobot, camera: str) -> Iterator[None]:
-    """LeRobot waits for this camera's picture without end."""
+    """LeRobot waits for this camera's image without end."""
     with robot._robot.cameras[camera].frame_lock:
         yield
 
 
 def timed(call: Callable[[], object]) -> float:
-    """How long it takes, also where it says in the end that motors may still hold torque."""
+    """Duration of a call, even if it raises in the end that motors may still hold torque."""
     began = time.perf_counter()
     with suppress(RobotFault):
         call()

@@ -26,8 +26,8 @@ FRONT, WRIST = 0, 2
 if importlib.util.find_spec("lerobot") is None:  # one module says why it is skipped; the others need not repeat it
     collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name != "test_stand_in.py"]
 else:
-    # LeRobot looks at the port, and then at the clock: where others take this process's time in between, an answer that
-    # is there counts as missing after 50 ms.
+    # LeRobot reads the port, and then the clock: where others take this process's time in between, an answer that is
+    # there counts as missing after 50 ms
     with suppress(OSError):
         os.nice(-15)
     from tests.lerobot.fake_cameras import CAMERAS_VARIABLE, REGISTERS_VARIABLE, CameraFaults, FakeCapture
@@ -42,7 +42,7 @@ def bus(tmp_path: Path) -> Iterator[Bus]:
 
 @pytest.fixture
 def cameras(tmp_path: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> CameraFaults:
-    """OpenCV's cameras are fake, and look at the arm."""
+    """OpenCV's cameras are fake, and show the arm."""
     monkeypatch.setenv(CAMERAS_VARIABLE, str(tmp_path / "cameras"))
     monkeypatch.setenv(REGISTERS_VARIABLE, str(bus.registers_file))
     monkeypatch.setattr("cv2.VideoCapture", FakeCapture)
@@ -51,7 +51,7 @@ def cameras(tmp_path: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> Camera
 
 @pytest.fixture
 def command_environment(cameras: CameraFaults) -> dict[str, str]:
-    """For commands that are started (`python -m dysl_vla.cli control ...`): their cameras are the fake ones, too."""
+    """Environment of commands that are started (`python -m dysl_vla.cli control ...`): their cameras are fake, too."""
     folders = (str(HERE / "site"), str(REPOSITORY), os.environ.get("PYTHONPATH", ""))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
@@ -84,7 +84,7 @@ def robot_file(write_robot: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def make(bus: Bus, cameras: CameraFaults) -> Iterator[Callable[[Path], LeRobotRobot]]:
-    """Makes robots; in the end, faults are off and they are stopped."""
+    """Makes robots; in the end, faults are switched off and the robots are stopped."""
     robots = []
 
     def make_one(path: Path) -> LeRobotRobot:
@@ -102,7 +102,7 @@ def make(bus: Bus, cameras: CameraFaults) -> Iterator[Callable[[Path], LeRobotRo
 
 @pytest.fixture
 def robot(make: Callable[[Path], LeRobotRobot], robot_file: Path) -> LeRobotRobot:
-    """The example's, connected."""
+    """The example's robot, connected."""
     robot = make(robot_file)
     robot.connect(30.0)
     return robot
@@ -110,7 +110,7 @@ def robot(make: Callable[[Path], LeRobotRobot], robot_file: Path) -> LeRobotRobo
 
 @pytest.fixture
 def patient(make: Callable[[Path], LeRobotRobot], write_robot: Callable[..., Path]) -> LeRobotRobot:
-    """Connected; reads the motors again and again where they do not answer, also before each command."""
+    """A robot, connected, that reads the motors again and again where they do not answer, also before each command."""
     robot = make(write_robot({"num_read_retries": 1000, "max_relative_target": 50.0}))
     robot.connect(30.0)
     return robot

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.lerobot.arms import eventually
 from tests.lerobot.fake_cameras import CameraFaults
 from tests.lerobot.feetech_bus import Bus
 from tests.lerobot.recorder import INSTRUCTION, record
@@ -36,7 +37,7 @@ def dysl(*arguments: object, cwd: Path, environment: dict[str, str] | None = Non
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where someone works who has recorded demonstrations."""
+    """Folder of someone who has recorded demonstrations."""
     folder = tmp_path_factory.mktemp("work")
     record(folder / "data", episodes=10, seconds=1.0)
     return folder
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(folder: Path) -> Path:
-    """The path from data to a bundle; what each command says to do next is what is done next."""
+    """The path from data to a bundle: the command that each command prints as the next one is run next."""
     printed = dysl("demos", "info", "data", cwd=folder)
     assert "10 episodes, 300 frames, 30 Hz" in printed
     assert "camera   front: 480x640, video, av1" in printed
@@ -128,7 +129,7 @@ def test_the_arm_is_released_when_signalled_to_end_whatever_is_broken(  # noqa: 
     command = control(bundle, robot_file, "--seconds", 60, "--max-age-s", 0.9, "--stop-after", 1000)
     process = subprocess.Popen(command, env=command_environment, stderr=subprocess.PIPE, text=True)
     try:
-        eventually(lambda: bus.registers.torques() == [1] * 6 and len(bus.events("goal")) > 20)
+        eventually(lambda: bus.registers.torques() == [1] * 6 and len(bus.events("goal")) > 20, 60.0)
         break_it(fault, bus, cameras)
         time.sleep(0.1)
         for name in numbers:
@@ -153,13 +154,6 @@ def break_it(fault: str, bus: Bus, cameras: CameraFaults) -> None:
         bus.registers.set_fault("mute")
     elif fault:
         cameras.set_fault(0, "blocks" if fault == "blocked camera" else "closed")
-
-
-def eventually(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
-    limit = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 def test_an_arm_whose_cameras_are_called_otherwise_is_renamed_or_refused(
