@@ -19,7 +19,7 @@ from tests.deploy.serving import message
 
 SOON = 7.0
 LARGE = {"picture": np.zeros(40_000_000, np.uint8)}
-"""More than what sockets hold."""
+"""Part of an observation that is larger than what sockets buffer."""
 Behaviour = Callable[[socket.socket], None]
 
 
@@ -49,7 +49,7 @@ def peer(behave: Behaviour, host: str = "127.0.0.1") -> Iterator[str]:
 
 
 def handshake(connection: socket.socket) -> bytes:
-    """Read the client's, and give the answer."""
+    """Read the client's handshake; the answer to it."""
     asked = b""
     while not asked.endswith(b"\r\n\r\n"):
         asked += connection.recv(1)

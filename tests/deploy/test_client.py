@@ -289,7 +289,7 @@ def test_whatever_bytes_come_end_in_an_answer_or_a_fault(data: bytes, head: byte
 
 
 def test_a_server_that_thinks_for_long_is_waited_for() -> None:
-    """Also beyond the time in which other clients miss the answer to a ping."""
+    """It is waited for even beyond the time in which other clients miss the answer to a ping."""
     with peer(answers_nothing) as uri, Client(uri, timeout_s=60) as client:
         assert client._connection is not None
         assert client._connection.ping_interval is None

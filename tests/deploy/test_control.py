@@ -177,7 +177,7 @@ ARM = replace(WORLD, action_names=NAMES, action_low=(-100.0,) * 3, action_high=(
 
 
 class Arm(FakeRobot):
-    """Takes positions, and stands at -90 degrees."""
+    """A robot that takes positions, and stands at -90 degrees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class Arm(FakeRobot):
 
 
 class Reaching(Counting):
-    """Wants to be at +15 degrees."""
+    """A policy that wants to be at +15 degrees."""
 
     def __init__(self, wanted: float = 15.0, delay: float = 0.0) -> None:
         super().__init__()

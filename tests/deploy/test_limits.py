@@ -179,7 +179,7 @@ ARM = EmbodimentSpec(
 
 
 def test_positions_have_a_safe_speed_that_nobody_asked_for() -> None:
-    """An arm at -90 degrees is not sent to +15 in one cycle; grippers and relative actions are free."""
+    """An arm at -90 degrees is not sent to +15 in one cycle; grippers and deltas are free."""
     held = np.array([-90, 0, 50], np.float32)
     limiter = ActionLimiter(Limits(), ARM, 30.0)
     sent, breaches = limiter.check(np.array([15, 0, 0], np.float32), held, 0.0)
@@ -211,7 +211,7 @@ def test_a_gripper_turns_back_only_for_more_than_the_hysteresis(wanted: list[flo
 
 
 def test_a_chattering_answer_does_not_reach_the_gripper() -> None:
-    """One that flips by 0.05 at each inference was 39 changes of sign in 160 cycles."""
+    """An action that flips by 0.05 at each inference changed its sign 39 times in 160 cycles."""
     for name in ("gripper", "gripper.pos", "left_gripper.pos"):
         world = EmbodimentSpec({}, (), ("dx", name), (-1.0, -1.0), (1.0, 1.0), 20.0)
         limiter = ActionLimiter(Limits(), world, 20.0)

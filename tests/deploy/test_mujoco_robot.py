@@ -83,7 +83,7 @@ def test_each_fault_ends_safely_in_its_time(fault: dict[str, float], kind: Any, 
 
 @pytest.mark.parametrize("freeze_after", [0.0, 1e9])
 def test_only_a_frozen_camera_shows_the_very_same_image_all_the_time(freeze_after: float) -> None:
-    """Also where nothing moves in its view: an arm may have left it."""
+    """This holds even if nothing moves in its view, which an arm may have left."""
     cameras = Cameras(Simulation("mock-reach", freeze_after=freeze_after), 0.0)
     still = np.zeros((4, 4, 3), np.uint8)
     arrived = [cameras.frames({"observation.images.top": still}, time.perf_counter()) for _ in range(20)]

@@ -27,7 +27,7 @@ from tests.deploy.stand_ins import RATE, WORLD, Counting, FakeRobot
 
 LONG_S = 0.6
 BOUND_S = 1.0
-"""What the loop may take to release the motors, beyond what the robot itself takes."""
+"""Time that the loop may take to release the motors, beyond what the robot itself takes."""
 CONFIG = LoopConfig(blend_steps=0, warm_up=2, max_age_s=0.06, stop_after=30, connect_s=0.3, answer_s=0.3)
 
 WRONG: dict[str, tuple[str, ...]] = {
@@ -42,7 +42,7 @@ MATRIX = [(call, wrong, end) for call, wrongs in WRONG.items() for wrong in wron
 
 
 class Faulty(FakeRobot):
-    """Has motors with torque, and one thing that goes wrong from its tenth command on (connecting: at once).
+    """A robot whose motors have torque, and one of whose calls goes wrong from its tenth command on (connecting: at once).
 
     A call that hangs "for ever" hangs until the test ends, whatever else happens to the robot.
     """
@@ -116,7 +116,7 @@ class Faulty(FakeRobot):
 
 
 class Stuttering(Counting):
-    """Lets the loop run out of fresh chunks once the robot is to be asked to hold."""
+    """A policy that lets the loop run out of fresh chunks once the robot is to be asked to hold."""
 
     def __init__(self, robot: Faulty) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Stuttering(Counting):
 
 @pytest.fixture(autouse=True)
 def hang_ups_count() -> Iterator[None]:
-    """Also where the tests themselves run under nohup, whose children ignore them."""
+    """Hang-ups are not ignored, even if the tests run under nohup, whose children ignore them."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -155,7 +155,7 @@ def no_thread_left() -> Iterator[None]:
 
 
 def ask_to_end(end: str, loop: ControlLoop) -> float:
-    """Do what asks for the end; when."""
+    """Do what asks for the end, and return when that was."""
     asked_at = time.perf_counter()
     if end == "loop.stop":
         loop.stop("the test asks")
@@ -330,7 +330,7 @@ ControlLoop(Counting(), robot, RATE, Limits(), CONFIG).run(60)
     ],
 )
 def test_a_process_that_is_signalled_to_end_releases_the_motors_and_ends(call: str, number: signal.Signals) -> None:
-    """Also with a thread that hangs in a driver for ever: nothing waits for it."""
+    """Nothing waits for a thread that hangs in a driver for ever."""
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, call], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -1,9 +1,9 @@
 """Cameras for LeRobot's own `OpenCVCamera`, in place of `cv2.VideoCapture`: 480x640 at 30 frames a second.
 
 An image depends on the time and, where a register file of `feetech_bus` is given, on where the arm is. Faults are
-switched on while cameras run, through a file that processes share (`CameraFaults`). A process uses them after `install()`;
-one that is started as a command does so by itself where this folder's `site` is on PYTHONPATH and CAMERAS_VARIABLE is
-set. A camera is named by the digits at the end of its index or path.
+switched on while cameras run, through a file that processes share (`CameraFaults`). A process uses the cameras after
+`install()`; one that is started as a command does so by itself where this folder's `site` is on PYTHONPATH and
+CAMERAS_VARIABLE is set. A camera is named by the digits at the end of its index or path.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m tests.lerobot.recorder FOLDER --episodes 4 --seconds 6
 
-Features are made from LeRobot's robot object, and frames go through its writer and its codec; the arm and the images are
+Features are made from LeRobot's robot object, and frames go through its writer and its codec; arm and images are
 computed, not waited for, so that it takes as long as encoding does.
 """
 

@@ -71,7 +71,7 @@ def test_training_data_and_policy_are_of_the_arm(bundle: Path) -> None:
     config = json.loads((bundle / "config.json").read_text())
     assert config["spec"]["cameras"] == {"front": [480, 640], "wrist": [480, 640]}
     assert config["resizes"] == {"front": [96, 128], "wrist": [96, 128]}
-    assert config["skipping"]["signal"] == "gripper"
+    assert config["skipping"]["importance"] == "gripper"
     assert config["provenance"]["data"]["held_out_every"] == 5
 
 
