@@ -198,15 +198,15 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def _control(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.control import ControlConfig, control
     from dysl_vla.deploy.loop_stats import render_stats
+    from dysl_vla.deploy.run_control import ControlConfig, control
 
     print(render_stats(control(_parse(ControlConfig, arguments, "dysl control"))))
     return 0
 
 
 def _control_replay(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.cycle_log import replay
+    from dysl_vla.deploy.replay_log import replay
 
     def play(folder: tyro.conf.Positional[Path], robot: str | None = None) -> int:
         """Send the actions of a control log to a robot again, at their times, within the log's limits.
@@ -215,7 +215,7 @@ def _control_replay(arguments: Sequence[str]) -> int:
             folder: A folder of `dysl control --log`.
             robot: KIND:NAME. When not given, it is the robot of the log.
         """
-        for name, value in replay(folder, robot or "").items():
+        for name, value in replay(folder, robot).items():
             print(f"{name}: {value}")
         return 0
 
@@ -223,7 +223,7 @@ def _control_replay(arguments: Sequence[str]) -> int:
 
 
 def _control_view(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.cycle_log import view
+    from dysl_vla.deploy.view_log import view
 
     def show(folder: tyro.conf.Positional[Path], out: Path | None = None) -> int:
         """Write a log of the control loop as a recording for Rerun's viewer.
@@ -240,7 +240,7 @@ def _control_view(arguments: Sequence[str]) -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    from dysl_vla.deploy.server import ServeConfig, serve_policy
+    from dysl_vla.deploy.run_server import ServeConfig, serve_policy
 
     serve_policy(_parse(ServeConfig, arguments, "dysl serve"))
     return 0

@@ -35,7 +35,10 @@ TASK_KEY = "task"
 
 
 RELATIVE = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
-"""Names of action dimensions that are displacements, so that zero holds; all others but grippers' are positions."""
+"""Names of action dimensions that are displacements of the end effector, so that zero holds it."""
+ACTION_KINDS = ("position", "velocity", "torque", "delta")
+"""What an action can be: a position to go to, a velocity to move at, a torque (or effort, or current) to apply, or a
+change of position."""
 
 
 def is_gripper(name: str) -> bool:
@@ -46,6 +49,25 @@ def is_gripper(name: str) -> bool:
 def gripper_columns(names: Sequence[str]) -> tuple[int, ...]:
     """Return the indices of the dimensions that are grippers'."""
     return tuple(index for index, name in enumerate(names) if is_gripper(name))
+
+
+def action_kinds(names: Sequence[str]) -> tuple[str, ...]:
+    """The kind of each action, one of `ACTION_KINDS`, as its name tells it.
+
+    Names in `RELATIVE` are deltas. Names that end in "velocity", "_vel" or ".vel" are velocities; those that end in
+    "torque", "effort" or ".current" are torques. All others are positions: joints ("shoulder", "shoulder.pos"), "x" and
+    grippers.
+    """
+    return tuple(map(_action_kind, names))
+
+
+def _action_kind(name: str) -> str:
+    lower = name.lower()
+    if name in RELATIVE:
+        return "delta"
+    if lower == "vel" or lower.endswith(("velocity", "_vel", ".vel")):
+        return "velocity"
+    return "torque" if lower.endswith(("torque", "effort", ".current")) else "position"
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,10 @@ class EmbodimentSpec:
         action_low: Smallest accepted action, a value for each dimension, in the embodiment's units.
         action_high: Largest accepted action.
         rate_hz: Actions a second.
+        action_kinds: One of `ACTION_KINDS` for each dimension of the action; None: as the names tell.
+
+    Raises:
+        ConfigError: `action_kinds` has an unknown kind, or not one for each action.
     """
 
     cameras: Mapping[str, tuple[int, int]]
@@ -67,6 +93,24 @@ class EmbodimentSpec:
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     rate_hz: float
+    action_kinds: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.action_kinds is None:
+            return
+        if len(self.action_kinds) != len(self.action_names):
+            raise ConfigError(
+                f"action_kinds must have one kind for each of the {len(self.action_names)} actions, "
+                f"{', '.join(self.action_names)}; got {len(self.action_kinds)}."
+            )
+        for name, kind in zip(self.action_names, self.action_kinds, strict=True):
+            if kind not in ACTION_KINDS:
+                raise ConfigError(f"action_kinds must be among {', '.join(ACTION_KINDS)}; got {kind!r} for {name}.")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each action: as declared, or as the names tell."""
+        return action_kinds(self.action_names) if self.action_kinds is None else self.action_kinds
 
     def clip(self, actions: FloatArray) -> FloatArray:
         """Clip actions, (..., action), to the accepted range: that is how they are executed."""

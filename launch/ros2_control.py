@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from dysl_vla.deploy.control import ControlLoop, render_stats
+from dysl_vla.deploy.control import ControlLoop
 from dysl_vla.deploy.limits import Limits
+from dysl_vla.deploy.loop_stats import render_stats
 from dysl_vla.deploy.robot import TimedObservation, hold_action
 from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.errors import ConfigError, DyslError, RobotFault
@@ -36,11 +37,11 @@ class Ros2Robot:
     """Implements `Robot` with topics.
 
     Args:
-        node: Of rclpy, with its messages' classes in `messages`.
-        messages: "Image", "JointState" and "Float64MultiArray" to their classes.
-        topics: Camera name to topic; "state" and "action" among them.
-        spec: The policy's: names and sizes are its.
-        bounds: Smallest and largest action, a value a dimension each.
+        node: A node of rclpy.
+        messages: Classes of the messages by name: "Image", "JointState" and "Float64MultiArray".
+        topics: Topics by camera name, and those of "state" and "action".
+        spec: The policy's specification, which decides names and sizes.
+        bounds: Smallest and largest action, a value for each dimension.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Ros2Robot:
         spec: PolicySpec,
         bounds: tuple[tuple[float, ...], tuple[float, ...]],
     ) -> None:
-        missing = [camera for camera in (*spec.cameras, "state", "action") if camera not in topics]
+        topics_needed = (*spec.cameras, "state", "action")
+        missing = [name for name in topics_needed if name not in topics]
         if missing:
-            raise ConfigError(f"cameras: no topic is named for {missing[0]!r}.")
+            raise ConfigError(f"cameras must name a topic for {', '.join(topics_needed)}; got none for {missing[0]!r}.")
         self.embodiment = EmbodimentSpec(
             cameras=spec.cameras,
             state_names=spec.state_names,
@@ -70,27 +72,27 @@ class Ros2Robot:
         self._publisher = node.create_publisher(messages["Float64MultiArray"], topics["action"], 1)
         for camera in spec.cameras:
             node.create_subscription(
-                messages["Image"], topics[camera], lambda image, camera=camera: self._see(camera, image), 1
+                messages["Image"], topics[camera], lambda image, camera=camera: self._keep_image(camera, image), 1
             )
-        node.create_subscription(messages["JointState"], topics["state"], self._feel, 1)
+        node.create_subscription(messages["JointState"], topics["state"], self._keep_state, 1)
 
     def connect(self, rate_hz: float) -> None:
         """Wait for a message of each topic."""
         if rate_hz != self.embodiment.rate_hz:
             raise ConfigError(
-                f"rate_hz: the policy's actions are for {self.embodiment.rate_hz:g} a second, not {rate_hz:g}."
+                f"rate_hz must be the policy's {self.embodiment.rate_hz:g} actions a second, got {rate_hz:g}."
             )
         self.observe(-math.inf)
 
     def observe(self, after: float) -> TimedObservation:
-        """See `Robot.observe`; messages were taken when their stamps say."""
+        """See `Robot.observe`; a message was made when its stamp says."""
         wanted = [*(IMAGE_PREFIX + camera for camera in self.embodiment.cameras), STATE_KEY]
         with self._lock:
             limit = max(time.perf_counter(), after) + ANSWER_S
             while not all(name in self._parts and self._parts[name][1] > after for name in wanted):
                 if not self._lock.wait(max(0.0, limit - time.perf_counter())):
                     late = [name for name in wanted if name not in self._parts or self._parts[name][1] <= after]
-                    raise RobotFault(f"robot: nothing of {', '.join(late)} for {ANSWER_S:g} s.")
+                    raise RobotFault(f"robot: nothing of {', '.join(late)} for {ANSWER_S:g} s; check their topics.")
             parts = {name: self._parts[name] for name in wanted}
         observation = {name: value for name, (value, _) in parts.items()}
         return TimedObservation({**observation, TASK_KEY: ""}, min(timestamp for _, timestamp in parts.values()))
@@ -101,15 +103,15 @@ class Ros2Robot:
         self._publisher.publish(self._message(data=action.astype(float).tolist()))
 
     def hold(self, last: FloatArray | None) -> FloatArray | None:
-        """Zero motion; actions that are positions keep their last command."""
+        """See `hold_action`; a robot of torques needs a `hold` of its own."""
         return hold_action(self.embodiment, last)
 
     def report(self) -> dict[str, Any]:
-        """Nothing."""
+        """Nothing: topics keep no record."""
         return {}
 
     def stop(self) -> None:
-        """Hold, once more; the robot's own controller stops when no command follows."""
+        """Hold once more; the robot's own controller stops when no command follows."""
         try:
             held = self.hold(self._last)
             if held is not None:
@@ -117,14 +119,14 @@ class Ros2Robot:
         except Exception as error:  # stopping must not raise
             print(f"robot: could not publish the last command ({error}).", file=sys.stderr)
 
-    def _see(self, camera: str, image: Any) -> None:
+    def _keep_image(self, camera: str, image: Any) -> None:
         height, width = self.embodiment.cameras[camera]
         if image.encoding != "rgb8" or (image.height, image.width) != (height, width):
-            return  # the loop stops for want of a reading, and names the camera
+            return  # the loop stops for want of an observation, and names the camera
         rows = np.frombuffer(bytes(image.data), np.uint8).reshape(height, image.step)
         self._keep(IMAGE_PREFIX + camera, rows[:, : 3 * width].reshape(height, width, 3), image.header.stamp)
 
-    def _feel(self, joints: Any) -> None:
+    def _keep_state(self, joints: Any) -> None:
         positions = dict(zip(joints.name, joints.position, strict=False))  # some messages hold velocities alone
         if set(self.embodiment.state_names) <= set(positions):
             state = np.array([positions[name] for name in self.embodiment.state_names], np.float32)

@@ -60,7 +60,7 @@ def test_an_interrupted_command_that_does_not_go_on_does_not_say_so(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dysl_vla.deploy.control.open_policy", interrupt)
+    monkeypatch.setattr("dysl_vla.deploy.run_control.open_policy", interrupt)
     assert main(["control", "--robot", "mujoco:mock-reach", "--policy", "mock"]) == 130
     assert capsys.readouterr().err == "dysl control: interrupted.\n"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from dysl_vla.deploy.server import ServeConfig
+from dysl_vla.deploy.run_server import ServeConfig
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 UNIT = LAUNCH / "dysl-serve.service"

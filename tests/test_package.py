@@ -127,7 +127,7 @@ def test_a_robot_needs_no_simulator() -> None:
     """From LeRobot's data to a moving arm, what is imported runs without one."""
     modules = (
         "data.lerobot data.info training.train training.calibrate training.distill training.tune eval.config "
-        "eval.offline deploy.export deploy.runtime deploy.control deploy.lerobot_robot deploy.server"
+        "eval.offline deploy.export deploy.runtime deploy.run_control deploy.lerobot_robot deploy.run_server"
     )
     done = run_python(f"""
 import sys

@@ -1,4 +1,4 @@
-"""`dysl bench serve`: a policy server with many robots, some of which misbehave; what do the others notice?"""
+"""`dysl bench serve`: how a policy server answers many robots, also beside others that misbehave."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class ServeBenchConfig:
     bundle: Path
     """Folder of `dysl export`."""
     clients: int = 32
-    """Of the many."""
+    """Number of clients where there are many."""
     requests: int = 200
-    """Of each client."""
+    """Requests of each client."""
     deaf: int = 4
     """Clients that ask and never read."""
     killed: int = 4
@@ -60,10 +60,10 @@ class Served:
 
     Attributes:
         name: The situation.
-        clients: That behave.
-        milliseconds: From asking to the answer, (requests,).
-        refused: Requests without an answer.
-        a_second: Answers a second in all.
+        clients: Number of clients that behave.
+        milliseconds: From each request to its answer, (requests,).
+        refused: Number of requests without an answer.
+        a_second: Answers a second, to all of them together.
     """
 
     name: str
@@ -74,14 +74,17 @@ class Served:
 
 
 def bench_serve(config: ServeBenchConfig) -> list[Served]:
-    """Measure.
+    """Measure a server with one client, with many, and with many beside clients that misbehave.
 
     Raises:
-        ConfigError: A number cannot work.
-        RobotFault: The server does not start, or ended.
+        ConfigError: A number of clients or requests is too small.
+        RobotFault: The server does not start, or ended early.
     """
     if config.clients < 1 or config.requests < 1 or config.deaf < 0 or config.killed < 0:
-        raise ConfigError("clients and requests must be at least 1, deaf and killed not negative.")
+        raise ConfigError(
+            "clients and requests must be at least 1, deaf and killed at least 0; got "
+            f"{config.clients}, {config.requests}, {config.deaf} and {config.killed}."
+        )
     with _server(config.bundle) as uri:
         measured = [_measure("one client", uri, 1, config.requests)]
         measured.append(_measure("many", uri, config.clients, config.requests))
@@ -94,7 +97,7 @@ def bench_serve(config: ServeBenchConfig) -> list[Served]:
 
 
 def requests(metadata: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Observations of noise that a server's metadata asks for, without end."""
+    """Observations of noise, as a server's metadata describe them, without end."""
     rng = np.random.default_rng(0)
     while True:
         observation: dict[str, Any] = {"prompt": "do it"}
@@ -126,7 +129,7 @@ def _measure(name: str, uri: str, clients: int, count: int) -> Served:
         answers = list(pool.map(ask, range(clients)))
     seconds = time.perf_counter() - started
     if not any(some for some, _ in answers):
-        raise RobotFault("The server answered nobody: every request was refused.")
+        raise RobotFault("The server refused every request of every client.")
     times = np.array([value for some, _ in answers for value in some], np.float32)
     return Served(name, clients, times, sum(refused for _, refused in answers), len(times) / seconds)
 
@@ -139,10 +142,10 @@ def _server(bundle: Path) -> Iterator[str]:
         assert server.stdout is not None
         line = server.stdout.readline()
         if not line.startswith("Serving on "):
-            raise RobotFault("The server did not start; its message stands above.")
+            raise RobotFault("The server did not start; its message is above.")
         yield line.split()[-1]
         if server.poll() is not None:
-            raise RobotFault(f"The server ended with code {server.returncode}; its message stands above.")
+            raise RobotFault(f"The server ended with code {server.returncode}; its message is above.")
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(START_S)
@@ -150,7 +153,7 @@ def _server(bundle: Path) -> Iterator[str]:
 
 @contextmanager
 def _deaf(uri: str) -> Iterator[None]:
-    """A client that asks without reading, until the sockets are full."""
+    """A client that sends requests and reads no answer, until the sockets are full."""
     with Client(uri) as client:
         frame = pack(next(requests(client.metadata)))
     small = socket.socket()
@@ -174,7 +177,7 @@ def _ask_on(connection: Any, frame: bytes) -> None:
 
 @contextmanager
 def _dying(uri: str, count: int) -> Iterator[None]:
-    """Processes that ask, each killed while it does, and replaced by the next."""
+    """Processes that send requests, each of which is killed while it does, and replaced by the next."""
     is_over = threading.Event()
 
     def kill_on(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Chunks of a running control loop: as they were predicted, and as they are executed, joined to the one before."""
+"""Chunks of a running control loop: as they are predicted, and as they are executed, blended with the one before."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Predicted:
     """A chunk, and what it was predicted from.
 
     Attributes:
-        number: Counts the chunks of a run.
-        chunk: The policy's answer.
-        timestamp: When its reading was so.
-        seconds: What the inference took.
+        number: Number of the chunk in the run, from 0.
+        chunk: The policy's prediction.
+        timestamp: Timestamp of the observation that it was predicted from.
+        seconds: Duration of the inference.
     """
 
     number: int
@@ -27,40 +27,46 @@ class Predicted:
     timestamp: float
     seconds: float
 
-    def told(self) -> dict[str, Any]:
-        """What the log says of a chunk."""
+    def log_record(self) -> dict[str, Any]:
+        """What the log says of the chunk."""
         skips = self.chunk.skips
-        told: dict[str, Any] = {"chunk": self.number, "inference_ms": round(1e3 * self.seconds, 3)}
+        record: dict[str, Any] = {"chunk": self.number, "inference_ms": round(1e3 * self.seconds, 3)}
         if skips is not None:
-            told |= {
+            record |= {
                 "layers": skips.layers,
                 "continuity": skips.continuity,
                 "verified": skips.is_verified,
                 "no_time_to_verify": skips.is_verification_late,
             }
-        return told
+        return record
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is being executed: a chunk, joined to the one before."""
+    """What is being executed: a chunk, blended with the one before.
+
+    Attributes:
+        number: The chunk's number.
+        actions: (chunk, action).
+        timestamp: Timestamp of the observation that it was predicted from.
+    """
 
     number: int
     actions: FloatArray
     timestamp: float
 
     def index(self, now: float, period: float) -> int:
-        """Of the action that is for now."""
+        """Index of the action that is for now."""
         return max(0, math.floor((now - self.timestamp) / period))
 
     def blended(self, index: int, rest: FloatArray, last: FloatArray, blend_steps: int) -> Plan:
         """This plan, taking over in equal parts over so many cycles.
 
         Args:
-            index: Of the action that is for now.
-            rest: What the plan before has for now and then, (actions, action).
-            last: What was sent last, to go on from where `rest` ends.
-            blend_steps: Cycles.
+            index: Index of the action that is for now.
+            rest: Actions that the plan before has from now on, (actions, action).
+            last: The action that was sent last, (action,), which continues `rest`.
+            blend_steps: Cycles that taking over lasts.
         """
         steps = min(blend_steps, len(self.actions) - index)
         if steps < 1:

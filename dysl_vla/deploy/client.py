@@ -1,7 +1,7 @@
 """A client of `dysl serve`, or of any openpi server: NumPy, websockets and msgpack alone.
 
-Whatever may wait for the network (names, handshakes, sending, receiving, goodbyes) is done by a thread of the
-connection's own. Who calls waits for that thread, and no longer than `timeout_s`, whatever the network does.
+All that may wait for the network (resolving names, handshakes, sending, receiving, closing) is done by a thread of the
+connection's own. The caller waits for that thread, and no longer than `timeout_s`, whatever the network does.
 """
 
 from __future__ import annotations
@@ -29,28 +29,30 @@ with needs_extra("serve"):
 
 MAX_WAIT_S = 86400.0
 GOODBYE_S = 0.2
-"""For a server to answer a goodbye; then the connection is cut."""
+"""Time for the server to answer a closing handshake; then the connection is cut."""
 _quiet = logging.getLogger("dysl.client")
-_quiet.setLevel(logging.CRITICAL)  # websockets prints tracebacks when it is cut; who waits is told by an exception
+_quiet.setLevel(
+    logging.CRITICAL
+)  # websockets prints tracebacks when it is cut, of which an exception informs the caller already
 
 
 class Client:
     """One robot's connection to a policy server, and one running episode.
 
-    Threads may share it: their requests wait for each other. What they ask is one episode, though.
+    Threads may share a client: their requests wait for each other, and all belong to the one episode.
 
     Args:
-        uri: "ws://127.0.0.1:8000".
-        api_key: If the server asks for one.
-        timeout_s: Of every call as a whole: of connecting with all that belongs to it, of `infer` from the first byte
-            sent to the last one received, of `close`. Above 0, at most a day.
+        uri: The server's address, such as "ws://127.0.0.1:8000".
+        api_key: The server's key; None: it needs none.
+        timeout_s: Longest time that every call takes as a whole: connecting with all that belongs to it, `infer` from
+            the first byte sent to the last one received, `close`. Above 0, at most a day.
 
     Attributes:
-        metadata: What the server expects and answers.
+        metadata: The server's description of requests and answers.
 
     Raises:
-        ConfigError: The address, the key or the limit is wrong.
-        RobotFault: Nobody answers in time.
+        ConfigError: The address, the key or the time limit is wrong.
+        RobotFault: No server answers in time.
     """
 
     def __init__(self, uri: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> None:
@@ -80,15 +82,15 @@ class Client:
         """Ask for actions.
 
         Args:
-            observation: As the metadata says; `prompt` holds the instruction.
+            observation: Images and state as the metadata describe them; `prompt` holds the instruction.
 
         Returns:
             `actions`, (chunk, action), and timings.
 
         Raises:
-            ObservationError: Something in the observation cannot be sent; nothing was.
+            ObservationError: A part of the observation cannot be sent; nothing was sent.
             RobotFault: The server answers with an error, or not in time. After an error that it answered, the next
-                request may succeed; otherwise the connection is over, and every later call says so at once.
+                request may succeed; otherwise the connection is over, and every later call raises that at once.
         """
         deadline = time.monotonic() + self._timeout_s
         if not self._turn.acquire(timeout=self._timeout_s):
@@ -102,20 +104,22 @@ class Client:
             answer = self._answer(frame, deadline)
             actions = answer.get("actions")
             if not isinstance(actions, np.ndarray):
-                raise RobotFault(f"The server at {self._uri} answered no array of actions; is it a policy server?")
+                raise RobotFault(
+                    f"The server at {self._uri} answered no array of actions; check that it is a policy server."
+                )
             if not np.isfinite(actions).all():
-                raise RobotFault(f"The server at {self._uri} answered actions that are not finite; see to its policy.")
+                raise RobotFault(f"The server at {self._uri} answered actions that are not finite; check its policy.")
             self._begins = False
         finally:
             self._turn.release()
         return answer
 
     def reset(self) -> None:
-        """The next observation begins an episode."""
+        """Begin an episode with the next observation."""
         self._begins = True
 
     def close(self) -> None:
-        """End the connection, also under a request that another thread waits for. Quick, and never raises."""
+        """End the connection, even while another thread waits for an answer. It is quick, and never raises."""
         if not self._over:
             self._over = "it was closed"
             self._frames.put(None)
@@ -131,7 +135,7 @@ class Client:
         self.close()
 
     def _attend(self, headers: dict[str, str] | None) -> None:
-        """The connection's thread: sends what is asked, and hands over what is answered."""
+        """What the connection's thread does: send requests, and hand over answers."""
         try:
             with connect(
                 self._uri,
@@ -139,28 +143,28 @@ class Client:
                 max_size=None,
                 additional_headers=headers,
                 open_timeout=self._timeout_s,
-                ping_interval=None,  # who waits is limited by timeout_s; a server that thinks for long answers no ping
+                ping_interval=None,  # timeout_s limits the waiting; a server that infers for long answers no ping
                 close_timeout=GOODBYE_S,
                 logger=_quiet,
             ) as self._connection:
-                if not self._over:  # else it took so long that nobody waits for it
+                if not self._over:  # otherwise it took so long that nobody waits for it
                     self._answers.put(self._connection.recv())
                     while (frame := self._frames.get()) is not None:
                         self._connection.send(frame)
                         self._answers.put(self._connection.recv())
-            self._answers.put(EOFError())  # for who asked while it was being closed
-        except Exception as error:  # whatever it is, who waits must hear of it
+            self._answers.put(EOFError())  # for a request that came while it was being closed
+        except Exception as error:  # whatever it is, the thread that waits must get it
             self._answers.put(error)
 
     def _answer(self, frame: bytes | None, deadline: float) -> dict[str, Any]:
-        """The answer to a frame, or, to none, what the server says first."""
+        """The answer to a frame; for None, the server's first frame."""
         try:
             if frame is not None:
                 self._frames.put(frame)
             answer = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             raise self._lost(f"The server gave no answer within {self._timeout_s:g} s") from None
-        except BaseException:  # Ctrl-C: what comes later would be taken for the answer to another question
+        except BaseException:  # Ctrl-C: what comes later would be taken for the answer to another request
             self._lost("A request was interrupted")
             raise
         if isinstance(answer, Exception):
@@ -180,16 +184,18 @@ class Client:
             raise RobotFault(f"The connection to {self._uri} is over: {self._over}. Connect again with a new Client.")
 
     def _lost(self, why: str) -> RobotFault:
-        """Nothing more can be asked."""
+        """End the connection, and make the error that says why."""
         self._over = self._over or why[0].lower() + why[1:]
         self._cut()
         return RobotFault(f"{why}; connect again to {self._uri} with a new Client.")
 
     def _cut(self) -> None:
-        """End the connection now, whatever its thread is about."""
+        """End the connection now, whatever its thread does."""
         self._frames.put(None)
         if self._connection is not None:
-            with suppress(OSError, TypeError):  # it is closed; TLS through a proxy that speaks TLS is no real socket
+            with suppress(
+                OSError, TypeError
+            ):  # it is closed; or it is TLS through a TLS proxy, which is no real socket
                 socket.socket.shutdown(self._connection.socket, socket.SHUT_RDWR)
 
     def _packed(self, observation: Mapping[str, Any]) -> bytes:
@@ -209,16 +215,16 @@ class Client:
             largest = max(observation, key=lambda name: getattr(observation[name], "nbytes", 0))
             raise ObservationError(
                 f"The observation makes a frame of {len(frame)} bytes, and the server takes at most {limit}; send its "
-                f"largest part, {largest} {np.shape(observation[largest])}, in the shape that the metadata say."
+                f"largest part, {largest} {np.shape(observation[largest])}, in the shape that the metadata give."
             )
         return frame
 
 
 def _refusal(uri: str, error: Exception, has_key: bool) -> DyslError:
-    """Why there is no connection."""
+    """The error that says why there is no connection."""
     if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
-        shown = "refuses this API key" if has_key else "wants an API key, and api_key gives none"
-        return ConfigError(f"The server at {uri} {shown} ({error}); give the one that it was started with.")
+        response = "refuses this API key" if has_key else "wants an API key, and api_key gives none"
+        return ConfigError(f"The server at {uri} {response} ({error}); give the one that it was started with.")
     if isinstance(error, ssl.SSLError):
         return ConfigError(
             f"uri {uri} asks for TLS, which failed ({error}); dysl serve itself speaks ws://, and the certificate of "
@@ -231,11 +237,11 @@ def _refusal(uri: str, error: Exception, has_key: bool) -> DyslError:
             f"uri {uri} was tried through the proxy that the environment names, which failed ({error}); add its host "
             "to no_proxy to do without."
         )
-    said = str(error) or type(error).__name__
+    reason = str(error) or type(error).__name__
     is_down = not isinstance(error, InvalidHandshake) or isinstance(error.__cause__, EOFError)
     if isinstance(error, InvalidStatus):
-        said += f", {error.response.body.decode(errors='replace').strip()!r:.200}"
+        reason += f", {error.response.body.decode(errors='replace').strip()!r:.200}"
         is_down = error.response.status_code >= 500
     if is_down:
-        return RobotFault(f"The server at {uri} does not answer ({said}); is dysl serve running there?")
-    return ConfigError(f"uri {uri} is answered, but not by a policy server ({said}); look at host and port.")
+        return RobotFault(f"The server at {uri} does not answer ({reason}); check that dysl serve is running there.")
+    return ConfigError(f"uri {uri} is answered, but not by a policy server ({reason}); check host and port.")

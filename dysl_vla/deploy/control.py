@@ -1,10 +1,10 @@
-"""The control loop: actions go out at a fixed rate, whatever inference and cameras do. Knows no simulator and no torch.
+"""The control loop: actions go out at a fixed rate, whatever inference and cameras do. It knows no simulator, no torch.
 
-Three threads. One looks and infers: it waits for a reading, predicts a chunk, and puts it down. One keeps the schedule,
-an absolute one: each cycle it takes, from the latest chunk, the action that was predicted for this very time (the i-th
-of a chunk is for i periods after its reading), joins it to what it sent before, checks it against the limits, and sends
-it. The third, the caller's, watches both, and stops the robot whatever hangs. An action of a reading that is too old is
-never sent; what happens instead is declared.
+It has three threads. The inference thread waits for an observation, predicts a chunk, and puts it down. The control
+thread keeps an absolute schedule: each cycle it takes, from the latest chunk, the action that was predicted for this
+very time (the i-th of a chunk is for i periods after its observation), blends it with what was sent before, checks it
+against the limits, and sends it. The caller's thread watches both, and stops the robot whatever hangs. An action of an
+observation that is too old is never sent; `LoopConfig.on_miss` declares what happens instead.
 """
 
 from __future__ import annotations
@@ -14,35 +14,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from dysl_vla import provenance
+from dysl_vla.deploy.approach import Approach
+from dysl_vla.deploy.camera_watch import CameraWatch
 from dysl_vla.deploy.chunks import Plan, Predicted
-from dysl_vla.deploy.cycle_log import NAP_S, CycleLog
+from dysl_vla.deploy.cycle_log import CycleLog
 from dysl_vla.deploy.limits import ActionLimiter, Limits
-from dysl_vla.deploy.loop_stats import LoopStats, render_stats
-from dysl_vla.deploy.robot import Robot, TimedObservation, make_robot, open_policy
-from dysl_vla.deploy.stopping import ANSWER_S, CONNECT_S, WatchedRobot, handled_signals, say, stop_robot
+from dysl_vla.deploy.loop_stats import LoopStats
+from dysl_vla.deploy.robot import Robot, TimedObservation
+from dysl_vla.deploy.stopping import ANSWER_S, CONNECT_S, WatchedRobot, handled_signals
 from dysl_vla.errors import ConfigError, DyslError, RobotFault, SafetyStop
-from dysl_vla.files import is_unused
 from dysl_vla.policies.base import Policy
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, ActionChunk, FloatArray, ImageArray, Observation
+from dysl_vla.types import STATE_KEY, TASK_KEY, ActionChunk, FloatArray, Observation
 
 clock = time.perf_counter
 HISTORY = 64
 FIRST_CHUNK_S = 10.0
-READINGS = 3
-"""Whose ages are measured before anything moves."""
-MOVED = 0.1
-"""Change of the state, in deviations of the demonstrated states, that a camera must show."""
+OBSERVATIONS = 3
+"""Observations whose ages are measured before anything moves."""
 LATE = 0.1
-"""A cycle that sends this share of a period after its time is late; a whole period after it, missed."""
+"""A cycle that sends this share of a period after its time is late; a whole period after it, it is missed."""
 SLOWEST_DECAY = 0.95
-"""How the slowest inference is forgotten, an inference."""
+"""Factor by which the duration of the slowest inference is forgotten with each inference."""
 
 
 @dataclass(frozen=True)
@@ -50,59 +49,55 @@ class LoopConfig:
     """How a control loop behaves."""
 
     on_miss: Literal["hold", "continue", "stop"] = "continue"
-    """When no fresh chunk is there: hold still, go on with the last chunk as long as it is not too old, or stop."""
+    """What happens when no fresh chunk is there: the robot holds still, goes on with the last chunk as long as that is
+    not too old, or is stopped."""
     stop_after: int = 20
-    """Missed cycles in a row after which the robot is stopped; with `--on-miss stop` the first one does."""
+    """Missed cycles in a row after which the robot is stopped; with `--on-miss stop` the first one stops it."""
     max_age_s: float = 0.4
-    """Age of a reading, of its oldest part, beyond which no action that was predicted from it is sent."""
+    """Age of an observation, that of its oldest part, beyond which no action that was predicted from it is sent."""
     blend_steps: int = 2
-    """Cycles in which a new chunk takes over from the one before; 0: at once."""
+    """Cycles in which a new chunk takes over from the one before; with 0 it takes over at once."""
     frozen_s: float = 1.0
-    """A camera that shows the very same image for so long, although the robot has moved, stops it."""
+    """A camera that shows the very same image for so long, although the robot has moved, stops the robot."""
     warm_up: int = 10
     """Inferences before anything moves: the first are slow, and a policy that is too slow for the rate is refused."""
     far_start: Literal["approach", "refuse"] = "approach"
-    """Where the robot stands farther from the first action than `--max-change` allows in one step: go there at that
-    speed, or do not move at all."""
+    """What happens when the robot stands farther from the first action than `--max-change` allows in one step: it goes
+    there at that speed, or does not move at all."""
     connect_s: float = CONNECT_S
-    """Longest that connecting may take."""
+    """Longest time that connecting may take."""
     answer_s: float = ANSWER_S
-    """Longest that any other call of the robot may take, beyond the next frame's time, before it is stopped."""
+    """Longest time that any other call of the robot may take, beyond the next frame's time, before it is stopped."""
 
     def __post_init__(self) -> None:
         if self.on_miss not in ("hold", "continue", "stop"):
-            raise ConfigError(f"on_miss: {self.on_miss!r} is none of hold, continue, stop.")
+            raise ConfigError(f"on_miss must be hold, continue or stop, got {self.on_miss!r}.")
         if self.far_start not in ("approach", "refuse"):
-            raise ConfigError(f"far_start: {self.far_start!r} is none of approach, refuse.")
-        if self.stop_after < 1 or self.warm_up < 1 or self.blend_steps < 0:
-            raise ConfigError("stop_after and warm_up must be at least 1, blend_steps not negative.")
+            raise ConfigError(f"far_start must be approach or refuse, got {self.far_start!r}.")
+        for name, least in (("stop_after", 1), ("warm_up", 1), ("blend_steps", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         for name in ("max_age_s", "frozen_s", "connect_s", "answer_s"):
             if not 0 < getattr(self, name) < np.inf:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be above zero and finite.")
-
-
-@dataclass(frozen=True)
-class LastFrame:
-    """When a camera's image was first the present one, and the normalised state then."""
-
-    image: ImageArray
-    state: FloatArray
-    since: float
+                raise ConfigError(f"{name} must be above zero and finite, got {getattr(self, name)}.")
 
 
 class ControlLoop:
     """Runs a policy on a robot.
 
     Args:
-        policy: A bundle, or any policy.
-        robot: Not connected yet.
+        policy: A bundle, or any other policy.
+        robot: The robot, not connected yet.
         rate_hz: Cycles a second.
-        limits: Checked last.
+        limits: Limits that each action is checked against last.
         config: Deadlines and watchdogs.
-        instruction: Replaces the robot's own; None: the reading's.
-        log: New folder for the log; None: none.
-        robot_name: For the log.
-        tell: Called with what is going on, a line each.
+        instruction: Replaces the robot's own instruction; None: the observation's is used.
+        log: New folder for the log; None: nothing is logged.
+        robot_name: The robot's name, KIND:NAME, for the log.
+        notify: Called with lines that say what is going on.
+
+    Attributes:
+        stats: What became of the cycles so far.
 
     Raises:
         ConfigError: Policy, robot, rate and limits do not fit each other.
@@ -119,13 +114,13 @@ class ControlLoop:
         instruction: str | None = None,
         log: Path | None = None,
         robot_name: str = "",
-        tell: Callable[[str], None] = lambda _: None,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         if not 0 < rate_hz < np.inf:
-            raise ConfigError(f"rate_hz: {rate_hz} must be above zero and finite.")
+            raise ConfigError(f"rate_hz must be above zero and finite, got {rate_hz}.")
         self._config = config or LoopConfig()
         if self._config.max_age_s < 1 / rate_hz:
-            raise ConfigError(f"max_age_s: {self._config.max_age_s} is shorter than a period, {1 / rate_hz:g} s.")
+            raise ConfigError(f"max_age_s must be at least a period, {1 / rate_hz:g} s, got {self._config.max_age_s}.")
         policy.spec.check_embodiment(robot.embodiment)
         self._limiter = ActionLimiter(
             limits, robot.embodiment, rate_hz, provenance.demonstrated_change(policy.provenance)
@@ -134,33 +129,36 @@ class ControlLoop:
         self._robot = WatchedRobot(robot, self._config.connect_s, self._config.answer_s)
         self._rate_hz, self._period = rate_hz, 1 / rate_hz
         self._instruction = instruction
-        self._log_folder, self._robot_name, self._tell = log, robot_name, tell
+        self._log_folder, self._robot_name, self._notify = log, robot_name, notify
+        self._cameras = CameraWatch(policy.spec, self._config.frozen_s)
+        self._approach = Approach(
+            robot.embodiment, self._limiter, may_approach=self._config.far_start == "approach", notify=notify
+        )
         self._predicted: Predicted | None = None
-        self._slowest_s = 0.0  # what a reading's age and an inference took together, at most lately
+        self._slowest_s = 0.0  # the most that an observation's age and an inference took together, of late
         self._history: deque[tuple[float, FloatArray]] = deque(maxlen=HISTORY)
         self._last: FloatArray | None = None
         self._sends_plan = False
-        self._has_arrived = False
         self._start: float | None = None
-        self._images: dict[str, LastFrame] = {}
         self._inference = threading.Thread(target=self._inference_loop, name="inference", daemon=True)
-        self.account = LoopStats()
+        self.stats = LoopStats()
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end, from any thread or signal handler: takes no lock."""
         self._robot.stop(reason)
 
     def run(self, seconds: float) -> LoopStats:
-        """Connect, warm up, control for so long, stop. The robot is stopped and its motors are released in any case.
+        """Connect, warm up, control, stop. The robot is stopped and its motors are released in any case.
 
         Args:
-            seconds: Of control.
+            seconds: How long to control the robot.
 
         Returns:
-            The account; `stopped` says why it ended early.
+            What became of the cycles; `stopped` says why the loop ended early.
 
         Raises:
-            ConfigError: The first reading does not fit the policy, or the policy is too slow. Nothing moved.
+            ConfigError: The first observation does not fit the policy, the policy is too slow, or the robot cannot be
+                held. Nothing moved.
             RobotFault: The robot could not be connected, did not answer, or answered what cannot be; or it could not be
                 stopped, and must be switched off.
             SafetyStop: Something was wrong while it moved; it was stopped, and the log is whole.
@@ -173,34 +171,34 @@ class ControlLoop:
             except (ConfigError, OSError) as error:
                 robot.fail(error)
             stopped = robot.run(lambda: self._control(seconds, log))
-            self.account.robot = stopped.report
+            self.stats.robot = stopped.report
             if self._inference.is_alive():
                 robot.join(self._inference)
             fault = robot.fault or (RobotFault(stopped.problem) if stopped.problem else None)
             reasons = [f"{type(fault).__name__}: {fault}" if fault else robot.reason]
             reasons += [stopped.problem] if stopped.problem and robot.fault else []
             reasons += [f"robot: {name} has still not returned." for name in robot.hanging]
-            self.account.stopped = " ".join(filter(None, reasons))
+            self.stats.stopped = " ".join(filter(None, reasons))
             if log is not None:
-                log.close({**self.account.summary(), **self._described()})
+                log.close({**self.stats.summary(), **self._description()})
         if fault is not None:
             raise fault
-        return self.account
+        return self.stats
 
     def _control(self, seconds: float, log: CycleLog | None) -> None:
         """What the control thread does, from connecting to the last cycle."""
         if not 0 < seconds < np.inf:
-            raise ConfigError(f"seconds: {seconds} must be above zero and finite.")
-        self._tell("Connecting to the robot.")
+            raise ConfigError(f"seconds must be above zero and finite, got {seconds}.")
+        self._notify("Connecting to the robot.")
         self._robot.connect(self._rate_hz)
         self._warm_up()
         self._inference.start()
         self._await_first_chunk()
-        self._tell(f"Controlling for {seconds:g} s at {self._rate_hz:g} Hz; Ctrl-C stops the robot.")
+        self._notify(f"Controlling for {seconds:g} s at {self._rate_hz:g} Hz; Ctrl-C stops the robot.")
         self._cycle(math.ceil(seconds / self._period), log)
 
-    def _described(self) -> dict[str, Any]:
-        """What a log must know to be read and played back."""
+    def _description(self) -> dict[str, Any]:
+        """What a log must contain to be read and replayed."""
         embodiment = self._robot.embodiment
         return {
             "rate_hz": self._rate_hz,
@@ -215,19 +213,20 @@ class ControlLoop:
         }
 
     def _warm_up(self) -> None:
-        """The first inferences are slow, and the first readings show whether robot, policy and rate fit each other."""
+        """Measure the observations' age and the inferences, and refuse what cannot keep up. The first ones are slow."""
         ages, after = [], -math.inf
-        for _ in range(1 + READINGS):
-            reading = self._robot.observe(after)
-            ages.append(clock() - reading.timestamp)
-            after = reading.timestamp
+        for _ in range(1 + OBSERVATIONS):
+            timed = self._robot.observe(after)
+            ages.append(clock() - timed.timestamp)
+            after = timed.timestamp
         age_s = float(np.median(ages[1:]))  # the first may be from before the cameras ran
         if age_s > self._config.max_age_s:
             raise RobotFault(
-                f"robot: a reading is {age_s:.2f} s old when it arrives, more than --max-age-s "
-                f"{self._config.max_age_s:g}; see to its cameras, and that readings are stamped with time.perf_counter."
+                f"robot: an observation is {age_s:.2f} s old when it arrives, more than --max-age-s "
+                f"{self._config.max_age_s:g}; check its cameras, and that observations are stamped with "
+                "time.perf_counter."
             )
-        observation = self._seen(reading)
+        observation = self._checked(timed)
         times = []
         for _ in range(self._config.warm_up):
             if self._robot.is_over:
@@ -240,7 +239,7 @@ class ControlLoop:
     def _check_pace(self, inference_s: float, age_s: float) -> None:
         """Refuse a policy that cannot keep up: a chunk must come before the executed part of the last one ends.
 
-        A chunk is late by the age of its reading and one inference, and the next one is begun when it is there.
+        A chunk is late by the age of its observation and one inference, and the next one is begun when it is there.
 
         Raises:
             ConfigError: It takes too long; the message says which rates would work.
@@ -257,14 +256,14 @@ class ControlLoop:
                 fix = f"with --max-age-s {math.ceil(100 * needed_s) / 100:g} it would work; or " + fix
             raise ConfigError(
                 f"rate: at {self._rate_hz:g} Hz a chunk's {steps} executed actions last {self._lasts_s:.3f} s, but "
-                f"an inference takes {inference_s:.3f} s here, of a reading that is {age_s:.3f} s old: actions would "
-                f"come too late. Nothing was moved; {fix}."
+                f"an inference takes {inference_s:.3f} s here, of an observation that is {age_s:.3f} s old: actions "
+                f"would come too late. Nothing was moved; {fix}."
             )
         self._slowest_s = age_s + inference_s
 
     @property
     def _lasts_s(self) -> float:
-        """How long after its reading a chunk has fresh actions."""
+        """How long after its observation a chunk has fresh actions."""
         return min(self._fresh_periods * self._period, self._config.max_age_s)
 
     @property
@@ -274,19 +273,19 @@ class ControlLoop:
         return min(spec.execute_steps + 1, spec.chunk_length)
 
     def _inference_loop(self) -> None:
-        """The inference thread."""
+        """What the inference thread does."""
         robot = self._robot
         after = -math.inf
         try:
             state = self._policy.reset()
             while not robot.is_over:
-                # Look
-                reading = robot.observe(after)
-                observation = self._seen(reading)
-                self._limiter.observe(observation[STATE_KEY], reading.timestamp)
-                self._watch(reading)
-                # Infer
-                executed = [action for sent_at, action in list(self._history) if sent_at < reading.timestamp]
+                # Observe, and check what is seen
+                timed = robot.observe(after)
+                observation = self._checked(timed)
+                self._limiter.observe(observation[STATE_KEY], timed.timestamp)
+                self._cameras.check(timed)
+                # Infer from what was executed by then
+                executed = [action for sent_at, action in list(self._history) if sent_at < timed.timestamp]
                 state.executed.clear()
                 state.executed.extend(executed)
                 state.needed_at = self._needed_at()
@@ -295,142 +294,105 @@ class ControlLoop:
                 ready_at = clock()
                 if not np.isfinite(chunk.actions).all():
                     raise SafetyStop(
-                        f"action: the policy answered a value that is not finite: {chunk.actions.tolist()}."
+                        f"action: the policy predicted a value that is not finite: {chunk.actions.tolist()}."
                     )
-                # Put it down, and wait until the next one is wanted
-                self._record(chunk, ready_at - started)
+                # Put the chunk down, and wait until the next one is wanted
+                self._count_inference(chunk, ready_at - started)
                 number = self._predicted.number + 1 if self._predicted else 0
-                self._predicted = Predicted(number, chunk, reading.timestamp, ready_at - started)
-                self._slowest_s = max(ready_at - reading.timestamp, SLOWEST_DECAY * self._slowest_s)
-                after = reading.timestamp + self._pause_s()
+                self._predicted = Predicted(number, chunk, timed.timestamp, ready_at - started)
+                self._slowest_s = max(ready_at - timed.timestamp, SLOWEST_DECAY * self._slowest_s)
+                after = timed.timestamp + self._pause_s()
         except DyslError as error:
             robot.fail(error)
-        except Exception as error:  # whatever it is, the robot must stop, and the caller of `run` is told
+        except Exception as error:  # whatever it is, the robot must stop, and `run` raises it
             robot.fail(RobotFault(f"inference: {type(error).__name__}: {error}"))
 
     def _pause_s(self) -> float:
-        """From a reading to the next: as long as the executed actions last, and less where inference takes longer."""
+        """From one observation to the next: while the executed actions last, less where inference takes longer."""
         latest = (self._policy.spec.execute_steps - 0.5) * self._period
         return max(0.0, min(latest, self._lasts_s - self._slowest_s - 0.5 * self._period))
 
     def _needed_at(self) -> float | None:
-        """When the coming chunk is: at the first cycle for which the one before has no fresh action."""
+        """When the coming chunk is needed: at the first cycle for which the one before has no fresh action."""
         before, start = self._predicted, self._start
         if before is None or start is None:
             return None
         stale_at = before.timestamp + self._fresh_periods * self._period
         return start + math.ceil((stale_at - start) / self._period) * self._period
 
-    def _seen(self, reading: TimedObservation) -> Observation:
-        observation = reading.observation
+    def _checked(self, timed: TimedObservation) -> Observation:
+        """The observation as the policy gets it."""
+        observation = timed.observation
         if self._instruction is not None:
             observation = {**observation, TASK_KEY: self._instruction}
         self._policy.spec.check_observation(observation)
         if not observation[TASK_KEY].strip():
-            raise ConfigError("instruction: this robot does not say what to do; give an --instruction.")
+            raise ConfigError("instruction must say what to do, because this robot does not; give an --instruction.")
         return observation
 
-    def _watch(self, reading: TimedObservation) -> None:
-        """A camera that shows the same, while the robot has moved, is broken."""
-        state = self._policy.spec.state_normalisation.apply(reading.observation[STATE_KEY])
-        for camera in self._policy.spec.cameras:
-            image = reading.observation[IMAGE_PREFIX + camera]
-            seen = self._images.get(camera)
-            if seen is None or not np.array_equal(seen.image, image):
-                self._images[camera] = LastFrame(image, state, reading.timestamp)
-                continue
-            seconds = reading.timestamp - seen.since
-            if seconds >= self._config.frozen_s and np.abs(state - seen.state).max() > MOVED:
-                raise SafetyStop(
-                    f"{camera}: the camera has shown the very same image for {seconds:.1f} s, and the robot has moved "
-                    "meanwhile; see to the camera."
-                )
-
-    def _record(self, chunk: ActionChunk, seconds: float) -> None:
-        account = self.account
-        account.inferences += 1
-        account.inference_ms.append(1e3 * seconds)
+    def _count_inference(self, chunk: ActionChunk, seconds: float) -> None:
+        stats = self.stats
+        stats.inferences += 1
+        stats.inference_ms.append(1e3 * seconds)
         if chunk.skips is not None:
-            account.verified += chunk.skips.is_verified
-            account.unverified += chunk.skips.is_verification_late
+            stats.verified += chunk.skips.is_verified
+            stats.unverified += chunk.skips.is_verification_late
 
     def _await_first_chunk(self) -> None:
         limit = clock() + FIRST_CHUNK_S
         while self._predicted is None and not self._robot.is_over:
             time.sleep(0.001)
             if clock() > limit:
-                raise RobotFault(f"inference: there was no action within {FIRST_CHUNK_S:g} s; see to the cameras.")
+                raise RobotFault(f"inference: there was no action within {FIRST_CHUNK_S:g} s; check the cameras.")
 
     def _cycle(self, cycles: int, log: CycleLog | None) -> None:
-        """Keep the schedule: a cycle a period."""
-        account, period, robot = self.account, self._period, self._robot
+        """Keep the schedule: one cycle a period."""
+        stats, period, robot = self.stats, self._period, self._robot
+        # Begin only if the robot stands where it may go on from
         self._last = robot.hold(None)
         start = self._start = clock() + period
-        self._check_start(start)
+        self._approach.check(self._last, self._first_action(start))
         plan: Plan | None = None
         misses = 0
         for cycle in range(cycles):
             # Wait for this cycle's time
             due = start + cycle * period
-            while (left := due - clock()) > 0 and not robot.is_over:
-                time.sleep(min(left, NAP_S))
+            robot.wait_until(due)
             if robot.is_over:
                 return
-            # Take over the latest chunk, and send what it has for now
             now = clock()
+            # Take over the latest chunk
             line: dict[str, Any] = {"cycle": cycle, "due_s": round(due - start, 6)}
             predicted = self._predicted
             assert predicted is not None
             if plan is None or plan.number != predicted.number:
                 plan = self._blend_chunks(predicted, plan, now)
-                line["inference"] = predicted.told()
-            is_passed = now - due >= period  # the machine had no time for us: this cycle's time is over
+                line["inference"] = predicted.log_record()
+            # Send what it has for now, unless the machine had no time for this process, and the cycle's time is over
+            is_passed = now - due >= period
             is_fresh = not is_passed and self._send(plan, now, line)
-            # LoopStats for it
+            # Count and log the cycle
             jitter = clock() - due
             status = "missed" if not is_fresh else "late" if jitter > LATE * period else "on_time"
-            account.cycles += 1
-            account.jitter_ms.append(1e3 * jitter)
-            setattr(account, status, getattr(account, status) + 1)
+            stats.cycles += 1
+            stats.jitter_ms.append(1e3 * jitter)
+            setattr(stats, status, getattr(stats, status) + 1)
             if log is not None:
                 log.write({**line, "status": status, "jitter_ms": round(1e3 * jitter, 3), "state": self._limiter.state})
+            # Stop after too many misses
             misses = 0 if is_fresh else misses + 1
             if misses and (self._config.on_miss == "stop" or misses >= self._config.stop_after):
                 raise SafetyStop(f"deadline: {misses} cycles in a row were missed, {self._why(is_passed, now, plan)}.")
 
-    def _check_start(self, start: float) -> None:
-        """Before the first command: may the robot go from where it stands to what the policy wants?
-
-        Raises:
-            SafetyStop: It does not say where it stands, it stands outside of what it accepts, or too far away.
-        """
-        embodiment, held, predicted = self._robot.embodiment, self._last, self._predicted
-        if held is None:
-            if self._limiter.positions:
-                raise SafetyStop(
-                    "robot: does not say where it holds, so that its first command could be a jump; its hold(None) "
-                    "must answer the present position."
-                )
-            self._has_arrived = True
-            return
-        if (held != embodiment.clip(held)).any():
-            raise SafetyStop(f"robot: stands at {held.tolist()}, outside of what it accepts; move it by hand.")
-        if predicted is None:  # the robot is being stopped
-            return
-        actions = embodiment.clip(predicted.chunk.actions)
+    def _first_action(self, start: float) -> FloatArray | None:
+        """What the policy wants at the start, (action,); None: nothing was predicted, as the robot is being stopped."""
+        predicted = self._predicted
+        if predicted is None:
+            return None
+        actions = predicted.chunk.actions
         index = min(len(actions) - 1, max(0, math.floor((start - predicted.timestamp) / self._period)))
-        far = np.abs(actions[index] - held) * (self._limiter.towards(actions[index], held) != actions[index])
-        self._has_arrived = not far.any()
-        if self._has_arrived:
-            return
-        worst = int(far.argmax())
-        where = (
-            f"{embodiment.action_names[worst]} stands at {held[worst]:.4g}, the policy's first action is "
-            f"{actions[index][worst]:.4g}, and {self._limiter.limits.max_change[worst]:.4g} a step are allowed"
-        )
-        if self._config.far_start == "refuse":
-            raise SafetyStop(f"far_start: {where}; move the robot nearer, or let it --far-start approach.")
-        self._tell(f"The robot goes to where the policy begins first: {where}.")
+        first: FloatArray = actions[index]
+        return first
 
     def _blend_chunks(self, predicted: Predicted, before: Plan | None, now: float) -> Plan:
         """A new chunk takes over in equal parts from what would have been sent, so that no action jumps.
@@ -448,101 +410,38 @@ class ControlLoop:
         return plan.blended(plan.index(now, self._period), rest, self._last, self._config.blend_steps)
 
     def _send(self, plan: Plan, now: float, line: dict[str, Any]) -> bool:
-        """Send what is for now, or what was declared for want of it; was it fresh?"""
+        """Send the action that is for now, or what was declared for want of it; whether it was fresh."""
+        # Choose
         index, age = plan.index(now, self._period), now - plan.timestamp
         is_usable = index < len(plan.actions) and age <= self._config.max_age_s
         is_fresh = is_usable and index <= self._policy.spec.execute_steps
         action: FloatArray | None
         if is_fresh or (is_usable and self._config.on_miss == "continue"):
-            action = self._approached(np.asarray(plan.actions[index], np.float32), line)
+            action = np.asarray(plan.actions[index], np.float32)
+            if not self._approach.has_arrived and self._last is not None:
+                action = self._approach.next_action(action, self._last)
+                line["approaching"] = not self._approach.has_arrived
+                self.stats.approaching += line["approaching"]
             self._sends_plan = True
-            self.account.age_ms.append(1e3 * age)
+            self.stats.age_ms.append(1e3 * age)
             line |= {"sent": "action", "chunk": plan.number, "index": index, "age_ms": round(1e3 * age, 3)}
         else:
             action = self._robot.hold(self._last)
             self._sends_plan = False
             line["sent"] = "hold"
+        # Check, and send
         if action is not None:
             action, breaches = self._limiter.check(np.asarray(action, np.float32), self._last, now)
             self._robot.act(action)
             self._history.append((clock(), action))
             self._last = action
-            self.account.clamped += bool(breaches)
+            self.stats.clamped += bool(breaches)
             line |= {"action": action.tolist(), "breaches": breaches}
         return is_fresh
-
-    def _approached(self, action: FloatArray, line: dict[str, Any]) -> FloatArray:
-        """What is sent on the way to an action, until the robot has come to where the policy wants it once."""
-        if self._has_arrived or self._last is None:
-            return action
-        action = self._robot.embodiment.clip(action)
-        near = self._limiter.towards(action, self._last)
-        self._has_arrived = bool((near == action).all())
-        self.account.approaching += not self._has_arrived
-        line["approaching"] = not self._has_arrived
-        return near
 
     def _why(self, is_passed: bool, now: float, plan: Plan) -> str:
         """Why cycles were missed."""
         if is_passed:
             return "the last one because this process was not run in time"
         hanging = "".join(f"; the robot's {name} has not returned yet" for name in self._robot.hanging if name != "act")
-        return f"the latest prediction is of a reading that is {now - plan.timestamp:.2f} s old{hanging}"
-
-
-@dataclass(frozen=True)
-class ControlConfig:
-    """Run a policy on a robot, at a fixed rate, within limits, with an account of every cycle."""
-
-    robot: str
-    """KIND:NAME: "mujoco:metaworld-drawer-open" (simulated, in real time), "lerobot:FILE.json", or a plugin's."""
-    bundle: Path | None = None
-    """Folder of `dysl export`."""
-    policy: str | None = None
-    """Instead of a bundle: a shipped name, a checkpoint's folder or a hub id, run by PyTorch."""
-    rate: float | None = None
-    """Actions a second; None: those of the world that the policy was trained in. Simulated time runs as they come."""
-    seconds: float = 60.0
-    """How long."""
-    instruction: str | None = None
-    """What to do; None: what the robot's readings say."""
-    skip: float | None = None
-    """How much to skip, from 0, the full model, to 1; None: the stored operating point."""
-    log: Path | None = None
-    """New folder for the log, a line a cycle, and the account."""
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    limits: Limits = field(default_factory=Limits)
-
-
-def control(config: ControlConfig) -> LoopStats:
-    """Load, connect, run.
-
-    Raises:
-        DyslError: See `ControlLoop`.
-    """
-    if config.log is not None and not is_unused(config.log):
-        raise ConfigError(f"log: {config.log} is not empty; give a new folder.")
-    policy = open_policy(config.bundle, config.policy, config.skip)
-    robot = make_robot(config.robot, policy.spec.cameras)
-    try:
-        rate = policy.spec.rate_hz if config.rate is None else config.rate
-        loop = ControlLoop(
-            policy,
-            robot,
-            rate,
-            config.limits,
-            config.loop,
-            instruction=config.instruction,
-            log=config.log,
-            robot_name=config.robot,
-            tell=say,
-        )
-    except BaseException:
-        stop_robot(robot)
-        raise
-    try:
-        return loop.run(config.seconds)
-    except DyslError:
-        if loop.account.cycles:
-            print(render_stats(replace(loop.account, stopped="")))  # why, follows
-        raise
+        return f"the latest prediction is of an observation that is {now - plan.timestamp:.2f} s old{hanging}"

@@ -1,4 +1,4 @@
-"""What became of a control loop's cycles: counts, percentiles, and how they are shown to people."""
+"""What became of a control loop's cycles: counts, percentiles, and their rendering as text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LoopStats:
     """What became of the cycles.
 
     Attributes:
-        cycles: All of them.
+        cycles: Number of all cycles.
         on_time: Cycles whose action was sent within a tenth of a period of its time.
         late: Cycles whose action was sent later, but within the period.
         missed: Cycles whose action was sent after its period, or that had no fresh action.
@@ -36,11 +36,11 @@ class LoopStats:
         approaching: Cycles in which the robot was still on its way from where it stood to what the policy wants.
         inferences: Chunks predicted.
         verified: Chunks that the full model predicted again.
-        unverified: Chunks that it should have predicted again, for which there was no time.
+        unverified: Chunks that the full model should have predicted again, for which there was no time.
         stopped: Why the robot was stopped early; empty when the time was over.
-        jitter_ms: Delay of sending behind the schedule, of each cycle.
-        inference_ms: Time of each inference.
-        age_ms: Age of the oldest part of the reading behind each sent action.
+        jitter_ms: By how much each cycle's action was sent after its time.
+        inference_ms: Duration of each inference.
+        age_ms: Age of the oldest part of the observation behind each action that was sent.
         robot: What the robot reports.
     """
 
@@ -68,37 +68,38 @@ class LoopStats:
         return {**counts, "stopped": self.stopped, "robot": dict(self.robot), **parts, "jitter_histogram": histogram}
 
 
-def render_stats(account: LoopStats) -> str:
-    """The account as text."""
-    told = account.summary()
+def render_stats(stats: LoopStats) -> str:
+    """The statistics as text."""
+    summary = stats.summary()
     lines = [
-        f"{told['cycles']} cycles: {told['on_time']} on time, {told['late']} late, {told['missed']} missed; "
-        f"{told['clamped']} clamped by a limit, {told['approaching']} on the way from where the robot stood.",
-        f"{told['inferences']} inferences; surprising actions predicted again: {told['verified']}; left as they were, "
-        f"for lack of time: {told['unverified']}.",
+        f"{summary['cycles']} cycles: {summary['on_time']} on time, {summary['late']} late, "
+        f"{summary['missed']} missed; {summary['clamped']} clamped by a limit, "
+        f"{summary['approaching']} on the way from where the robot stood.",
+        f"{summary['inferences']} inferences; surprising actions predicted again: {summary['verified']}; not predicted "
+        f"again, for lack of time: {summary['unverified']}.",
         "",
         "| ms | p50 | p95 | p99 | max |",
         "|---|---:|---:|---:|---:|",
     ]
-    names = {"jitter_ms": "sent after its time", "inference_ms": "inference", "age_ms": "age of the reading"}
+    names = {"jitter_ms": "sent after its time", "inference_ms": "inference", "age_ms": "age of the observation"}
     for key, name in names.items():
-        values = told[key]
+        values = summary[key]
         if values:
             numbers = " | ".join(f"{values[part]:.2f}" for part in ("p50", "p95", "p99", "max"))
             lines.append(f"| {name} | {numbers} |")
     edges = [*(f"< {edge:g} ms" for edge in HISTOGRAM_MS), f">= {HISTOGRAM_MS[-1]:g} ms"]
-    most = max(told["jitter_histogram"], default=0)
+    most = max(summary["jitter_histogram"], default=0)
     lines.append("")
-    for edge, count in zip(edges, told["jitter_histogram"], strict=False):
+    for edge, count in zip(edges, summary["jitter_histogram"], strict=False):
         if count:
             lines.append(f"{edge:>10}  {count:6d}  {'#' * math.ceil(40 * count / most)}")
-    if account.robot:
+    if stats.robot:
         lines += [
             "",
-            "On the robot's side: " + ", ".join(f"{value} {name}" for name, value in account.robot.items()) + ".",
+            "On the robot's side: " + ", ".join(f"{value} {name}" for name, value in stats.robot.items()) + ".",
         ]
-    if account.stopped:
-        lines.append(f"Stopped early: {account.stopped}")
+    if stats.stopped:
+        lines.append(f"Stopped early: {stats.stopped}")
     return "\n".join(lines)
 
 

@@ -13,18 +13,19 @@ import numpy as np
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies.base import Policy
+from dysl_vla.policies.compute import ComputeConfig
 from dysl_vla.registry import Registry
-from dysl_vla.types import RELATIVE, EmbodimentSpec, FloatArray, Observation, is_gripper
+from dysl_vla.types import EmbodimentSpec, FloatArray, Observation, is_gripper
 
 
 @dataclass(frozen=True)
 class TimedObservation:
-    """What a robot saw, and when.
+    """What a robot observed, and when.
 
     Attributes:
-        observation: Under LeRobot's keys.
-        timestamp: When its oldest part was so, in seconds of `time.perf_counter`. A time that is ahead of that clock,
-            or before the last observation's, stops the robot.
+        observation: Images, state and instruction, under LeRobot's keys.
+        timestamp: When its oldest part was measured, in seconds of `time.perf_counter`. A time that is ahead of that
+            clock, or before the last observation's, stops the robot.
     """
 
     observation: Observation
@@ -41,118 +42,158 @@ class Robot(Protocol):
 
     @property
     def embodiment(self) -> EmbodimentSpec:
-        """Cameras, state and actions; positions are in metres, angles in radians where their names say nothing else."""
+        """Cameras, state and actions; positions are in metres, angles in radians, unless their names say otherwise."""
 
     def connect(self, rate_hz: float) -> None:
         """Get ready, without moving.
 
         Args:
-            rate_hz: Actions a second that will come.
+            rate_hz: Actions a second that will be sent.
 
         Raises:
-            ConfigError: It cannot take that rate.
+            ConfigError: It cannot take actions at that rate.
             RobotFault: It does not answer.
         """
 
     def observe(self, after: float) -> TimedObservation:
-        """The latest reading.
+        """The latest observation.
 
         Args:
-            after: Wait for one that was taken later than that.
+            after: Time that the observation must be later than; it is waited for.
 
         Raises:
-            RobotFault: None came within the robot's own time limit.
+            RobotFault: No observation came within the robot's own time limit.
         """
 
     def act(self, action: FloatArray) -> None:
         """Execute an action, (action,), in the world's units, until the next one; returns at once.
 
         Raises:
-            RobotFault: It does not take it.
+            RobotFault: The robot does not take it.
         """
 
     def hold(self, last: FloatArray | None) -> FloatArray | None:
-        """The action that keeps it where it is.
+        """The action that keeps the robot where it is.
 
         Args:
-            last: The action that was sent last; None: none yet.
+            last: The action that was sent last, (action,); None: none yet.
 
         Returns:
             (action,); None: the robot holds by itself when no action comes.
+
+        Raises:
+            ConfigError: No action can do that.
         """
 
     def report(self) -> Mapping[str, Any]:
-        """What its side knows of the run, for the account; nothing is fine."""
+        """What the robot's side knows of the run, for the statistics; it may be empty."""
 
     def stop(self) -> None:
-        """Stop moving, release the motors, and stay so. Called whatever happened, also without `connect`.
+        """Stop moving, release the motors, and stay stopped. Called whatever happened, also without `connect`.
 
         Another call may be under way in another thread, or hang there: it must not be waited for longer than a moment,
         and when it comes back it must neither move the robot nor give its motors torque again. `observe` gives up.
-        Should not raise; what it raises is shown to the user, who is told to switch the robot off.
+        It should not raise; what it raises is shown to the user, with the advice to switch the robot off.
         """
 
 
 def hold_action(embodiment: EmbodimentSpec, last: FloatArray | None) -> FloatArray | None:
-    """No motion where actions are relative; positions, and the gripper, as they were sent last.
+    """The action that keeps a robot where it is: deltas and velocities are 0, positions and grippers as sent last.
 
     Args:
-        embodiment: The robot's.
-        last: The action that was sent last; None: none yet.
+        embodiment: The robot's specification.
+        last: The action that was sent last, (action,); None: none yet.
 
     Returns:
-        (action,); None: there is no last position to keep.
+        (action,), inside the accepted range; None: there is no last position to keep.
+
+    Raises:
+        ConfigError: See `without_motion`.
     """
-    others = [name for name in embodiment.action_names if name not in RELATIVE and not is_gripper(name)]
-    if last is None and others:
+    action = without_motion(embodiment, np.zeros(len(embodiment.action_names), np.float32) if last is None else last)
+    kept = [name for name, kind in zip(embodiment.action_names, embodiment.kinds, strict=True) if kind == "position"]
+    if last is None and not all(map(is_gripper, kept)):
         return None
-    action = np.zeros(len(embodiment.action_names), np.float32) if last is None else last.copy()
-    action[[name in RELATIVE for name in embodiment.action_names]] = 0.0
     return embodiment.clip(action)
 
 
+def without_motion(embodiment: EmbodimentSpec, action: FloatArray) -> FloatArray:
+    """An action with its deltas and velocities set to 0.
+
+    Args:
+        embodiment: The robot's specification.
+        action: (action,).
+
+    Returns:
+        (action,); positions, and grippers among them, are as given.
+
+    Raises:
+        ConfigError: The robot takes torques, none of which keeps an arm where it is.
+    """
+    kinds = embodiment.kinds
+    if torques := [name for name, kind in zip(embodiment.action_names, kinds, strict=True) if kind == "torque"]:
+        raise ConfigError(
+            f"action_kinds: {', '.join(torques)} are torques, and repeating a torque does not hold an arm but drives "
+            "it on; give the robot a `hold` of its own, which returns the torques that keep it where it is, or None if "
+            "its controller holds it when no action comes."
+        )
+    still = action.copy()
+    still[[kind in ("delta", "velocity") for kind in kinds]] = 0.0
+    return still
+
+
 RobotMaker = Callable[[str, Mapping[str, tuple[int, int]]], Robot]
-"""From the part of a name behind the colon, and the cameras that the policy needs, with their sizes."""
+"""Makes a robot from the part of its name behind the colon, and the cameras that the policy needs, with their sizes."""
 robots: Registry[RobotMaker] = Registry("robot", "dysl_vla.robots")
 """Robots by the part of their name before the colon."""
 OURS = {"mujoco": ("dysl_vla.deploy.mujoco_robot", "sim"), "lerobot": ("dysl_vla.deploy.lerobot_robot", "robot")}
-"""Modules that register kinds of robots, and the extras that they need: a controller need not have a simulator."""
+"""Modules that register kinds of robots, and the extras that they need: a controller needs no simulator."""
 
 
 def make_robot(name: str, cameras: Mapping[str, tuple[int, int]]) -> Robot:
     """The robot of a name like "mujoco:metaworld-drawer-open".
 
     Args:
-        name: Its kind and what it is.
-        cameras: That the policy needs, with their sizes.
+        name: The robot's kind and what it is, KIND:NAME.
+        cameras: Cameras that the policy needs, with their sizes, (height, width).
 
     Raises:
-        ConfigError: Unknown, or it cannot be made so.
-        MissingExtraError: What it needs is not installed.
+        ConfigError: The kind is unknown, or the robot cannot be made from that name.
+        MissingExtraError: A package that it needs is not installed.
     """
     kind, separator, rest = name.partition(":")
     known = sorted({*robots.names(), *OURS})
     if not separator:
-        raise ConfigError(f"robot: {name!r} must be KIND:NAME, with KIND one of: {', '.join(known)}.")
+        raise ConfigError(f"robot must be KIND:NAME, with KIND one of {', '.join(known)}; got {name!r}.")
     if kind in OURS:
         with needs_extra(OURS[kind][1]):
             import_module(OURS[kind][0])
     if kind not in known:
-        raise ConfigError(f"robot: unknown kind {kind!r}; there are: {', '.join(known)}.")
+        raise ConfigError(f"robot must be of a kind among {', '.join(known)}; got {kind!r}.")
     return robots.get(kind)(rest, cameras)
 
 
-def open_policy(bundle: Path | None, policy: str | None, skip: float | None) -> Policy:
-    """What runs on a controller: a bundle, or a checkpoint with PyTorch.
+def open_policy(
+    bundle: Path | None, policy: str | None, skip: float | None, compute: ComputeConfig | None = None
+) -> Policy:
+    """Load what runs on a controller: a bundle, or a checkpoint with PyTorch.
+
+    Args:
+        bundle: Folder of `dysl export`; None: `policy` is loaded.
+        policy: A shipped name, a checkpoint's folder or a hub id; None: `bundle` is loaded.
+        skip: How much to skip, from 0 to 1; None: the stored operating point.
 
     Raises:
-        ConfigError: Not exactly one is named, or it cannot skip so.
+        ConfigError: Not exactly one of them is named, or it cannot skip that much.
         CheckpointError: It is damaged, foreign or edited.
-        MissingExtraError: What it needs is not installed.
+        MissingExtraError: A package that it needs is not installed.
     """
     if (bundle is None) == (policy is None):
-        raise ConfigError("bundle, policy: give --bundle or --policy, one of them.")
+        given = "neither" if bundle is None else "both"
+        raise ConfigError(f"bundle, policy: exactly one must be given, got {given}; give --bundle or --policy.")
     if bundle is not None:
+        if compute not in (None, ComputeConfig()):
+            raise ConfigError("device, dtype: a bundle runs on the CPU, with its own numbers; leave them out.")
         from dysl_vla.deploy.runtime import Bundle
 
         return Bundle(bundle, skip=skip)
@@ -160,6 +201,6 @@ def open_policy(bundle: Path | None, policy: str | None, skip: float | None) -> 
     from dysl_vla.workers import use_one_inference_thread
 
     assert policy is not None
-    loaded = load_policy(policy, skip=skip)
+    loaded = load_policy(policy, skip=skip, compute=compute)
     use_one_inference_thread()
     return loaded

@@ -3,7 +3,7 @@
 Three things would keep a robot from being stopped, and none of them can happen here. A signal that raises inside
 `Robot.stop`: from the moment at which a robot may move until it is stopped, SIGINT, SIGTERM, SIGHUP (the terminal or
 the ssh session is gone), SIGQUIT and SIGTSTP (Ctrl-Z) only set a flag. A call of a driver that hangs: calls are made by
-other threads than the one that stops. A `stop` that hangs or fails: the user is told to switch the robot off.
+other threads than the one that stops. A `stop` that hangs or fails: a message asks the user to switch the robot off.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from dysl_vla.types import EmbodimentSpec, FloatArray
 clock = time.perf_counter
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
 STOP_S = 30.0
-"""A robot's `stop` that has not returned by then is given up, and the user is told to switch the robot off."""
+"""A robot's `stop` that has not returned by then is given up, and a message asks the user to switch the robot off."""
 SAY_S = 2.0
-"""How often the user is told that it is still waited for."""
+"""How often the user is informed that it is still waited for."""
 POLL_S = 0.02
+NAP_S = 0.02
+"""How often a wait for a cycle's time looks whether the robot is to be stopped."""
 GRACE_S = 0.2
-"""What a cycle that runs may still take when the robot is to be stopped; after that, it is stopped all the same."""
+"""Time that a running cycle may still take when the robot is to be stopped; after that, it is stopped all the same."""
 JOIN_S = 2.0
-"""For threads to end once the robot is stopped: an inference may be running."""
+"""Time for threads to end once the robot is stopped: an inference may be running."""
 CONNECT_S, ANSWER_S = 60.0, 1.0
-"""Longest that connecting, and any other call, may take where nothing else is asked for."""
+"""Longest time that connecting, and any other call, may take by default."""
 AHEAD_S = 0.05
-"""How far ahead of this machine's clock a reading's time may be: clocks of two machines are never quite the same."""
+"""How far an observation's time may be ahead of this machine's clock: two machines' clocks are never quite the same."""
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def handled_signals(stop: Callable[[str], None]) -> Iterator[None]:
     nohup, stays so; an interrupt that is ignored, as in a shell's background jobs, does not: it is to stop the robot.
 
     Args:
-        stop: Must return at once, and take no lock that the main thread may hold.
+        stop: Function that must return at once, and take no lock that the main thread may hold.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -72,10 +74,10 @@ def handled_signals(stop: Callable[[str], None]) -> Iterator[None]:
 
 @dataclass
 class Stopped:
-    """What stopping a robot came to.
+    """Result of stopping a robot.
 
     Attributes:
-        problem: What went wrong, and that the robot must be switched off; empty: nothing.
+        problem: What went wrong, and that the robot must be switched off; empty: nothing went wrong.
         report: What the robot reports of the run.
     """
 
@@ -126,14 +128,14 @@ class WatchedRobot:
     """A robot whose calls are watched: what raises, hangs, or answers what cannot be stops it.
 
     Args:
-        robot: Not connected yet.
-        connect_s: Longest that connecting may take.
-        answer_s: Longest that another call may take, beyond the time that `observe` is asked to wait for.
+        robot: The robot, not connected yet.
+        connect_s: Longest time that connecting may take.
+        answer_s: Longest time that another call may take, beyond the time that `observe` is asked to wait for.
 
     Attributes:
         is_over: The robot is to be stopped, or was; from then on it is sent nothing.
-        reason: Why, when it was asked for.
-        fault: Why, when something was wrong.
+        reason: Why it was to be stopped, if someone asked for it.
+        fault: Why it was to be stopped, if something was wrong.
     """
 
     def __init__(self, robot: Robot, connect_s: float = CONNECT_S, answer_s: float = ANSWER_S) -> None:
@@ -147,7 +149,7 @@ class WatchedRobot:
 
     @property
     def embodiment(self) -> EmbodimentSpec:
-        """The robot's."""
+        """The robot's specification."""
         return self._robot.embodiment
 
     def connect(self, rate_hz: float) -> None:
@@ -159,23 +161,23 @@ class WatchedRobot:
         """See `Robot.observe`.
 
         Raises:
-            RobotFault: The reading's time is ahead of this machine's clock, or before that of the last reading.
+            RobotFault: The observation's time is ahead of this machine's clock, or before that of the last one.
         """
         with self._call("observe", max(0.0, after - clock()) + self._answer_s):
-            reading = self._robot.observe(after)
-        ahead = reading.timestamp - clock()
+            timed = self._robot.observe(after)
+        ahead = timed.timestamp - clock()
         if not ahead <= AHEAD_S:  # also where it is no number
             raise RobotFault(
-                f"robot: the reading's time is {ahead:.2f} s ahead of this machine's clock, so its age cannot be told; "
-                "stamp readings with time.perf_counter."
+                f"robot: the observation's time is {ahead:.2f} s ahead of this machine's clock, so its age is unknown; "
+                "stamp observations with time.perf_counter."
             )
-        if reading.timestamp < self._latest:
+        if timed.timestamp < self._latest:
             raise RobotFault(
-                f"robot: the reading's time is {self._latest - reading.timestamp:.2f} s before the last one's: its "
-                "clock was set back, or it hands out old frames; stamp readings with time.perf_counter."
+                f"robot: the observation's time is {self._latest - timed.timestamp:.2f} s before the last one's: its "
+                "clock was set back, or it hands out old frames; stamp observations with time.perf_counter."
             )
-        self._latest = reading.timestamp
-        return reading
+        self._latest = timed.timestamp
+        return timed
 
     def act(self, action: FloatArray) -> None:
         """See `Robot.act`."""
@@ -186,24 +188,33 @@ class WatchedRobot:
         """See `Robot.hold`.
 
         Raises:
-            RobotFault: It answers what is no action.
+            RobotFault: The robot returns no action but something else.
         """
         with self._call("hold", self._answer_s):
             held = self._robot.hold(last)
         if held is not None and (np.shape(held) != (len(self.embodiment.action_names),) or not np.isfinite(held).all()):
             raise RobotFault(
-                f"robot: hold answers {np.asarray(held).tolist()}, not {len(self.embodiment.action_names)} finite "
-                "numbers; see to its sensors."
+                f"robot: hold must return {len(self.embodiment.action_names)} finite numbers, got "
+                f"{np.asarray(held).tolist()}; check its sensors."
             )
         return held
 
+    def wait_until(self, due: float) -> None:
+        """Sleep until a time, or until the robot is to be stopped.
+
+        Args:
+            due: Time in seconds of `time.perf_counter`.
+        """
+        while (left := due - clock()) > 0 and not self.is_over:
+            time.sleep(min(left, NAP_S))
+
     def stop(self, reason: str) -> None:
-        """Ask for the end, from any thread or signal handler: takes no lock."""
+        """Ask for the end, from any thread or signal handler; takes no lock."""
         self.reason = self.reason or reason
         self.is_over = True
 
     def fail(self, error: Exception) -> None:
-        """Something is wrong: ask for the end. What goes wrong because the robot is being stopped is not remembered."""
+        """Ask for the end because of an error. What goes wrong because the robot is being stopped is not remembered."""
         if not self.is_over:
             self.fault = error
             self.is_over = True
@@ -214,7 +225,7 @@ class WatchedRobot:
         Within `POLL_S` + `GRACE_S` of a reason to stop, `Robot.stop` is called, whatever hangs.
 
         Returns:
-            What came of stopping; `is_over`, `reason` and `fault` say why.
+            The result of stopping; `reason` and `fault` say why it was stopped.
         """
         thread = threading.Thread(target=self._do, args=(work,), name="control", daemon=True)
         with handled_signals(self.stop):
@@ -251,13 +262,13 @@ class WatchedRobot:
         for name, (since, limit_s) in list(self._calls.items()):
             if clock() - since > limit_s:
                 self.fail(
-                    RobotFault(f"robot: {name} has not returned for {limit_s:.1f} s; see to its cables and power.")
+                    RobotFault(f"robot: {name} has not returned for {limit_s:.1f} s; check its cables and power.")
                 )
 
     @contextmanager
     def _call(self, name: str, limit_s: float) -> Iterator[None]:
         if self.is_over:
-            raise SafetyStop(f"robot: is being stopped; {name} was not called any more.")
+            raise SafetyStop(f"robot: is being stopped; {name} is not called any more.")
         self._calls[name] = clock(), limit_s
         try:
             yield
@@ -270,6 +281,6 @@ class WatchedRobot:
 
 
 def say(text: str) -> None:
-    """Tell the user on stderr, past Python's buffers, which a signal handler must not enter a second time."""
+    """Print a line on stderr, past Python's buffers, which a signal handler must not enter a second time."""
     with suppress(OSError):  # the terminal may be gone
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())

@@ -1,6 +1,6 @@
-"""openpi's wire format: msgpack maps in which arrays are maps with byte keys. NumPy and msgpack alone.
+"""openpi's wire format: msgpack maps in which arrays are maps with byte keys. It needs NumPy and msgpack alone.
 
-What comes from outside is checked before anything of its size is allocated: kinds of numbers, shapes, lengths, depth.
+A frame from outside is checked before memory of its size is allocated: kinds of numbers, shapes, lengths, depth.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"
 KINDS = "biuf"
 MAX_DIMENSIONS = 8
 MAX_ITEMS = 1024
-"""Of a map or a list."""
+"""Largest number of items of a map or a list."""
 MAX_CONTAINERS = 1024
-"""Maps, arrays among them, and lists of a frame: empty ones are a byte each in it, and seventy in memory."""
+"""Largest number of maps (arrays are such) and lists of a frame: an empty one is a byte in it, seventy in memory."""
 
 
 def pack(value: Mapping[str, Any]) -> bytes:
-    """A map to a frame.
+    """Turn a map into a frame.
 
     Raises:
-        TypeError: Something in it has no place in a frame.
+        TypeError: A value in it cannot be part of a frame.
     """
     frame: bytes = msgpack.packb(value, default=_pack)
     return frame
 
 
 def unpack(frame: bytes) -> dict[str, Any]:
-    """A frame to a map; its arrays are views of the frame, which cannot be written to.
+    """Turn a frame into a map, whose arrays are views of the frame, which cannot be written to.
 
     Raises:
-        ObservationError: It is not a whole map, or holds what no frame may.
+        ObservationError: The frame is not a whole map, or holds what no frame may.
     """
     size = len(frame)
     left = MAX_CONTAINERS
@@ -80,7 +80,7 @@ def _pack(value: Any) -> Any:
         return {ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     if isinstance(value, np.generic) and value.dtype.kind in KINDS:
         return {SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
-    raise TypeError(f"{type(value).__name__} has no place in a frame.")
+    raise TypeError(f"{type(value).__name__} cannot be part of a frame.")
 
 
 def _unpack(value: dict[Any, Any]) -> Any:

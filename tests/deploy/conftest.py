@@ -35,5 +35,5 @@ def skipping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle_folder(skipping_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, exported. Not to be written to."""
+    """The bundle of the same policy, which tests must not write to."""
     return export(ExportConfig(tmp_path_factory.mktemp("bundle") / "b", str(skipping_checkpoint)))

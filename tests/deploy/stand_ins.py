@@ -1,4 +1,4 @@
-"""A policy and a robot that say what was done to them, for tests of the control loop. They need NumPy alone."""
+"""A policy and a robot that record what is done to them, for tests of the control loop. They need NumPy alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPEC = PolicySpec(
 
 
 class Counting:
-    """A policy whose actions say which reading and which step they are for; it may dawdle."""
+    """A policy whose actions tell which observation and which step they are for; it may be slow."""
 
     def __init__(self, delays: Sequence[float] = (), chunk: int = 8) -> None:
         self.spec = replace(SPEC, chunk_length=chunk)
@@ -61,7 +61,7 @@ class Counting:
 
 
 class FakeRobot:
-    """Readings on a grid of its own; keeps all that was done to it."""
+    """A robot with observations at times of its own, which records all that is done to it."""
 
     def __init__(self, period: float = 1 / RATE, delay: float = 0.0) -> None:
         self.embodiment = WORLD
@@ -69,7 +69,7 @@ class FakeRobot:
         self.sent: list[tuple[float, Any]] = []
         self.start = 0.0
         self._period, self._delay = period, delay
-        self.readings: list[float] = []
+        self.observed_at: list[float] = []
 
     def connect(self, rate_hz: float) -> None:
         self.calls.append("connect")
@@ -81,7 +81,7 @@ class FakeRobot:
         timestamp = self.start + number * self._period
         while time.perf_counter() < timestamp + self._delay:
             time.sleep(0.0005)
-        self.readings.append(timestamp)
+        self.observed_at.append(timestamp)
         rng = np.random.default_rng(number)
         return TimedObservation(
             {

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dysl_vla.deploy.lerobot_robot import _bounds, _renamed
+from dysl_vla.deploy.lerobot_file import ordered_bounds, renamed
 from dysl_vla.deploy.robot import make_robot
 from dysl_vla.errors import ConfigError, MissingExtraError, RobotFault
 from tests.conftest import make_tiny_policy
@@ -28,7 +28,7 @@ names = st.text("abcdef", min_size=1, max_size=3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lerobot") is not None, reason="tests/lerobot are for where it is")
-def test_where_lerobot_is_not_installed_it_is_said_how_to(tmp_path: Path) -> None:
+def test_where_lerobot_is_not_installed_the_error_says_how_to(tmp_path: Path) -> None:
     path = tmp_path / "arm.json"
     path.write_text(json.dumps(DOCUMENT))
     with pytest.raises(MissingExtraError, match=r"pip install 'lerobot\[feetech\]' .*Python 3\.12"):
@@ -38,9 +38,9 @@ def test_where_lerobot_is_not_installed_it_is_said_how_to(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rate": 30}, "rate: unknown; there are robot, rate_hz"),
-        ({"robot": []}, r"robot: \[\] must be an object with a type"),
-        ({"robot": {}}, r"robot: \{\} must be an object with a type"),
+        ({"rate": 30}, "rate: unknown; the keys are robot, rate_hz"),
+        ({"robot": []}, r"robot must be an object with a type, .*got \[\]"),
+        ({"robot": {}}, r"robot must be an object with a type, .*got \{\}"),
     ],
 )
 def test_a_mistake_in_a_robots_file_is_named_before_lerobot_is_needed(
@@ -63,13 +63,13 @@ def test_renaming_is_one_to_one_or_refused_by_name(known: list[str], rename: dic
     wanted = [rename.get(name, name) for name in known]
     twice = {name for name in wanted if wanted.count(name) > 1}
     if not unknown and not twice:
-        renamed = _renamed(rename, known, actions)
-        assert [renamed[name] for name in known] == wanted
+        new = renamed(rename, known, actions)
+        assert [new[name] for name in known] == wanted
         return
-    with pytest.raises(ConfigError, match=r"^rename: ") as raised:
-        _renamed(rename, known, actions)
+    with pytest.raises(ConfigError, match=r"^rename[: ]") as raised:
+        renamed(rename, known, actions)
     if unknown:
-        assert f" {', '.join(unknown)} is unknown" in str(raised.value)
+        assert str(raised.value).endswith(f"; got {', '.join(unknown)}.")
     else:
         assert any(f"would both be called {name}." in str(raised.value) for name in twice)
 
@@ -87,21 +87,21 @@ def test_bounds_are_finite_and_in_order_or_refused_by_name(pairs: list[tuple[Any
         for pair in pairs
     ]
     if all(fine):
-        assert _bounds(NAMES, given_low, high) == (tuple(map(float, low)), tuple(map(float, high)))
+        assert ordered_bounds(NAMES, given_low, high) == (tuple(map(float, low)), tuple(map(float, high)))
         return
     with pytest.raises(ConfigError, match=r"^action_(low|high)\.") as raised:
-        _bounds(NAMES, given_low, high)
+        ordered_bounds(NAMES, given_low, high)
     assert any(name in str(raised.value) for name, is_fine in zip(NAMES, fine, strict=True) if not is_fine)
 
 
 @given(st.dictionaries(st.sampled_from((*NAMES, "elbow", "x")), st.just(-1)))
 def test_bounds_for_other_actions_are_refused_by_name(low: dict[str, float]) -> None:
     if set(low) == set(NAMES):
-        assert _bounds(NAMES, low, [1] * 3)[0] == (-1.0,) * 3
+        assert ordered_bounds(NAMES, low, [1] * 3)[0] == (-1.0,) * 3
         return
     wrong = set(NAMES) - set(low) or set(low) - set(NAMES)
-    with pytest.raises(ConfigError, match=r"^action_low: ") as raised:
-        _bounds(NAMES, low, [1] * 3)
+    with pytest.raises(ConfigError, match=r"^action_low must") as raised:
+        ordered_bounds(NAMES, low, [1] * 3)
     assert all(name in str(raised.value) for name in wrong)
 
 
@@ -132,7 +132,7 @@ class Node:
         self.callbacks[topic] = callback
 
 
-def test_the_ros_2_example_turns_topics_into_readings_and_actions_into_messages() -> None:
+def test_the_ros_2_example_turns_topics_into_observations_and_actions_into_messages() -> None:
     module, node = ros2(), Node()
     spec = make_tiny_policy().spec
     messages = dict.fromkeys(("Image", "JointState"), object) | {"Float64MultiArray": types.SimpleNamespace}
@@ -157,13 +157,13 @@ def test_the_ros_2_example_turns_topics_into_readings_and_actions_into_messages(
     node.callbacks["/joints"](types.SimpleNamespace(header=header(), name=["y", "z", "x"], position=[2.0, 3.0, 1.0]))
     node.callbacks["/joints"](types.SimpleNamespace(header=header(), name=["x", "y"], position=[]))
     node.callbacks["/top"](image(32, 32, 7, age=0.2))
-    reading = robot.observe(0.0)
-    assert 0.2 <= time.perf_counter() - reading.timestamp < 0.4
+    timed = robot.observe(0.0)
+    assert 0.2 <= time.perf_counter() - timed.timestamp < 0.4
     with pytest.raises(ConfigError, match="rate_hz"):
         robot.connect(50.0)
-    spec.check_observation(reading.observation)
-    assert reading.observation["observation.state"].tolist() == [1, 2]
-    assert reading.observation["observation.images.wrist"].max() == 9
+    spec.check_observation(timed.observation)
+    assert timed.observation["observation.state"].tolist() == [1, 2]
+    assert timed.observation["observation.images.wrist"].max() == 9
     now = time.perf_counter()
     node.callbacks["/top"](image(32, 32, 8, "bgr8"))
     with pytest.raises(RobotFault, match=r"observation\.images\.top"):

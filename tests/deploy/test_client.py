@@ -1,18 +1,14 @@
-"""What the client does with servers, and with what only looks like one. `SOON` tells a wait from a hang, no more."""
+"""What the client does with servers, and with what only looks like one."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
-import ssl
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,158 +16,35 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from websockets.utils import accept_key
 
 from dysl_vla.deploy.client import Client
 from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.deploy.wire import pack, unpack
 from dysl_vla.errors import ConfigError, ObservationError, RobotFault
-from tests.deploy.test_server import message, process, served
-
-SOON = 7.0
-LARGE = {"picture": np.zeros(40_000_000, np.uint8)}
-"""More than what sockets hold."""
-Behaviour = Callable[[socket.socket], None]
-
-
-@contextmanager
-def peer(behave: Behaviour, host: str = "127.0.0.1") -> Iterator[str]:
-    """Who listens, and does with every connection what it is told; and the address."""
-    open_: list[socket.socket] = []
-
-    def attend(connection: socket.socket) -> None:
-        with suppress(OSError, IndexError):  # it ends when the other side does
-            behave(connection)
-
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                open_.append(listening.accept()[0])
-                threading.Thread(target=attend, args=open_[-1:], daemon=True).start()
-
-    with socket.create_server((host, 0)) as listening:
-        threading.Thread(target=accept, daemon=True).start()
-        try:
-            yield f"ws://{host}:{listening.getsockname()[1]}"
-        finally:
-            listening.shutdown(socket.SHUT_RDWR)
-            for connection in open_:
-                connection.close()
-
-
-def handshake(connection: socket.socket) -> bytes:
-    """Read the client's, and give the answer."""
-    asked = b""
-    while not asked.endswith(b"\r\n\r\n"):
-        asked += connection.recv(1)
-    [key] = [line.split(b": ")[1] for line in asked.split(b"\r\n") if line.startswith(b"Sec-WebSocket-Key")]
-    accepted = accept_key(key.decode()).encode()
-    upgrade = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    return upgrade + b"Sec-WebSocket-Accept: " + accepted + b"\r\n\r\n"
-
-
-def frame(data: bytes, kind: int = 2) -> bytes:
-    return bytes([0x80 | kind, 126]) + len(data).to_bytes(2, "big") + data
-
-
-def slowly(connection: socket.socket, data: bytes) -> None:
-    for byte in data:
-        connection.sendall(bytes([byte]))
-        time.sleep(0.05)
-
-
-def forever(connection: socket.socket) -> None:
-    while connection.fileno() >= 0:
-        time.sleep(0.05)
-
-
-def greet(connection: socket.socket) -> None:
-    connection.sendall(handshake(connection) + frame(pack({"hello": "there"})))
-
-
-def says_nothing_first(connection: socket.socket) -> None:
-    connection.sendall(handshake(connection))
-    forever(connection)
-
-
-def shakes_hands_slowly(connection: socket.socket) -> None:
-    slowly(connection, handshake(connection))
-
-
-def greets_slowly(connection: socket.socket) -> None:
-    connection.sendall(handshake(connection))
-    slowly(connection, frame(pack({"hello": "there" * 50})))
-
-
-def reads_nothing(connection: socket.socket) -> None:
-    greet(connection)
-    forever(connection)
-
-
-def reads_slowly(connection: socket.socket) -> None:
-    greet(connection)
-    while connection.recv(1000):
-        time.sleep(0.05)
-
-
-def answers_nothing(connection: socket.socket) -> None:
-    greet(connection)
-    while connection.recv(1 << 20):
-        pass
-
-
-def answers_slowly(connection: socket.socket) -> None:
-    greet(connection)
-    connection.recv(100)
-    slowly(connection, frame(pack({"actions": np.zeros((9, 9), np.float32)})))
-
-
-def answers_in_endless_pieces(connection: socket.socket) -> None:
-    greet(connection)
-    connection.recv(100)
-    connection.sendall(b"\x02\x01a")
-    while True:
-        time.sleep(0.02)
-        connection.sendall(b"\x00\x01a")
-
-
-def pings_and_reads_nothing(connection: socket.socket) -> None:
-    greet(connection)
-    while True:
-        connection.sendall(frame(b"", 9))
-        time.sleep(0.001)
-
-
-def takes_no_goodbye(connection: socket.socket) -> None:
-    greet(connection)
-    connection.recv(100)
-    connection.sendall(frame(b"\xff\xfe", 1))  # no UTF-8: the client says so, and waits for a goodbye
-    forever(connection)
-
-
-@contextmanager
-def soon() -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    assert time.monotonic() - started < SOON
-
-
-def check_becomes(is_so: Callable[[], bool]) -> None:
-    limit = time.monotonic() + SOON
-    while not is_so():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-
-
-def check_is_over(client: Client) -> None:
-    with soon():
-        for _ in range(50):
-            with pytest.raises(RobotFault, match=r"is over: .*Connect again with a new Client"):
-                client.infer(message(0))
-        client.close()
-        client.close()
-        client._thread.join(SOON)
-        assert not client._thread.is_alive()
+from tests.deploy.peers import (
+    LARGE,
+    Behaviour,
+    answering,
+    answers_in_endless_pieces,
+    answers_nothing,
+    answers_slowly,
+    check_becomes,
+    check_is_over,
+    forever,
+    frame,
+    greet,
+    greets_slowly,
+    handshake,
+    peer,
+    pings_and_reads_nothing,
+    reads_nothing,
+    reads_slowly,
+    says_nothing_first,
+    shakes_hands_slowly,
+    soon,
+    takes_no_goodbye,
+)
+from tests.deploy.serving import message, process, served
 
 
 @pytest.mark.parametrize("behave", [forever, says_nothing_first, shakes_hands_slowly, greets_slowly])
@@ -342,118 +215,10 @@ def test_a_question_that_comes_while_another_thread_closes_does_not_wait(monkeyp
         check_is_over(client)
 
 
-@pytest.mark.parametrize(
-    ("uri", "error", "words"),
-    [
-        ("localhost:8000", ConfigError, "uri must be like ws://"),
-        ("http://localhost:8000", ConfigError, "uri must be like ws://"),
-        ("ws://", ConfigError, "uri must be like ws://"),
-        ("", ConfigError, "uri must be like ws://"),
-        ("ws://localhost:99999", ConfigError, "uri must be like ws://"),
-        ("ws://localhost:http", ConfigError, "uri must be like ws://"),
-        ("ws://::1:8000", ConfigError, "uri must be like ws://"),
-        ("ws://[::1:8000", ConfigError, "uri must be like ws://"),
-        ("ws://a..b:8000", ConfigError, "uri must be like ws://"),
-        ("ws://nobody.invalid:8000", RobotFault, "does not answer"),
-        ("ws://127.0.0.1:1", RobotFault, "does not answer"),
-    ],
-)
-def test_an_address_at_which_no_server_can_be_is_named(uri: str, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words) as caught:
-        Client(uri)
-    assert uri in str(caught.value)
-
-
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), 1e9])
 def test_a_limit_that_is_none_is_refused(timeout_s: float) -> None:
     with pytest.raises(ConfigError, match="timeout_s must be"):
         Client("ws://127.0.0.1:1", timeout_s=timeout_s)
-
-
-def test_what_is_no_policy_server_is_not_taken_for_one() -> None:
-    def http(connection: socket.socket) -> None:
-        connection.recv(100)
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
-
-    def shell(connection: socket.socket) -> None:
-        connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
-        connection.recv(100)
-        connection.shutdown(socket.SHUT_RDWR)
-
-    def leaves(connection: socket.socket) -> None:
-        connection.recv(100)
-        connection.shutdown(socket.SHUT_RDWR)
-
-    with peer(http) as uri, pytest.raises(ConfigError, match="not by a policy server"):
-        Client(uri)
-    with peer(leaves) as uri, pytest.raises(RobotFault, match="does not answer"):
-        Client(uri)
-    with peer(shell) as uri, pytest.raises((ConfigError, RobotFault), match=r"not by a policy server|does not answer"):
-        Client(uri)
-
-
-def test_a_proxy_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(connection: socket.socket) -> None:
-        connection.recv(100)
-        connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
-
-    with peer(refuse) as uri:
-        monkeypatch.setenv("http_proxy", uri.replace("ws", "http"))
-        with pytest.raises(ConfigError, match="no_proxy"):
-            Client("ws://robot.example:8000")
-        monkeypatch.setenv("http_proxy", "socks5h://127.0.0.1:1")
-        with pytest.raises((ConfigError, RobotFault)):
-            Client("ws://robot.example:8000")
-
-
-def test_a_server_of_ipv6_answers(bundle_folder: Path) -> None:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError as error:
-        pytest.skip(f"no IPv6 here: {error}")
-    with served(Bundle(bundle_folder), host="::1") as (server, uri), Client(uri) as client:
-        assert uri == f"ws://[::1]:{server.port}"
-        assert client.infer(message(0))["actions"].shape == (4, 3)
-
-
-def test_tls_where_none_is_spoken_is_named(bundle_folder: Path) -> None:
-    with served(Bundle(bundle_folder)) as (_, uri), pytest.raises(ConfigError, match="dysl serve itself speaks ws://"):
-        Client(uri.replace("ws", "wss"))
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl, which makes a certificate, is not installed")
-def test_tls_is_limited_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-    subprocess.run([*make.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-
-    def behind_tls(behave: Behaviour) -> Behaviour:
-        return lambda connection: behave(context.wrap_socket(connection, server_side=True))
-
-    with peer(behind_tls(reads_nothing)) as plain:
-        uri = plain.replace("ws", "wss")
-        with pytest.raises(ConfigError, match="certificate"):
-            Client(uri)
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        with Client(uri, timeout_s=1.0) as client:
-            with soon(), pytest.raises(RobotFault, match="no answer within 1 s"):
-                client.infer(message(0, **LARGE))
-            check_is_over(client)
-        with soon(), Client(uri):
-            pass
-
-
-def test_a_key_is_refused_in_words_that_say_what_is_wrong_with_it(bundle_folder: Path) -> None:
-    with served(Bundle(bundle_folder), "secret") as (_, uri):
-        with pytest.raises(ConfigError, match="wants an API key"):
-            Client(uri)
-        with pytest.raises(ConfigError, match="refuses this API key"):
-            Client(uri, api_key="wrong")
-        for key in ("secret\n", "a\r\nX-Evil: b", "schlüssel"):
-            with pytest.raises(ConfigError, match="api_key must be printable ASCII"):
-                Client(uri, api_key=key)
 
 
 @pytest.mark.parametrize("value", [object(), np.array(["x"]), {"a": [1, object()]}, 1 << 70, "\ud800", 1j])
@@ -474,17 +239,6 @@ def test_a_frame_that_would_end_the_connection_is_not_sent(
         with pytest.raises(ObservationError, match=r"at most 1000000; .*observation.images.top \(1080, 1920, 3\)"):
             client.infer(message(0, **{"observation.images.top": huge}))
         assert client.infer(message(0))["actions"].shape == (4, 3)
-
-
-def answering(*answers: bytes) -> Behaviour:
-    def behave(connection: socket.socket) -> None:
-        greet(connection)
-        for answer in answers:
-            connection.recv(1 << 20)
-            connection.sendall(answer)
-        connection.shutdown(socket.SHUT_WR)
-
-    return behave
 
 
 @pytest.mark.parametrize(
@@ -535,7 +289,7 @@ def test_whatever_bytes_come_end_in_an_answer_or_a_fault(data: bytes, head: byte
 
 
 def test_a_server_that_thinks_for_long_is_waited_for() -> None:
-    """Also beyond the time in which other clients miss the answer to a ping."""
+    """It is waited for even beyond the time in which other clients miss the answer to a ping."""
     with peer(answers_nothing) as uri, Client(uri, timeout_s=60) as client:
         assert client._connection is not None
         assert client._connection.ping_interval is None

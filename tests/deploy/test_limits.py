@@ -140,9 +140,9 @@ def test_a_robots_own_range_is_no_breach() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"low": (0.0,)}, "low: 1 values, the robot has 4"),
-        ({"max_change": (0.1, 0.1)}, "max_change: 2 values"),
-        ({"low": (2.0,) * 4}, "no action"),
+        ({"low": (0.0,)}, "low must have a value for each of the robot's 4 actions.*got 1 values"),
+        ({"max_change": (0.1, 0.1)}, "max_change must have .*got 2 values"),
+        ({"low": (2.0,) * 4}, "low, high must leave an action"),
         ({"max_change": (0.0,) * 4}, "above zero"),
         ({"gripper_rate": -1.0}, "gripper_rate"),
         ({"max_speed": float("nan")}, "max_speed"),
@@ -179,7 +179,7 @@ ARM = EmbodimentSpec(
 
 
 def test_positions_have_a_safe_speed_that_nobody_asked_for() -> None:
-    """An arm at -90 degrees is not sent to +15 in one cycle; grippers and relative actions are free."""
+    """An arm at -90 degrees is not sent to +15 in one cycle; grippers and deltas are free."""
     held = np.array([-90, 0, 50], np.float32)
     limiter = ActionLimiter(Limits(), ARM, 30.0)
     sent, breaches = limiter.check(np.array([15, 0, 0], np.float32), held, 0.0)
@@ -211,7 +211,7 @@ def test_a_gripper_turns_back_only_for_more_than_the_hysteresis(wanted: list[flo
 
 
 def test_a_chattering_answer_does_not_reach_the_gripper() -> None:
-    """One that flips by 0.05 at each inference was 39 changes of sign in 160 cycles."""
+    """An action that flips by 0.05 at each inference changed its sign 39 times in 160 cycles."""
     for name in ("gripper", "gripper.pos", "left_gripper.pos"):
         world = EmbodimentSpec({}, (), ("dx", name), (-1.0, -1.0), (1.0, 1.0), 20.0)
         limiter = ActionLimiter(Limits(), world, 20.0)

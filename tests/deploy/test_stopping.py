@@ -18,8 +18,8 @@ import pytest
 
 from dysl_vla.deploy import stopping
 from dysl_vla.deploy.control import ControlLoop, LoopConfig
-from dysl_vla.deploy.cycle_log import replay
 from dysl_vla.deploy.limits import Limits
+from dysl_vla.deploy.replay_log import replay
 from dysl_vla.deploy.robot import TimedObservation
 from dysl_vla.deploy.stopping import WatchedRobot, handled_signals, stop_robot
 from dysl_vla.errors import DyslError, RobotFault
@@ -27,7 +27,7 @@ from tests.deploy.stand_ins import RATE, WORLD, Counting, FakeRobot
 
 LONG_S = 0.6
 BOUND_S = 1.0
-"""What the loop may take to release the motors, beyond what the robot itself takes."""
+"""Time that the loop may take to release the motors, beyond what the robot itself takes."""
 CONFIG = LoopConfig(blend_steps=0, warm_up=2, max_age_s=0.06, stop_after=30, connect_s=0.3, answer_s=0.3)
 
 WRONG: dict[str, tuple[str, ...]] = {
@@ -42,7 +42,7 @@ MATRIX = [(call, wrong, end) for call, wrongs in WRONG.items() for wrong in wron
 
 
 class Faulty(FakeRobot):
-    """Has motors with torque, and one thing that goes wrong from its tenth command on (connecting: at once).
+    """A robot whose motors have torque, and one of whose calls goes wrong from its tenth command on (connect: at once).
 
     A call that hangs "for ever" hangs until the test ends, whatever else happens to the robot.
     """
@@ -78,9 +78,9 @@ class Faulty(FakeRobot):
                 self.has_torque = True
 
     def observe(self, after: float) -> TimedObservation:
-        reading = super().observe(after)
+        timed = super().observe(after)
         wrong = self._maybe("observe")
-        observation, timestamp = dict(reading.observation), reading.timestamp
+        observation, timestamp = dict(timed.observation), timed.timestamp
         if wrong == "older":
             timestamp -= 10
         elif wrong == "ahead":
@@ -116,7 +116,7 @@ class Faulty(FakeRobot):
 
 
 class Stuttering(Counting):
-    """Lets the loop run out of fresh chunks once the robot is to be asked to hold."""
+    """A policy that lets the loop run out of fresh chunks once the robot is to be asked to hold."""
 
     def __init__(self, robot: Faulty) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Stuttering(Counting):
 
 @pytest.fixture(autouse=True)
 def hang_ups_count() -> Iterator[None]:
-    """Also where the tests themselves run under nohup, whose children ignore them."""
+    """Hang-ups are not ignored, even if the tests run under nohup, whose children ignore them."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -155,7 +155,7 @@ def no_thread_left() -> Iterator[None]:
 
 
 def ask_to_end(end: str, loop: ControlLoop) -> float:
-    """Do what asks for the end; when."""
+    """Do what asks for the end, and return when that was."""
     asked_at = time.perf_counter()
     if end == "loop.stop":
         loop.stop("the test asks")
@@ -196,7 +196,7 @@ def test_the_motors_are_released_whatever_goes_wrong(call: str, wrong: str, end:
     own_s = LONG_S if call == "stop" and wrong == "long" else 0.0
     if (call, wrong) == ("stop", "ever") or (call, wrong) == ("stop", "raises"):
         assert robot.has_torque
-        assert "switch it off" in str(outcome) + loop.account.stopped
+        assert "switch it off" in str(outcome) + loop.stats.stopped
         assert isinstance(outcome, RobotFault)
     else:
         assert not robot.has_torque
@@ -211,13 +211,13 @@ def test_the_motors_are_released_whatever_goes_wrong(call: str, wrong: str, end:
     time.sleep(0.02)
     assert robot.sent == sent
     assert robot.has_torque == ((call, wrong) in (("stop", "raises"),)) or call == "stop"
-    # The account says why
+    # The statistics say why
     if log is not None:
-        assert json.loads((log / "account.json").read_text())["stopped"] == loop.account.stopped
+        assert json.loads((log / "stats.json").read_text())["stopped"] == loop.stats.stopped
     is_harmless = wrong == "late" or (call, wrong) == ("stop", "long") or (call == "hold" and wrong == "long")
-    assert loop.account.stopped or (end == "deadline" and is_harmless), outcome
+    assert loop.stats.stopped or (end == "deadline" and is_harmless), outcome
     if end != "deadline" and not isinstance(outcome, DyslError):
-        assert loop.account.stopped.startswith((end.split(maxsplit=1)[0], "the test asks"))
+        assert loop.stats.stopped.startswith((end.split(maxsplit=1)[0], "the test asks"))
 
 
 @pytest.mark.parametrize("numbers", [("SIGINT",) * 3, ("SIGINT", "SIGTERM"), ("SIGHUP", "SIGQUIT", "SIGTSTP")])
@@ -235,9 +235,9 @@ def test_signals_do_not_interrupt_a_stop_that_runs(numbers: tuple[str, ...], cap
 
     assert stop_robot(Slow()).problem == ""
     assert ended == [True]
-    told = capfd.readouterr().err
-    assert all(f"{name} was seen" in told for name in numbers)
-    assert "has not returned for 0 s" in told or "its stop has not returned" in told
+    printed = capfd.readouterr().err
+    assert all(f"{name} was seen" in printed for name in numbers)
+    assert "has not returned for 0 s" in printed or "its stop has not returned" in printed
 
 
 def test_an_ignored_hang_up_stays_ignored() -> None:
@@ -258,7 +258,7 @@ def test_an_ignored_hang_up_stays_ignored() -> None:
 @pytest.mark.parametrize(
     ("offset_s", "words"), [(60.0, "ahead of this machine's clock"), (float("nan"), "ahead"), (-30.0, "before")]
 )
-def test_a_reading_of_another_clock_is_a_fault_that_names_the_clock(offset_s: float, words: str) -> None:
+def test_an_observation_of_another_clock_is_a_fault_that_names_the_clock(offset_s: float, words: str) -> None:
     robot = FakeRobot()
     watched = WatchedRobot(robot, 1, 1)
     watched.connect(RATE)
@@ -294,7 +294,7 @@ def test_what_hangs_is_named() -> None:
     loop = ControlLoop(Counting(), robot, RATE, Limits(), CONFIG)
     with pytest.raises(DyslError, match=r"observe has not returned"):
         loop.run(20)
-    assert "observe has still not returned" in loop.account.stopped
+    assert "observe has still not returned" in loop.stats.stopped
     robot.test_ends.set()
 
 
@@ -329,25 +329,25 @@ ControlLoop(Counting(), robot, RATE, Limits(), CONFIG).run(60)
         ("nothing", signal.SIGHUP),
     ],
 )
-def test_a_process_that_is_told_to_end_releases_the_motors_and_ends(call: str, number: signal.Signals) -> None:
-    """Also with a thread that hangs in a driver for ever: nothing waits for it."""
+def test_a_process_that_is_signalled_to_end_releases_the_motors_and_ends(call: str, number: signal.Signals) -> None:
+    """Nothing waits for a thread that hangs in a driver for ever."""
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, call], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "moving\n"
         time.sleep(0.15)
-        told_at = time.perf_counter()
+        signalled_at = time.perf_counter()
         process.send_signal(number)
         process.send_signal(number)
         assert process.stdout.readline() == "released\n"
-        assert time.perf_counter() - told_at < BOUND_S
+        assert time.perf_counter() - signalled_at < BOUND_S
         process.wait(timeout=5)
     finally:
         process.kill()
         process.wait()
 
 
-def test_a_stop_that_is_slow_is_waited_for_and_said(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_that_is_slow_is_waited_for_and_reported(capfd: pytest.CaptureFixture[str]) -> None:
     class Slow(FakeRobot):
         def stop(self) -> None:
             time.sleep(0.8)
@@ -369,13 +369,13 @@ def test_a_stop_that_fails_or_hangs_says_to_switch_it_off(capfd: pytest.CaptureF
 
 @pytest.mark.parametrize("call", ["observe", "act"])
 @pytest.mark.usefixtures("no_thread_left")
-def test_playing_back_a_log_is_stopped_too_whatever_hangs(
+def test_replaying_a_log_is_stopped_too_whatever_hangs(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = ControlLoop(Counting(), FakeRobot(), RATE, Limits(), CONFIG, log=tmp_path / "log", robot_name="x:y")
     loop.run(0.4)
     robot = Faulty(call, "ever")
-    monkeypatch.setattr("dysl_vla.deploy.cycle_log.make_robot", lambda *_: robot)
+    monkeypatch.setattr("dysl_vla.deploy.replay_log.make_robot", lambda *_: robot)
     with pytest.raises(RobotFault, match=f"{call} has not returned"):
         replay(tmp_path / "log")
     assert not robot.has_torque
@@ -399,4 +399,4 @@ def test_nothing_is_called_once_the_robot_is_to_stop() -> None:
         with pytest.raises(DyslError, match="being stopped"):
             call()
     assert robot.calls == []
-    assert watched.world == WORLD
+    assert watched.embodiment == WORLD

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from dysl_vla.deploy.lerobot_robot import LeRobotRobot
+from dysl_vla.errors import RobotFault
+from tests.lerobot.arms import made
 from tests.lerobot.feetech_bus import Bus, calibration, running_bus
 
 HERE = Path(__file__).parent
@@ -23,11 +26,11 @@ FRONT, WRIST = 0, 2
 if importlib.util.find_spec("lerobot") is None:  # one module says why it is skipped; the others need not repeat it
     collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name != "test_stand_in.py"]
 else:
-    # LeRobot looks at the port, and then at the clock: where others take this process's time in between, an answer that
-    # is there counts as missing after 50 ms.
+    # LeRobot reads the port, and then the clock: where others take this process's time in between, an answer that is
+    # there counts as missing after 50 ms
     with suppress(OSError):
         os.nice(-15)
-    from tests.lerobot.fake_cameras import CAMERAS_VARIABLE, REGISTERS_VARIABLE, Ablation, FakeCapture
+    from tests.lerobot.fake_cameras import CAMERAS_VARIABLE, REGISTERS_VARIABLE, CameraFaults, FakeCapture
 
 
 @pytest.fixture
@@ -38,23 +41,23 @@ def bus(tmp_path: Path) -> Iterator[Bus]:
 
 
 @pytest.fixture
-def cameras(tmp_path: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> Ablation:
-    """OpenCV's cameras are fake, and look at the arm."""
+def cameras(tmp_path: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> CameraFaults:
+    """OpenCV's cameras are fake, and show the arm."""
     monkeypatch.setenv(CAMERAS_VARIABLE, str(tmp_path / "cameras"))
     monkeypatch.setenv(REGISTERS_VARIABLE, str(bus.registers_file))
     monkeypatch.setattr("cv2.VideoCapture", FakeCapture)
-    return Ablation(tmp_path / "cameras")
+    return CameraFaults(tmp_path / "cameras")
 
 
 @pytest.fixture
-def command_environment(cameras: Ablation) -> dict[str, str]:
-    """For commands that are started (`python -m dysl_vla.cli control ...`): their cameras are the fake ones, too."""
+def command_environment(cameras: CameraFaults) -> dict[str, str]:
+    """Environment of commands that are started (`python -m dysl_vla.cli control ...`): their cameras are fake, too."""
     folders = (str(HERE / "site"), str(REPOSITORY), os.environ.get("PYTHONPATH", ""))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 @pytest.fixture
-def write_robot(tmp_path: Path, bus: Bus, cameras: Ablation) -> Callable[..., Path]:
+def write_robot(tmp_path: Path, bus: Bus, cameras: CameraFaults) -> Callable[..., Path]:
     """Makes launch/so101.json for the stand-in, with other fields if given: of the file, and `robot`'s as a mapping."""
 
     def write(robot: dict[str, Any] | None = None, **others: Any) -> Path:
@@ -77,3 +80,37 @@ def write_robot(tmp_path: Path, bus: Bus, cameras: Ablation) -> Callable[..., Pa
 def robot_file(write_robot: Callable[..., Path]) -> Path:
     """launch/so101.json for the stand-in."""
     return write_robot()
+
+
+@pytest.fixture
+def make(bus: Bus, cameras: CameraFaults) -> Iterator[Callable[[Path], LeRobotRobot]]:
+    """Makes robots; in the end, faults are switched off and the robots are stopped."""
+    robots = []
+
+    def make_one(path: Path) -> LeRobotRobot:
+        robots.append(made(path))
+        return robots[-1]
+
+    yield make_one
+    bus.registers.set_fault("none")
+    for camera in (FRONT, WRIST):
+        cameras.set_fault(camera, "none")
+    for robot in robots:
+        with suppress(RobotFault):
+            robot.stop()
+
+
+@pytest.fixture
+def robot(make: Callable[[Path], LeRobotRobot], robot_file: Path) -> LeRobotRobot:
+    """The example's robot, connected."""
+    robot = make(robot_file)
+    robot.connect(30.0)
+    return robot
+
+
+@pytest.fixture
+def patient(make: Callable[[Path], LeRobotRobot], write_robot: Callable[..., Path]) -> LeRobotRobot:
+    """A robot, connected, that reads the motors again and again where they do not answer, also before each command."""
+    robot = make(write_robot({"num_read_retries": 1000, "max_relative_target": 50.0}))
+    robot.connect(30.0)
+    return robot

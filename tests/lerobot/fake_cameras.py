@@ -1,9 +1,9 @@
 """Cameras for LeRobot's own `OpenCVCamera`, in place of `cv2.VideoCapture`: 480x640 at 30 frames a second.
 
-A picture depends on the time and, where a register file of `feetech_bus` is given, on where the arm is. Faults are
-switched on while they run, through a file that processes share (`Ablation`). A process uses them after `install()`;
-one that is started as a command does so by itself where this folder's `site` is on PYTHONPATH and CAMERAS_VARIABLE is
-set. A camera is named by the digits at the end of its index or path.
+An image depends on the time and, where a register file of `feetech_bus` is given, on where the arm is. Faults are
+switched on while cameras run, through a file that processes share (`CameraFaults`). A process uses the cameras after
+`install()`; one that is started as a command does so by itself where this folder's `site` is on PYTHONPATH and
+CAMERAS_VARIABLE is set. A camera is named by the digits at the end of its index or path.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ else:  # from `site`
     from feetech_bus import RESOLUTION, Registers
 
 CAMERAS_VARIABLE, REGISTERS_VARIABLE = "FAKE_CAMERAS", "FAKE_CAMERAS_REGISTERS"
-"""Paths of the file of `Ablation` and, optionally, of the arm's registers."""
+"""Paths of the file of `CameraFaults` and, optionally, of the arm's registers."""
 HEIGHT, WIDTH, FPS = 480, 640, 30
 SLOW_S = 0.48
 FAULTS = ("none", "blocks", "fails", "slow", "closed", "frozen", "opening")
-"""Frames as they should be; reading never returns; reading fails; a frame every 480 ms; it is not open (before
-connecting: cannot be opened); the same frame for ever; opening it takes until the fault is over."""
+"""Frames as they should be; reading never returns; reading fails; there is a frame every 480 ms; the camera is not open
+(before connecting: cannot be opened); the frame is always the same; opening takes until the fault is over."""
 COUNT = 64
 SETTINGS = {cv2.CAP_PROP_FRAME_WIDTH: WIDTH, cv2.CAP_PROP_FRAME_HEIGHT: HEIGHT, cv2.CAP_PROP_FPS: FPS}
 JOINT_COLOURS = ((40, 40, 230), (40, 200, 40), (230, 90, 30), (30, 210, 230), (220, 40, 200), (240, 240, 240))
 
 
-class Ablation:
+class CameraFaults:
     """The cameras' faults, in a file that processes share.
 
     Args:
-        path: Of the file; made if it does not exist.
+        path: The file, which is made if it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,21 +53,21 @@ class Ablation:
             self._bytes = mmap.mmap(file.fileno(), COUNT)
 
     def set_fault(self, camera: int, fault: str) -> None:
-        """Switch a fault of `FAULTS` on; "none": off."""
+        """Switch on a fault of `FAULTS`; "none" switches it off."""
         self._bytes[camera] = FAULTS.index(fault)
 
     def fault(self, camera: int) -> str:
-        """The one that a camera has now."""
+        """The fault that a camera has now."""
         return FAULTS[self._bytes[camera]]
 
 
 def picture(camera: int, seconds: float, positions: Sequence[int]) -> NDArray[np.uint8]:
-    """What a camera shows, without noise.
+    """The image of a camera, without noise.
 
     Args:
-        camera: Its number.
-        seconds: Time; a small square goes round with it.
-        positions: Of the joints, in encoder steps; each has a bar that is as high.
+        camera: Number of the camera.
+        seconds: Time, with which a small square goes round.
+        positions: Positions of the joints, in encoder steps; each is the height of a bar.
 
     Returns:
         (480, 640, 3) uint8, blue, green, red.
@@ -89,7 +89,7 @@ def _background(camera: int) -> NDArray[np.uint8]:
 
 
 class Noise:
-    """As every camera's sensor has it; drawn once, looked at from another place each time: a frame costs little."""
+    """Noise like a camera sensor's; it is drawn once, and each frame uses another part of it, which costs little."""
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
@@ -107,18 +107,18 @@ class FakeCapture:
     def __init__(self, source: int | str | Path, backend: int = 0) -> None:
         digits = re.search(r"\d+$", str(source))
         self._camera = int(digits[0]) if digits else 0
-        self._switches = Ablation(Path(os.environ[CAMERAS_VARIABLE]))
+        self._faults = CameraFaults(Path(os.environ[CAMERAS_VARIABLE]))
         registers = os.environ.get(REGISTERS_VARIABLE)
         self._registers = Registers(Path(registers)) if registers else None
         self._noise = Noise(self._camera)
-        while self._switches.fault(self._camera) == "opening":
+        while self._faults.fault(self._camera) == "opening":
             time.sleep(0.01)
         self._opened_at = time.perf_counter()
-        self._is_open = self._switches.fault(self._camera) != "closed"
+        self._is_open = self._faults.fault(self._camera) != "closed"
         self._last: NDArray[np.uint8] | None = None
 
     def isOpened(self) -> bool:  # noqa: N802 # OpenCV's name
-        return self._is_open and self._switches.fault(self._camera) != "closed"
+        return self._is_open and self._faults.fault(self._camera) != "closed"
 
     def release(self) -> None:
         self._is_open = False
@@ -133,13 +133,13 @@ class FakeCapture:
         return float(SETTINGS.get(prop, 0))
 
     def read(self, image: Any = None) -> tuple[bool, NDArray[np.uint8] | None]:
-        """Wait for the next frame, which is there at its time whether someone reads or not."""
-        fault = self._switches.fault(self._camera)
+        """Wait for the next frame, which comes at its time whether someone reads it or not."""
+        fault = self._faults.fault(self._camera)
         period = SLOW_S if fault == "slow" else 1 / FPS
         time.sleep(period - (time.perf_counter() - self._opened_at) % period)
-        while fault == "blocks":  # also when it is released: some drivers do
+        while fault == "blocks":  # also after it was released, as in some drivers
             time.sleep(0.01)
-            fault = self._switches.fault(self._camera)
+            fault = self._faults.fault(self._camera)
         if fault in ("fails", "closed") or not self._is_open:
             return False, None
         if fault != "frozen" or self._last is None:

@@ -3,9 +3,9 @@
     python feetech_bus.py REGISTERS EVENTS
 
 prints the name of its serial port and serves it until its parent ends. Registers are in a mapped file, so that another
-process can look at torque, goals and positions at any moment, move a joint by hand, and switch on a fault
-(`Registers`). Each torque change and each goal is a line in EVENTS, with its time (`time.perf_counter`). Knows the
-standard library alone. Not for protocols and timing of other motors.
+process can read torque, goals and positions at any moment, move a joint by hand, and switch on a fault
+(`Registers`). Each torque change and each goal is a line in EVENTS, with its time (`time.perf_counter`). It needs the
+standard library alone. It is not for protocols and timing of other motors.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ TORQUE, GOAL, LOCK, PRESENT = (40, 1), (42, 2), (55, 1), (56, 2)
 PING, READ, WRITE, SYNC_READ, SYNC_WRITE, BROADCAST = 1, 2, 3, 0x82, 0x83, 0xFE
 OVERLOAD = 0x20
 FAULTS = ("none", "mute", "late", "corrupt", "refuse", "ignore")
-"""Answers; neither answers nor does anything; answers after `delay_s`; does it, answers nonsense; refuses to write;
-says that it has written, and has not (as when the answer to an earlier packet is taken for it)."""
+"""What a motor with a fault does: it answers as it should; neither answers nor does anything; answers after `delay_s`;
+obeys, and answers nonsense; refuses to write; answers that it has written, and has not (as when the answer to an
+earlier packet is taken for it)."""
 HEADER, STRIDE, SETTINGS = 64, 128, struct.Struct("<BBdd")
 TICK_S = 0.005
 
@@ -77,10 +78,10 @@ def calibration() -> dict[str, dict[str, int]]:
 
 
 class Registers:
-    """The motors' registers, and the ablation of the stand-in, in a file that processes share.
+    """The motors' registers, and the faults of the stand-in, in a file that processes share.
 
     Args:
-        path: Of the file, made with `create`.
+        path: The file, made with `create`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +94,7 @@ class Registers:
 
         Args:
             path: New file.
-            speed: Of motors, in encoder steps a second.
+            speed: Speed of the motors, in encoder steps a second.
         """
         path.write_bytes(bytes(HEADER + STRIDE * (max(IDS) + 1)))
         registers = cls(path)
@@ -130,20 +131,20 @@ class Registers:
         self.put(motor, register[0], value.to_bytes(register[1], "little"))
 
     def torques(self) -> list[int]:
-        """Of all motors, in the order of their ids."""
+        """Torque switches of all motors, in the order of their ids."""
         return [self.read(motor, TORQUE) for motor in IDS]
 
     def goals(self) -> list[int]:
-        """Of all motors, in encoder steps."""
+        """Goals of all motors, in encoder steps."""
         return [self.read(motor, GOAL) for motor in IDS]
 
     def positions(self) -> list[int]:
-        """Of all motors, in encoder steps."""
+        """Positions of all motors, in encoder steps."""
         return [self.read(motor, PRESENT) for motor in IDS]
 
     @property
     def speed(self) -> float:
-        """Of motors, in encoder steps a second."""
+        """Speed of the motors, in encoder steps a second."""
         return float(SETTINGS.unpack_from(self._bytes)[3])
 
     @speed.setter
@@ -155,20 +156,20 @@ class Registers:
 
         Args:
             fault: One of `FAULTS`.
-            motors: Ids of those that have it.
-            delay_s: Of answers that are late.
+            motors: Ids of the motors that have it.
+            delay_s: Delay of answers that are late.
         """
         mask = sum(1 << motor for motor in motors)
         SETTINGS.pack_into(self._bytes, 0, FAULTS.index(fault), mask, delay_s, self.speed)
 
     def fault(self, motor: int) -> str:
-        """The one that a motor has now."""
+        """The fault that a motor has now."""
         index, mask, _, _ = SETTINGS.unpack_from(self._bytes)
         return FAULTS[index] if mask >> motor & 1 else "none"
 
     @property
     def delay_s(self) -> float:
-        """Of answers that are late."""
+        """Delay of answers that are late."""
         return float(SETTINGS.unpack_from(self._bytes)[2])
 
 
@@ -176,8 +177,8 @@ class Servos:
     """What the motors do: answer packets, and move.
 
     Args:
-        registers: Theirs.
-        events: Gets a line for each torque change and each goal.
+        registers: The motors' registers.
+        events: File for a line for each torque change and each goal.
     """
 
     def __init__(self, registers: Registers, events: TextIO) -> None:
@@ -187,7 +188,7 @@ class Servos:
         self._received = bytearray()
 
     def move(self) -> None:
-        """Go on towards the goals, for the time since the last call; without torque, stay."""
+        """Move towards the goals for the time since the last call; motors without torque stay."""
         registers, now = self._registers, time.perf_counter()
         step = registers.speed * (now - self._moved_at)
         self._moved_at = now
@@ -217,7 +218,7 @@ class Servos:
                 yield due, answer[:-1] + bytes([answer[-1] ^ 0x55]) if fault == "corrupt" else answer
 
     def _next_packet(self) -> bytearray:
-        """FF FF, id, length of the rest, instruction, parameters, checksum; empty: there is none yet."""
+        """The next whole packet: FF FF, id, length of the rest, instruction, parameters, checksum; empty: none yet."""
         received = self._received
         while (start := received.find(b"\xff\xff")) >= 0:
             del received[:start]
@@ -231,7 +232,7 @@ class Servos:
         return bytearray()
 
     def _answers(self, target: int, instruction: int, parameters: bytes) -> Iterator[tuple[int, bytes]]:
-        """From the motors that are addressed, in their order; none writes or answers that is mute."""
+        """Answers of the motors that are addressed, in their order; a mute one neither obeys nor answers."""
         if instruction == SYNC_WRITE:
             start, length = parameters[:2]
             for at in range(2, len(parameters), length + 1):
@@ -265,7 +266,7 @@ class Servos:
         registers.put(motor, start, data)
         if start <= GOAL[0] < start + len(data):
             self._tell(motor, goal=registers.read(motor, GOAL))
-            registers.write(motor, TORQUE, 1)  # a goal ablation the torque on, as in the real ones
+            registers.write(motor, TORQUE, 1)  # a goal switches the torque on, as in real motors
         if registers.read(motor, TORQUE) != torque:
             self._tell(motor, torque=registers.read(motor, TORQUE))
         return 0
@@ -311,15 +312,15 @@ class Bus:
     """A stand-in that runs in a process of its own.
 
     Args:
-        folder: For its files.
-        name: Of its files; two arms need two.
+        folder: Folder for its files.
+        name: Name of its files; two arms need two.
 
     Attributes:
         port: Name of its serial port.
-        registers: Its motors'.
-        registers_file: Where they are.
-        events_file: Where its events are.
-        process: It; None: its cable is pulled.
+        registers: The registers of its motors.
+        registers_file: File of the registers.
+        events_file: File of the events.
+        process: The process that serves the port; None: the cable is pulled.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -331,7 +332,7 @@ class Bus:
         self.process: subprocess.Popen[str] | None = None
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """What happened so far: of "goal" or "torque"."""
+        """The events so far of a kind, "goal" or "torque"."""
         records = [json.loads(line) for line in self.events_file.read_text(encoding="utf-8").splitlines()]
         return [record for record in records if kind in record]
 

@@ -2,7 +2,7 @@
 
     python -m tests.lerobot.recorder FOLDER --episodes 4 --seconds 6
 
-Features are made from LeRobot's robot object, frames go through its writer and its codec; the arm and the pictures are
+Features are made from LeRobot's robot object, and frames go through its writer and its codec; arm and images are
 computed, not waited for, so that it takes as long as encoding does.
 """
 
@@ -12,6 +12,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -35,16 +36,16 @@ PHASES = (
 )
 REST = (0.0, -60.0, 60.0, 30.0, 0.0, 50.0)
 LAG_S = 0.1
-"""Behind its goal, of a joint."""
+"""Time by which a joint lags behind its goal."""
 
 
 def goals(seconds: float, fps: int, cube: float) -> NDArray[np.float32]:
     """Goals of one episode.
 
     Args:
-        seconds: Its length.
+        seconds: Length of the episode.
         fps: Goals a second.
-        cube: Where it lies, in degrees of the first joint.
+        cube: Position of the cube, in degrees of the first joint.
 
     Returns:
         (frames, 6), in LeRobot's units.
@@ -67,7 +68,7 @@ def steps(position: NDArray[np.float32]) -> list[int]:
 
 
 def frames(seconds: float, fps: int, episode: int) -> Iterator[tuple[dict[str, object], dict[str, float]]]:
-    """What LeRobot's robot would show, and what its teleoperator would say, for each frame of an episode."""
+    """What LeRobot's robot would observe, and what its teleoperator would command, for each frame of an episode."""
     wanted = goals(seconds, fps, cube=float(np.random.default_rng(episode).uniform(-30, 30)))
     noise = {name: Noise(number) for name, number in CAMERAS.items()}
     state = wanted[0].copy()
@@ -84,31 +85,19 @@ def frames(seconds: float, fps: int, episode: int) -> Iterator[tuple[dict[str, o
         state = state + (goal - state) * np.float32(min(1.0, 1 / (fps * LAG_S)))
 
 
-def record(root: Path, episodes: int = 2, seconds: float = 4.0, fps: int = 30, use_videos: bool = True) -> Path:
-    """Write a dataset.
-
-    Args:
-        root: New folder.
-        episodes: How many; they differ in where the cube lies.
-        seconds: Of each.
-        fps: Frames a second.
-        use_videos: False: images.
-
-    Returns:
-        The folder.
-    """
+def _create(root: Path, fps: int, use_videos: bool) -> Any:
+    """An empty dataset with the features of the robot."""
     from lerobot.cameras.opencv import OpenCVCameraConfig
     from lerobot.datasets import LeRobotDataset, aggregate_pipeline_dataset_features, create_initial_features
     from lerobot.processor import make_default_processors
     from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
-    from lerobot.utils.constants import ACTION, OBS_STR
-    from lerobot.utils.feature_utils import build_dataset_frame, combine_feature_dicts
+    from lerobot.utils.feature_utils import combine_feature_dicts
 
     cameras = {
         name: OpenCVCameraConfig(index_or_path=number, width=WIDTH, height=HEIGHT, fps=fps)
         for name, number in CAMERAS.items()
     }
-    with tempfile.TemporaryDirectory() as folder:  # for a calibration, which is not needed to ask for features
+    with tempfile.TemporaryDirectory() as folder:  # for a calibration, which features do not need
         robot = SO101Follower(
             SO101FollowerConfig(port="/dev/null", id="recorder", cameras=cameras, calibration_dir=Path(folder))
         )
@@ -125,7 +114,7 @@ def record(root: Path, episodes: int = 2, seconds: float = 4.0, fps: int = 30, u
             use_videos=use_videos,
         ),
     )
-    dataset = LeRobotDataset.create(
+    return LeRobotDataset.create(
         "local/so101",
         fps,
         features=features,
@@ -133,8 +122,27 @@ def record(root: Path, episodes: int = 2, seconds: float = 4.0, fps: int = 30, u
         robot_type=robot.name,
         use_videos=use_videos,
         image_writer_threads=4 * len(cameras),
-        video_backend="pyav",  # for reading back; what it would choose by itself depends on the machine
+        video_backend="pyav",  # for reading it back; the default depends on the machine
     )
+
+
+def record(root: Path, episodes: int = 2, seconds: float = 4.0, fps: int = 30, use_videos: bool = True) -> Path:
+    """Write a dataset.
+
+    Args:
+        root: New folder.
+        episodes: Number of episodes, which differ in where the cube lies.
+        seconds: Length of each.
+        fps: Frames a second.
+        use_videos: Whether frames are stored as videos; False: as images.
+
+    Returns:
+        The folder.
+    """
+    from lerobot.utils.constants import ACTION, OBS_STR
+    from lerobot.utils.feature_utils import build_dataset_frame
+
+    dataset = _create(root, fps, use_videos)
     try:
         for episode in range(episodes):
             for observation, action in frames(seconds, fps, episode):

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.lerobot.fake_cameras import Ablation
+from tests.lerobot.arms import eventually
+from tests.lerobot.fake_cameras import CameraFaults
 from tests.lerobot.feetech_bus import Bus
 from tests.lerobot.recorder import INSTRUCTION, record
 
@@ -36,7 +37,7 @@ def dysl(*arguments: object, cwd: Path, environment: dict[str, str] | None = Non
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where someone works who has recorded demonstrations."""
+    """Folder of someone who has recorded demonstrations."""
     folder = tmp_path_factory.mktemp("work")
     record(folder / "data", episodes=10, seconds=1.0)
     return folder
@@ -44,25 +45,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(folder: Path) -> Path:
-    """The path from data to a bundle; what each command says to do next is what is done next."""
-    told = dysl("demos", "info", "data", cwd=folder)
-    assert "10 episodes, 300 frames, 30 Hz" in told
-    assert "camera   front: 480x640, video, av1" in told
-    told = dysl("train", "--data", "data", "--out", "mini", "--steps", 40, "--save-every", 40, *SMALL, cwd=folder)
-    assert "dysl eval --policy mini --data data --out mini-eval" in told
-    told = dysl("calibrate", "--policy", "mini", "--data", "data", "--out", "plan", cwd=folder)
-    assert "dysl distill --policy mini --data data --plan plan/plan.json" in told
+    """The path from data to a bundle: the command that each command prints as the next one is run next."""
+    printed = dysl("demos", "info", "data", cwd=folder)
+    assert "10 episodes, 300 frames, 30 Hz" in printed
+    assert "camera   front: 480x640, video, av1" in printed
+    printed = dysl("train", "--data", "data", "--out", "mini", "--steps", 40, "--save-every", 40, *SMALL, cwd=folder)
+    assert "dysl eval --policy mini --data data --out mini-eval" in printed
+    printed = dysl("calibrate", "--policy", "mini", "--data", "data", "--out", "plan", cwd=folder)
+    assert "dysl distill --policy mini --data data --plan plan/plan.json" in printed
     steps = ["--adapter-steps", 10, "--skip-steps", 30, "--threads", 1]
     distill = ["distill", "--policy", "mini", "--data", "data", "--plan", "plan/plan.json", "--out", "fast"]
-    told = dysl(*distill, *steps, cwd=folder)
-    assert "dysl eval --policy fast --data data --out fast-eval --variants full,dysl" in told
-    told = dysl("eval", "--policy", "fast", "--data", "data", "--out", "fast-eval", cwd=folder)
-    assert re.search(r"\| shoulder_pan\.pos \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", told)
+    printed = dysl(*distill, *steps, cwd=folder)
+    assert "dysl eval --policy fast --data data --out fast-eval --variants full,dysl" in printed
+    printed = dysl("eval", "--policy", "fast", "--data", "data", "--out", "fast-eval", cwd=folder)
+    assert re.search(r"\| shoulder_pan\.pos \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", printed)
     assert (folder / "fast-eval/episode-004.png").exists()
-    told = dysl("tune", "--policy", "fast", "--data", "data", "--target-action-error", 10, cwd=folder)
-    assert "skip 1.0" in told
-    told = dysl("export", "--policy", "fast", "--out", "bundle", cwd=folder)
-    assert "dysl control --bundle bundle --robot lerobot:FILE.json --instruction TEXT" in told
+    printed = dysl("tune", "--policy", "fast", "--data", "data", "--target-action-error", 10, cwd=folder)
+    assert "skip 1.0" in printed
+    printed = dysl("export", "--policy", "fast", "--out", "bundle", cwd=folder)
+    assert "dysl control --bundle bundle --robot lerobot:FILE.json --instruction TEXT" in printed
     return folder / "bundle"
 
 
@@ -70,7 +71,7 @@ def test_training_data_and_policy_are_of_the_arm(bundle: Path) -> None:
     config = json.loads((bundle / "config.json").read_text())
     assert config["spec"]["cameras"] == {"front": [480, 640], "wrist": [480, 640]}
     assert config["resizes"] == {"front": [96, 128], "wrist": [96, 128]}
-    assert config["skipping"]["signal"] == "gripper"
+    assert config["skipping"]["importance"] == "gripper"
     assert config["provenance"]["data"]["held_out_every"] == 5
 
 
@@ -96,28 +97,28 @@ def test_the_arm_moves_for_half_a_minute_and_stops(
     done = subprocess.run(command, env=command_environment, capture_output=True, text=True, check=False, timeout=200)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
-    account = json.loads((tmp_path / "log/account.json").read_text())
-    assert account["cycles"] == 30 * CONTROL_S
-    assert account["stopped"] == ""
-    assert account["missed"] < 90  # none on an idle machine, which this one may not be
+    stats = json.loads((tmp_path / "log/stats.json").read_text())
+    assert stats["cycles"] == 30 * CONTROL_S
+    assert stats["stopped"] == ""
+    assert stats["missed"] < 90  # none on an idle machine, which this one may not be
     assert bus.registers.torques() == [0] * 6
     assert bus.registers.positions() != before
     # It went from where it stood, at the allowed speed
     lines = [json.loads(line) for line in (tmp_path / "log/cycles.jsonl").read_text().splitlines()]
     sent = np.array([line["action"] for line in lines])
     change = np.abs(np.diff(sent, axis=0))[:, :5]
-    assert (change <= np.array(account["limits"]["max_change"])[:5] + 1e-3).all()
-    low, high = [account["limits"][name] for name in ("low", "high")]
+    assert (change <= np.array(stats["limits"]["max_change"])[:5] + 1e-3).all()
+    low, high = [stats["limits"][name] for name in ("low", "high")]
     assert low == high == []
     assert (np.abs(sent[:, 0]) <= 110).all()
 
 
 @pytest.mark.parametrize("numbers", [("SIGINT",), ("SIGINT", "SIGINT", "SIGTERM"), ("SIGHUP",)])
 @pytest.mark.parametrize("fault", ["", "blocked camera", "closed camera", "mute motors"])
-def test_the_arm_lets_go_when_told_to_end_whatever_is_broken(  # noqa: PLR0917 # fixtures
+def test_the_arm_is_released_when_signalled_to_end_whatever_is_broken(  # noqa: PLR0917 # fixtures
     bundle: Path,
     bus: Bus,
-    cameras: Ablation,
+    cameras: CameraFaults,
     robot_file: Path,
     command_environment: dict[str, str],
     fault: str,
@@ -128,7 +129,7 @@ def test_the_arm_lets_go_when_told_to_end_whatever_is_broken(  # noqa: PLR0917 #
     command = control(bundle, robot_file, "--seconds", 60, "--max-age-s", 0.9, "--stop-after", 1000)
     process = subprocess.Popen(command, env=command_environment, stderr=subprocess.PIPE, text=True)
     try:
-        eventually(lambda: bus.registers.torques() == [1] * 6 and len(bus.events("goal")) > 20)
+        eventually(lambda: bus.registers.torques() == [1] * 6 and len(bus.events("goal")) > 20, 60.0)
         break_it(fault, bus, cameras)
         time.sleep(0.1)
         for name in numbers:
@@ -136,8 +137,8 @@ def test_the_arm_lets_go_when_told_to_end_whatever_is_broken(  # noqa: PLR0917 #
             time.sleep(0.02)
         if fault == "mute motors":
             assert process.stderr is not None
-            told = process.stderr.read()
-            assert "may still hold torque" in told
+            printed = process.stderr.read()
+            assert "may still hold torque" in printed
             assert process.wait(timeout=15) == 2
             return
         eventually(lambda: bus.registers.torques() == [0] * 6, 4.0)
@@ -148,18 +149,11 @@ def test_the_arm_lets_go_when_told_to_end_whatever_is_broken(  # noqa: PLR0917 #
         process.wait()
 
 
-def break_it(fault: str, bus: Bus, cameras: Ablation) -> None:
+def break_it(fault: str, bus: Bus, cameras: CameraFaults) -> None:
     if fault == "mute motors":
         bus.registers.set_fault("mute")
     elif fault:
         cameras.set_fault(0, "blocks" if fault == "blocked camera" else "closed")
-
-
-def eventually(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
-    limit = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 def test_an_arm_whose_cameras_are_called_otherwise_is_renamed_or_refused(

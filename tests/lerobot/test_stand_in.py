@@ -21,13 +21,13 @@ from lerobot.cameras.opencv import OpenCVCameraConfig
 from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
 
 from tests.lerobot.conftest import FRONT, WRIST
-from tests.lerobot.fake_cameras import Ablation
+from tests.lerobot.fake_cameras import CameraFaults
 from tests.lerobot.feetech_bus import IDS, TORQUE, Bus, calibration
 from tests.lerobot.recorder import INSTRUCTION, record
 
 
 @pytest.fixture
-def arm(tmp_path: Path, bus: Bus, cameras: Ablation) -> Iterator[Any]:
+def arm(tmp_path: Path, bus: Bus, cameras: CameraFaults) -> Iterator[Any]:
     """LeRobot's own robot, connected."""
     (tmp_path / "arm.json").write_text(json.dumps(calibration()))
     config = SO101FollowerConfig(
@@ -105,14 +105,14 @@ def test_late_answers_come_late_and_the_port_can_be_opened_again(arm: Any, bus: 
 
 
 @pytest.mark.parametrize("fault", ["blocks", "fails", "closed"])
-def test_a_faulty_camera_is_an_error_of_lerobots(arm: Any, cameras: Ablation, fault: str) -> None:
+def test_a_faulty_camera_is_an_error_of_lerobots(arm: Any, cameras: CameraFaults, fault: str) -> None:
     cameras.set_fault(FRONT, fault)
     time.sleep(0.6)
     with pytest.raises(Exception, match=r"OpenCVCamera\(0\)|not connected"):
         arm.get_observation()
 
 
-def test_frames_are_new_at_their_rate_unless_it_is_slow_or_frozen(arm: Any, cameras: Ablation) -> None:
+def test_frames_are_new_at_their_rate_unless_it_is_slow_or_frozen(arm: Any, cameras: CameraFaults) -> None:
     def times(seconds: float) -> set[float]:
         seen, end = set(), time.perf_counter() + seconds
         while time.perf_counter() < end:

@@ -1,0 +1,74 @@
+"""`dysl control`: loads a policy, makes a robot, and runs the control loop on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dysl_vla.deploy.control import ControlLoop, LoopConfig
+from dysl_vla.deploy.limits import Limits
+from dysl_vla.deploy.loop_stats import LoopStats, render_stats
+from dysl_vla.deploy.robot import make_robot, open_policy
+from dysl_vla.deploy.stopping import say, stop_robot
+from dysl_vla.errors import ConfigError, DyslError
+from dysl_vla.files import is_unused
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Run a policy on a robot, at a fixed rate, within limits, with statistics of every cycle."""
+
+    robot: str
+    """The robot, as KIND:NAME: "mujoco:metaworld-drawer-open" (simulated, in real time), "lerobot:FILE.json", or one of
+    a plug-in's."""
+    bundle: Path | None = None
+    """Folder of `dysl export`."""
+    policy: str | None = None
+    """Instead of a bundle: a shipped name, a checkpoint's folder or a hub id, run by PyTorch."""
+    rate: float | None = None
+    """Actions a second; None: those of the world that the policy was trained in. Simulated time runs as they come."""
+    seconds: float = 60.0
+    """Seconds of control."""
+    instruction: str | None = None
+    """Instruction for the policy; None: the one in the robot's observations."""
+    skip: float | None = None
+    """How much to skip, from 0, the full model, to 1; None: the stored operating point."""
+    log: Path | None = None
+    """New folder for the log, which has a line a cycle, and the statistics."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    limits: Limits = field(default_factory=Limits)
+
+
+def control(config: ControlConfig) -> LoopStats:
+    """Load, connect, run.
+
+    Raises:
+        DyslError: See `ControlLoop`.
+    """
+    if config.log is not None and not is_unused(config.log):
+        raise ConfigError(f"log must be a new folder, got {config.log}, which is not empty; give another.")
+    policy = open_policy(config.bundle, config.policy, config.skip, config.compute)
+    robot = make_robot(config.robot, policy.spec.cameras)
+    try:
+        rate = policy.spec.rate_hz if config.rate is None else config.rate
+        loop = ControlLoop(
+            policy,
+            robot,
+            rate,
+            config.limits,
+            config.loop,
+            instruction=config.instruction,
+            log=config.log,
+            robot_name=config.robot,
+            notify=say,
+        )
+    except BaseException:
+        stop_robot(robot)
+        raise
+    try:
+        return loop.run(config.seconds)
+    except DyslError:
+        if loop.stats.cycles:
+            print(render_stats(replace(loop.stats, stopped="")))  # the error, which says why it stopped, follows
+        raise
