@@ -182,6 +182,7 @@ def open_policy(
         bundle: Folder of `dysl export`; None: `policy` is loaded.
         policy: A shipped name, a checkpoint's folder or a hub id; None: `bundle` is loaded.
         skip: How much to skip, from 0 to 1; None: the stored operating point.
+        compute: Device and type of numbers of a checkpoint; None: the CPU, and its own.
 
     Raises:
         ConfigError: Not exactly one of them is named, or it cannot skip that much.

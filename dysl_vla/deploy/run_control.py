@@ -12,6 +12,7 @@ from dysl_vla.deploy.robot import make_robot, open_policy
 from dysl_vla.deploy.stopping import say, stop_robot
 from dysl_vla.errors import ConfigError, DyslError
 from dysl_vla.files import is_unused
+from dysl_vla.policies.compute import ComputeConfig
 
 
 @dataclass(frozen=True)

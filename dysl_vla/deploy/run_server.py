@@ -11,6 +11,7 @@ from pathlib import Path
 from dysl_vla.deploy.robot import open_policy
 from dysl_vla.deploy.server import PolicyServer
 from dysl_vla.errors import ConfigError
+from dysl_vla.policies.compute import ComputeConfig
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
