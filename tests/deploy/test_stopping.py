@@ -42,7 +42,7 @@ MATRIX = [(call, wrong, end) for call, wrongs in WRONG.items() for wrong in wron
 
 
 class Faulty(FakeRobot):
-    """A robot whose motors have torque, and one of whose calls goes wrong from its tenth command on (connect: at once).
+    """A robot with torque on its motors, one of whose calls goes wrong from its tenth command on (connecting: at once).
 
     A call that hangs "for ever" hangs until the test ends, whatever else happens to the robot.
     """
