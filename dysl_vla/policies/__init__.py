@@ -66,7 +66,9 @@ def load_policy(
         from dysl_vla.policies.mock import MockPolicy
 
         _check_full(name, skip, ablation)
-        return MockPolicy()
+        mock = MockPolicy()
+        _move(name, mock, compute or ComputeConfig())
+        return mock
     policy, folder = _load(name)
     _move(name, policy, compute or ComputeConfig())
     if hasattr(policy, "set_skip"):  # a bundle, which skips by itself
