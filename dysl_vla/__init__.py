@@ -31,6 +31,7 @@ _PUBLIC = {
     "evaluate": "dysl_vla.eval",
     "get_suite": "dysl_vla.envs",
     "load_policy": "dysl_vla.policies",
+    "select_action": "dysl_vla.policies",
 }
 """Public names, and the modules that define them."""
 
