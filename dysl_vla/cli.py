@@ -79,7 +79,8 @@ def _calibrate(arguments: Sequence[str]) -> int:
     path = calibrate(config)
     plan = read_plan(path)
     print(f"{path}: static layers {', '.join(map(str, plan.static_layers))} of {plan.num_layers}.")
-    print(f"Train adapters and controllers: dysl distill --policy {config.policy} --data {config.data} --plan {path}")
+    command = f"dysl distill --policy {config.policy} --data {config.data} --plan {path} --out {config.policy}-fast"
+    print(f"Train adapters and controllers: {command}")
     return 0
 
 
@@ -100,6 +101,7 @@ def _tune(arguments: Sequence[str]) -> int:
     curve, chosen = tune(config)
     print(render_curve(curve, chosen))
     print(f"Stored in {config.policy}: skip {chosen.skip}, {chosen.layers:.1f} layers an inference.")
+    print(f"Take it to a robot: dysl export --policy {config.policy} --out {config.policy}-bundle")
     return 0
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from dysl_vla.errors import ConfigError
 
 TEMPORARY = ".tmp"
+WEIGHTS_OF_A_RUN = ("weights", "policies", "teacher", "initial_weights")
+"""Settings of a run that are fingerprints, which say nothing to people."""
 LOCK = ".lock"
 
 
@@ -100,6 +102,11 @@ def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
     present = read_json(path)
     for name in {**present, **identity}:
         if present.get(name) != identity.get(name):
+            if name in WEIGHTS_OF_A_RUN:
+                raise ConfigError(
+                    f"out: {path.parent} holds another run: its policy is another one, or has been changed since (as "
+                    "dysl tune does); give a new folder."
+                )
             raise ConfigError(
                 f"out: {path.parent} holds another run: its {name} is {present.get(name)!r}, this one's is "
                 f"{identity.get(name)!r}; give a new folder."

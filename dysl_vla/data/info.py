@@ -58,6 +58,8 @@ def _head(demonstrations: Demonstrations) -> Iterator[str]:
             f"unnamed  the dataset does not name the dimensions of its {' and '.join(unnamed)}, and a robot is matched "
             f"by names: give them with {options}, or write them into meta/info.json, field names"
         )
+    for instruction in demonstrations.instructions:
+        yield f"task     {instruction!r}"
     split = split_for(len(rows))
     held_out = sum(map(split.is_held_out, range(len(rows))))
     yield f"held out {held_out} of {len(rows)} episodes, from training, unless --held-out says otherwise"

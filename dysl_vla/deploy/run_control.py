@@ -50,6 +50,12 @@ def control(config: ControlConfig) -> LoopStats:
     if config.log is not None and not is_unused(config.log):
         raise ConfigError(f"log must be a new folder, got {config.log}, which is not empty; give another.")
     policy = open_policy(config.bundle, config.policy, config.skip, config.compute)
+    known = policy.provenance.get("data", {}).get("instructions", [])
+    if config.instruction is not None and known and config.instruction not in known:
+        own = "; ".join(map(repr, known[:10]))
+        say(
+            f"The policy was not trained on the instruction {config.instruction!r}, and may do anything. Its own: {own}."
+        )
     robot = make_robot(config.robot, policy.spec.cameras)
     try:
         rate = policy.spec.rate_hz if config.rate is None else config.rate

@@ -33,6 +33,8 @@ def plot(folder: Path) -> list[Path]:
     Raises:
         ConfigError: The folder holds no finished run, or none that skips layers.
     """
+    if (folder / RESULT).is_file() and "suite" not in read_result(folder):
+        raise ConfigError(f"{folder}: is an evaluation on demonstrations, whose pictures are drawn already: see there.")
     runs = [folder] if (folder / RESULT).is_file() else sorted(path.parent for path in folder.glob(f"*/{RESULT}"))
     if not runs:
         read_result(folder)  # says what is missing
