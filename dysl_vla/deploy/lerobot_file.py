@@ -182,7 +182,7 @@ def _missing_package(error: ImportError) -> DyslError:
     if error.name == "lerobot":
         python = ".".join(map(str, sys.version_info[:2]))
         return MissingExtraError(
-            "LeRobot is not installed here; make an environment that has it (bash launch/lerobot_env.sh .venv-lerobot), "
+            "LeRobot is not installed here; make an environment with it (bash launch/lerobot_env.sh .venv-lerobot), "
             f"and run .venv-lerobot/bin/dysl (LeRobot needs Python 3.12 or later, this is {python})"
         )
     hint = re.search(r"'(.+?)' is required.*?(pip install '[^']+')", one_line(error))

@@ -54,7 +54,7 @@ def control(config: ControlConfig) -> LoopStats:
     if config.instruction is not None and known and config.instruction not in known:
         own = "; ".join(map(repr, known[:10]))
         say(
-            f"The policy was not trained on the instruction {config.instruction!r}, and may do anything. Its own: {own}."
+            f"The policy was not trained on instruction {config.instruction!r}, and may do anything. Its own: {own}."
         )
     robot = make_robot(config.robot, policy.spec.cameras)
     try:
