@@ -91,7 +91,7 @@ def find_layers(decoder: nn.Module, depth: int) -> nn.ModuleList:
     if not fitting:
         depths = sorted(len(module) for module in outermost)
         raise ConfigError(
-            f"num_layers must be of the decoder's lists of layers, which have {depths}; the plan has {depth}."
+            f"num_layers must be a depth of the decoder's lists of layers, {depths}; the plan has {depth}."
         )
     if len(fitting) > 1:
         raise ConfigError(f"decoder must have one list of {depth} layers, got {len(fitting)}; pass its language model.")

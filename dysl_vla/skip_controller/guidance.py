@@ -191,7 +191,7 @@ class SkipGuidance:
     def _check(self, actions: NDArray[np.float32] | NDArray[np.float64]) -> None:
         if actions.ndim != 2 or actions.shape[1] != self._action_dim:
             raise ActionError(
-                f"action must have the {self._action_dim} dimensions of the guidance, got an array of shape {actions.shape}."
+                f"action must have the {self._action_dim} dimensions of the guidance, got shape {actions.shape}."
             )
         if not np.isfinite(actions).all():
             raise ActionError(f"action must be finite, got a value that is not finite: {actions.tolist()}.")
