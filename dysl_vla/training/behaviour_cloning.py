@@ -97,7 +97,7 @@ class OptimizerConfig:
     threads: int | None = None
     """Threads of PyTorch; one for each core when not given."""
     device: str | None = None
-    """Where training runs, as PyTorch names it: cpu, cuda, cuda:1. The CPU when not given."""
+    """Device on which training runs, as PyTorch names it: cpu, cuda, cuda:1. It is the CPU when not given."""
     compile: bool = False
     """Compile the backbone, which takes a minute and makes a step shorter; on a CPU it needs a C++ compiler."""
 

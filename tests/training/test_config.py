@@ -1,4 +1,4 @@
-"""Values of the training commands are checked when their configurations are made, before anything is read or written."""
+"""Values of the training commands are checked when their configurations are made, before anything is read."""
 
 from pathlib import Path
 from typing import Any
