@@ -66,7 +66,9 @@ def load_policy(
         from dysl_vla.policies.mock import MockPolicy
 
         _check_full(name, skip, ablation)
-        return MockPolicy()
+        mock = MockPolicy()
+        _move(name, mock, compute or ComputeConfig())
+        return mock
     policy, folder = _load(name)
     _move(name, policy, compute or ComputeConfig())
     if hasattr(policy, "set_skip"):  # a bundle, which skips by itself
@@ -104,7 +106,7 @@ def _move(name: str, policy: Policy, compute: ComputeConfig) -> None:
     import torch
 
     if not isinstance(policy, torch.nn.Module):
-        raise ConfigError(f"device and dtype must be left out for {name!r}, which runs on the CPU as it was exported.")
+        raise ConfigError(f"device and dtype must be left out for {name!r}, which runs on the CPU without torch.")
     known_as = names_of(policy)  # heads were trained for the weights as the checkpoint has them
     try:
         policy.to(device=compute.device, dtype=getattr(torch, compute.dtype) if compute.dtype else None)
