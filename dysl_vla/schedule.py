@@ -9,13 +9,13 @@ FINAL_SHARE = 0.02
 
 
 def cosine_with_warmup(peak: float, step: int, steps: int, warmup: int) -> float:
-    """The rate of a step: a linear warm-up times a cosine from the peak.
+    """Return the learning rate of a step: a linear warm-up times a cosine from the peak.
 
     Args:
         peak: The largest rate.
-        step: How many steps are done.
-        steps: How many there are in all.
-        warmup: Over how many the rate rises.
+        step: Number of steps that are done.
+        steps: Number of steps in all.
+        warmup: Number of steps over which the rate rises.
     """
     warm = min(1.0, (step + 1) / max(1, warmup))
     return peak * warm * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -1,7 +1,7 @@
-"""`dysl bench bundle`: an exported policy beside the one that it was made from, on the same moments, in turns.
+"""`dysl bench bundle`: compare an exported policy with the one that it was made from, on the same moments, in turns.
 
-What skipping gives and what the runtime gives are told apart: PyTorch and ONNX Runtime each run the full model and the
-one that skips. Whole episodes are played, so that decisions and actions can be compared where they matter.
+The gains of skipping and of the runtime are measured separately: PyTorch and ONNX Runtime each run the full model and
+the one that skips. Whole episodes are played, so that decisions and actions can be compared where they matter.
 """
 
 from __future__ import annotations
@@ -29,35 +29,45 @@ PAGE_MB = 4096 / 1e6
 
 @dataclass(frozen=True)
 class BundleBenchConfig:
-    """Measure a bundle beside PyTorch: time, skip decisions and actions, over whole episodes."""
+    """Measure a bundle beside PyTorch: time, skip decisions and actions, over whole episodes.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
 
     bundle: Path
-    """Folder of `dysl export`."""
+    """Folder that `dysl export` wrote."""
     policy: str = "metaworld-mini"
-    """The checkpoint that it was made from."""
-    suite: str = ""
-    """Where episodes are played; the suite that the policy was trained in when empty."""
-    tasks: str = ""
-    """Names separated by commas; when empty, all of the suite, or those that the policy was trained in."""
+    """The checkpoint that the bundle was made from."""
+    suite: str | None = None
+    """Suite in which episodes are played. When not given, it is the suite that the policy was trained in."""
+    tasks: str | None = None
+    """Comma-separated tasks. When not given, they are all of the suite, or, without a suite, those that the policy was
+    trained in."""
     episodes: int = 1
-    """Of each task."""
+    """Episodes of each task."""
     seed: int = 100_000
-    """Of their initial states."""
+    """Seed of the initial states."""
     soak: int = 0
-    """Inferences behind that, of one observation, over which memory must not grow."""
+    """Number of inferences after the episodes, all of one observation, over which the growth of memory is measured."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("episodes", 1), ("soak", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
 class BundleBench:
-    """What was measured.
+    """The measurement of a bundle.
 
     Attributes:
-        llm_ms: Backbone, heads, guidance's share excluded, and action head: (kinds, moments).
-        total_ms: Whole policy, (kinds, moments).
-        other_decisions: Moments at which bundle and PyTorch skipped or verified differently.
-        distance: Largest difference of actions, in the world's units, where they decided alike.
-        full_distance: The same of the full models.
-        grown_mb: Memory at the end of the soak over that after its first tenth; None: there was none.
+        llm_ms: Milliseconds of the backbone, its heads and the action head, without guidance, (kinds, moments).
+        total_ms: Milliseconds of the whole policy, (kinds, moments).
+        other_decisions: Number of moments at which bundle and PyTorch skipped or verified differently.
+        distance: Largest difference of actions, in the embodiment's units, where they decided alike.
+        full_distance: The same difference of the full models.
+        grown_mb: Growth of memory in MB from the soak's first tenth to its end; None without a soak.
     """
 
     llm_ms: FloatArray
@@ -69,14 +79,12 @@ class BundleBench:
 
 
 def bench_bundle(config: BundleBenchConfig) -> BundleBench:
-    """Measure.
+    """Measure a bundle beside PyTorch.
 
     Raises:
         ConfigError: The bundle was made from another policy, or the suite is unknown.
-        CheckpointError: One of them is damaged.
+        CheckpointError: The bundle or the checkpoint is damaged.
     """
-    if config.episodes < 1 or config.soak < 0:
-        raise ConfigError(f"episodes, soak: {config.episodes}, {config.soak} are too few.")
     policies: list[Policy] = [
         load_policy(config.policy, skip=0),
         load_policy(config.policy),
@@ -86,7 +94,9 @@ def bench_bundle(config: BundleBenchConfig) -> BundleBench:
     use_one_inference_thread()
     made_from = policies[3].provenance.get("export", {}).get("policy")
     if made_from != policies[0].fingerprint:
-        raise ConfigError(f"bundle: {config.bundle} was exported from another policy than {config.policy}.")
+        raise ConfigError(
+            f"bundle must be exported from {config.policy}; {config.bundle} was exported from another policy."
+        )
     suite_name, task_names = provenance.training_suite(policies[1].provenance, config.suite, config.tasks)
     suite = get_suite(suite_name)
     tasks = suite.choose(task_names)
@@ -118,7 +128,7 @@ def bench_bundle(config: BundleBenchConfig) -> BundleBench:
 
 
 def _play(policies: list[Policy], envs: TaskEnvs, task: str, seed: int, episode: int) -> list[list[ActionChunk]]:
-    """One episode, led by the last policy; at each moment the answers of all."""
+    """Play one episode by the last policy's actions, and return the chunks of all policies at each moment."""
     env = envs.env(task)
     observation, _ = env.reset(seed=seed, options={"episode_index": episode})
     states = [policy.reset() for policy in policies]
@@ -128,7 +138,7 @@ def _play(policies: list[Policy], envs: TaskEnvs, task: str, seed: int, episode:
     moments: list[list[ActionChunk]] = []
     is_over = False
     while not is_over:
-        order = np.roll(np.arange(len(policies)), len(moments))  # nobody always comes after the same other
+        order = np.roll(np.arange(len(policies)), len(moments))  # so that none always follows the same other
         chunks = {int(index): policies[index].infer([observation], [states[index]])[0] for index in order}
         moments.append([chunks[index] for index in range(len(policies))])
         leader = moments[-1][-1]
@@ -144,7 +154,7 @@ def _play(policies: list[Policy], envs: TaskEnvs, task: str, seed: int, episode:
 
 
 def _soak(policy: Policy, inferences: int) -> float:
-    """Growth of the resident memory, in MB."""
+    """Measure the growth of the resident memory, in MB."""
     spec = policy.spec
     instructions = policy.provenance.get("data", {}).get("instructions", [])
     observation = spec.blank_observation(next(iter(instructions), "do it"))
@@ -171,7 +181,7 @@ def _distance(one: ActionChunk, other: ActionChunk) -> float:
 
 
 def render_bundle(measured: BundleBench) -> str:
-    """The measurement as Markdown."""
+    """Return the measurement as Markdown."""
     moments = measured.llm_ms.shape[1]
     lines = [
         f"{moments} moments, one thread, in turns; times faster than PyTorch's full model:",

@@ -1,4 +1,4 @@
-"""`dysl export`: from a checkpoint that skips layers to a bundle that needs no torch."""
+"""`dysl export`: turn a checkpoint that skips layers into a bundle that needs no torch."""
 
 from __future__ import annotations
 
@@ -54,27 +54,35 @@ with needs_extra("policy"):
 
 OPSET = 18
 ONE_FILE = 1_900_000_000
-"""Bytes of weights up to which a graph is one file: a protobuf must stay below 2 GiB."""
+"""Bytes of weights up to which a graph is one file: a protobuf must be smaller than 2 GiB."""
 DATA = ".data"
-"""What a graph's file is called, and this, is the file of the weights of a larger one."""
+"""Suffix, after the name of a larger graph's file, of the file of its weights."""
 OTHER_INSTRUCTIONS = ("Pick up the red cube.", "put  it in the bin", "x" * 200)
-"""They show whether the tokenizer alone makes the token ids, which it does not where a policy has a template."""
+"""Instructions that show whether the tokenizer alone makes the token ids, unlike in a policy with a template."""
 INSIDE = 1024
-"""Bytes of a tensor that a larger graph still holds itself: shapes and the like are needed to read it."""
+"""Bytes up to which a larger graph holds a tensor itself: shapes and the like are needed to read it."""
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Turn a checkpoint that skips layers into a folder that runs with NumPy and ONNX Runtime alone."""
+    """Turn a checkpoint that skips layers into a folder that runs with NumPy and ONNX Runtime alone.
+
+    Raises:
+        ConfigError: `skip` is out of range.
+    """
 
     out: Path
     """Folder for the bundle; a bundle in it is replaced."""
     policy: str = "metaworld-mini"
-    """A shipped name, a checkpoint's folder or a hub id; one made by `dysl distill`."""
+    """A shipped name, a checkpoint's folder or a hub id, of a policy made by `dysl distill`."""
     precision: Literal["fp32", "int8"] = "fp32"
-    """Of weights and matrix products: as trained, or 8 bits, which are smaller, and less exact."""
+    """Precision of weights and matrix products: as trained, or 8 bits, which are smaller and less exact."""
     skip: float | None = None
-    """The operating point that the bundle stands at; None: the checkpoint's."""
+    """The bundle's operating point. It is the checkpoint's when not given."""
+
+    def __post_init__(self) -> None:
+        if self.skip is not None and not 0 < self.skip <= 1:
+            raise ConfigError(f"skip must be above 0 and at most 1, got {self.skip}.")
 
 
 def export(config: ExportConfig) -> Path:
@@ -84,18 +92,18 @@ def export(config: ExportConfig) -> Path:
         Its folder.
 
     Raises:
-        ConfigError: The policy cannot be exported, or `out` holds something else, or its disk has no space.
-        CheckpointError: The policy is damaged, or the exported one computes something else.
+        ConfigError: The policy cannot be exported, `out` holds something else, or its disk has no space.
+        CheckpointError: The policy is damaged, or the exported one computes other actions.
         MissingExtraError: onnx is not installed.
     """
     if not is_unused(config.out) and not (config.out / BACKBONE).exists():
-        raise ConfigError(f"out: {config.out} is not empty and holds no bundle; give a new folder.")
-    if config.skip is not None and not 0 < config.skip <= 1:
-        raise ConfigError(f"skip must be above 0 and at most 1, got {config.skip}.")
+        raise ConfigError(
+            f"out must be a new folder or one of a bundle; {config.out} is not empty and holds no bundle."
+        )
     policy = _exportable(config.policy)
     folder = find_checkpoint(config.policy)
     if not has_skips(folder):
-        raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
+        raise ConfigError(f"policy must have adapters and controllers; {config.policy} has none, so use dysl distill.")
     with locked_dir(config.out), tempfile.TemporaryDirectory(dir=config.out, prefix=".", suffix=TEMPORARY) as name:
         _check_disk(config, policy)  # after `locked_dir` has removed what an export that was killed left behind
         made = Path(name)
@@ -103,7 +111,7 @@ def export(config: ExportConfig) -> Path:
         try:
             Bundle(made)
         except CheckpointError as error:
-            raise CheckpointError(f"the exported policy does not answer as the checkpoint does: {error}") from error
+            raise CheckpointError(f"The exported policy does not act as the checkpoint does: {error}") from error
         files = _files(made)
         for file in files:
             (made / file).replace(config.out / file)
@@ -115,13 +123,13 @@ def export(config: ExportConfig) -> Path:
 
 
 def _files(folder: Path) -> list[str]:
-    """What a bundle consists of, but for its manifest."""
+    """Return the names of a bundle's files except its manifest."""
     data = [graph + DATA for graph in (ENCODER, BACKBONE)]
     return [*FILES, *(name for name in data if (folder / name).exists())]
 
 
 def _check_disk(config: ExportConfig, policy: ExportablePolicy) -> None:
-    """Refuse what the disk cannot take before time is spent on it."""
+    """Refuse a bundle that the disk has no space for, before time is spent on it."""
     modules = [part for part in (policy, policy.backbone) if isinstance(part, nn.Module)]
     weights = {id(one): one for part in modules for one in (*part.parameters(), *part.buffers())}
     needed = sum(one.nbytes for one in weights.values())
@@ -130,8 +138,8 @@ def _check_disk(config: ExportConfig, policy: ExportablePolicy) -> None:
     free = shutil.disk_usage(config.out).free
     if free < needed:
         raise ConfigError(
-            f"out: {config.out} needs about {needed / 1e6:,.1f} MB while the bundle is written, and its disk has "
-            f"{free / 1e6:,.1f} MB free; free some, or give a folder on another disk."
+            f"out must be on a disk with space: {config.out} needs about {needed / 1e6:,.1f} MB while the bundle is "
+            f"written, and its disk has {free / 1e6:,.1f} MB free; free some, or give a folder on another disk."
         )
 
 
@@ -139,10 +147,10 @@ def _exportable(name: str) -> ExportablePolicy:
     policy = load_skippable_policy(name)
     for part in ("backbone", "resizes", "crops", "tokenizer", "inputs", "decode", "token_ids"):
         if not hasattr(policy, part):
-            raise ConfigError(f"policy: {name!r} offers no {part!r}; export needs a policies.ExportablePolicy.")
+            raise ConfigError(f"policy must be a policies.ExportablePolicy; {name!r} offers no {part!r}.")
     if policy.has_memory or policy.followers:
         what = "remembers earlier inferences" if policy.has_memory else "has decoders that follow another"
-        raise ConfigError(f"policy: {name!r} {what}, which a bundle cannot; serve it with dysl serve.")
+        raise ConfigError(f"policy must be one that a bundle can run; {name!r} {what}, so serve it with dysl serve.")
     return cast("ExportablePolicy", policy)
 
 
@@ -186,7 +194,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
         write_text(out / TOKENIZER, policy.tokenizer.to_str())
         write_json(out / DOCUMENT, _document(config, policy, settings, document, str(example[TASK_KEY])))
         answers = _answers(policy, settings.plan, heads, example)
-        if config.precision != "fp32":  # what this bundle answers here is what it shall answer elsewhere
+        if config.precision != "fp32":  # what this bundle computes here is what it must compute elsewhere
             exact, answers = answers, _own_answers(out, example, policy, len(settings.plan.blocks))
             distances = [float(np.abs(answers[name] - exact[name]).max()) for name in exact]
             print(f"{config.precision}: actions differ from PyTorch's by at most {max(distances):.2g} deviations.")
@@ -197,7 +205,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
 
 
 def _write_encoder(policy: ExportablePolicy, example: dict[str, NDArray[Any]], out: Path) -> None:
-    """From pictures, state and token ids to the decoder's arguments."""
+    """Write the graph from images, state and token ids to the decoder's arguments."""
     arguments = _encoder_arguments(policy, example)
     names = [*(IMAGE_PREFIX + camera for camera in arguments[0]), STATE_KEY, "token_ids"]
     _write_graph(_Encoder(policy), arguments, (names, list(_inputs(policy, example))), out / ENCODER)
@@ -206,7 +214,7 @@ def _write_encoder(policy: ExportablePolicy, example: dict[str, NDArray[Any]], o
 def _write_backbone(
     policy: ExportablePolicy, plan: SkipPlan, heads: SkipHeads, example: dict[str, NDArray[Any]], out: Path
 ) -> None:
-    """The decoder, with adapters, controllers and the action head."""
+    """Write the graph of the decoder with adapters, controllers and the action head."""
     inputs = _inputs(policy, example)
     points = torch.zeros(len(plan.blocks), dtype=torch.int64)
     _write_graph(
@@ -230,14 +238,14 @@ def _encoder_arguments(
 
 @torch.no_grad()
 def _inputs(policy: ExportablePolicy, example: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
-    """The decoder's arguments for the example."""
+    """Compute the decoder's arguments for the example."""
     return policy.inputs(*_encoder_arguments(policy, example))
 
 
 def _document(
     config: ExportConfig, policy: ExportablePolicy, settings: SkipSettings, made: dict[str, Any], instruction: str
 ) -> dict[str, Any]:
-    """The bundle's config.json."""
+    """Return the content of the bundle's config.json."""
     instructions = [*policy.provenance.get("data", {}).get("instructions", []), instruction]
     token_ids = {text: policy.token_ids(text) for text in [*instructions, *OTHER_INSTRUCTIONS]}
     return {
@@ -271,17 +279,17 @@ def _document(
 
 
 def robot_to_try(bundle: Path) -> str:
-    """What `dysl control --robot` takes for a bundle: where its policy was trained, simulated, or a real arm."""
+    """Return `dysl control --robot`'s value for a bundle: where its policy was trained, simulated, or a real arm."""
     try:
         suite, tasks = provenance.training_suite(read_json(bundle / DOCUMENT)["provenance"])
-    except ConfigError:  # trained on data that say of no suite: a real arm's
+    except ConfigError:  # trained on data that name no suite: a real arm's
         return "lerobot:FILE.json --instruction TEXT"
     suite, _, arm = suite.partition("@")
     return f"mujoco:{suite.partition('-')[0]}-{(tasks or '').partition(',')[0]}" + (f"@{arm}" if arm else "")
 
 
 def _example(policy: ExportablePolicy) -> dict[str, NDArray[Any]]:
-    """An observation with something in every pixel: noise, the same each time."""
+    """Return an observation with noise in every pixel, which is the same each time."""
     rng = np.random.default_rng(0)
     spec = policy.spec
     instructions = policy.provenance.get("data", {}).get("instructions", ["do it"])
@@ -296,7 +304,7 @@ def _example(policy: ExportablePolicy) -> dict[str, NDArray[Any]]:
 
 
 def _views(policy: ExportablePolicy, example: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.uint8]]:
-    """What the encoder gets of the example's images."""
+    """Return the part of the example's images that the encoder gets, resized."""
     return {
         camera: looked_at(example[IMAGE_PREFIX + camera], policy.resizes.get(camera), place)
         for camera, place in policy.crops.items()
@@ -307,7 +315,7 @@ def _views(policy: ExportablePolicy, example: dict[str, NDArray[Any]]) -> dict[s
 def _answers(
     policy: ExportablePolicy, plan: SkipPlan, heads: SkipHeads, example: dict[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
-    """The policy's actions, normalised, (chunk, action): of `infer`, with all layers, and with as few as possible."""
+    """Compute normalised actions, (chunk, action): those of `infer`, with all layers, and with as few as possible."""
     observation = {**example, TASK_KEY: str(example[TASK_KEY])}
     [full] = policy.infer([observation], [policy.reset()])
     skipper = attach(policy.layers, plan, heads)
@@ -320,7 +328,7 @@ def _answers(
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Only errors of some loggers: exporters tell of packages that nobody needs here."""
+    """Show only errors of some loggers: exporters warn of packages that are not needed here."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -335,7 +343,7 @@ def _quiet(*names: str) -> Iterator[None]:
 def _own_answers(
     out: Path, example: dict[str, NDArray[Any]], policy: ExportablePolicy, blocks: int
 ) -> dict[str, NDArray[Any]]:
-    """As `_answers`, of the graphs."""
+    """Compute what `_answers` does, with the graphs."""
     encoder, backbone = (onnxruntime.InferenceSession(str(out / name)) for name in (ENCODER, BACKBONE))
     feeds = {
         **{IMAGE_PREFIX + camera: view[None] for camera, view in _views(policy, example).items()},
@@ -354,7 +362,7 @@ def _own_answers(
 def _write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[list[str], list[str]], path: Path) -> None:
     """Trace a module into an ONNX graph, in one file if it fits.
 
-    Conditions need the strict tracer, which understands less else.
+    Conditions need the strict tracer, which otherwise understands less.
     """
     is_strict = isinstance(module, ConditionalDecoder)
     traceable = module.installed() if isinstance(module, ConditionalDecoder) else nullcontext()
@@ -378,7 +386,7 @@ def _write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[lis
 
 @contextmanager
 def _placing(path: Path) -> Iterator[Path]:
-    """Give a folder for a graph and its weights, which name each other; in the end both take their places at `path`."""
+    """Yield a folder for a graph and its weights, which name each other; at the end both are moved to `path`."""
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         yield Path(name)
         path.with_name(path.name + DATA).unlink(missing_ok=True)
@@ -401,7 +409,7 @@ def _forget_source(graph: onnx.GraphProto) -> None:
 
 
 def _quantize(path: Path) -> None:
-    """Weights of a graph's matrix products to 8 bits, those in conditions included."""
+    """Convert the weights of a graph's matrix products to 8 bits, those in conditions included."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     is_large = path.with_name(path.name + DATA).exists()

@@ -1,11 +1,11 @@
-"""A policy on a robot's controller: NumPy and ONNX Runtime, nothing else.
+"""A policy on a robot's controller, which needs only NumPy and ONNX Runtime.
 
-config.json        spec, what is looked at, skipping; versions and provenance
+config.json        specification, crops, skipping; versions and provenance
 encoder.onnx       resized and cropped images, state and token ids to the backbone's input
 backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions
 *.onnx.data        weights of a graph that would be too large for one file with them; only then
 tokenizer.json     of the `tokenizers` library, which is needed only for instructions that config.json does not list
-example.npz        an observation and the actions that the exported policy answered
+example.npz        an observation and the actions that the exported policy predicted
 manifest.json      SHA-256 of the other files
 """
 
@@ -49,43 +49,49 @@ with needs_extra("robot"):
 
 POLICY_TYPE, FORMAT = "dysl-bundle", 3
 READABLE = (1, 2, 3)
-"""Formats: 2 may resize images, which a runtime of before would not do; 3 has other names for settings of skipping."""
+"""Formats that can be read: since 2 images may be resized, and 3 renamed settings of skipping."""
 ENCODER, BACKBONE, EXAMPLE = "encoder.onnx", "backbone.onnx", "example.npz"
 FILES = (DOCUMENT, ENCODER, BACKBONE, TOKENIZER, EXAMPLE)
 TOLERANCES = {"fp32": 1e-4, "int8": 2e-2}
-"""How far from the recorded actions a machine may be, in deviations of the demonstrated actions."""
+"""Largest distance of a machine's actions from the recorded ones, in deviations of the demonstrated actions."""
 EMBEDS = "inputs_embeds"
 MAX_INSTRUCTIONS = 1000
-"""Whose token ids are kept."""
+"""Number of instructions whose token ids are kept."""
 
 
 class Bundle:
-    """An exported policy. Implements `Policy`.
+    """An exported policy, as a `Policy`.
 
     Args:
-        folder: Of `dysl export`.
+        folder: Folder that `dysl export` wrote.
         skip: How much to skip, from 0, the full model, to 1; None: the exported operating point.
-        threads: Of ONNX Runtime, for one operation.
+        threads: Threads of ONNX Runtime for one operation.
+
+    Attributes:
+        precision: Precision of the weights, "fp32" or "int8".
+        spec: What the policy expects of an embodiment, and what it predicts.
+        provenance: How the policy was made.
+        skip: How much is skipped.
 
     Raises:
-        CheckpointError: A file is missing, damaged or edited, or this machine computes something else than the one
-            that exported it.
-        ConfigError: A value of `skip` that cannot work.
+        CheckpointError: A file is missing, damaged or edited, or this machine computes other actions than the one that
+            exported it.
+        ConfigError: `skip` is out of range.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
     def __init__(self, folder: Path, *, skip: float | None = None, threads: int = 1) -> None:
         self._folder = folder
         if not (folder / MANIFEST).is_file():
-            raise CheckpointError(f"{folder}: is no bundle (there is no {MANIFEST}); make one with dysl export.")
+            raise CheckpointError(f"{folder} is no bundle (there is no {MANIFEST}); make one with dysl export.")
         check_manifest(folder, FILES)
         self._digest = sha256(folder / MANIFEST)
         document = read_document(folder / DOCUMENT)
         try:
             if document.get("policy_type") != POLICY_TYPE:
-                raise CheckpointError(f"{folder}: is no bundle but a {document.get('policy_type')}; use dysl export.")
+                raise CheckpointError(f"{folder} is no bundle but a {document.get('policy_type')}; use dysl export.")
             if document["format"] not in READABLE:
-                raise CheckpointError(f"{folder / DOCUMENT}: is of format {document['format']}, this reads {READABLE}.")
+                raise CheckpointError(f"{folder / DOCUMENT} must be of format {READABLE}, got {document['format']}.")
             self.precision: str = document["precision"]
             self.spec = _spec(document["spec"])
             self.provenance: Mapping[str, Any] = document["provenance"]
@@ -121,14 +127,14 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """Of all files, and the setting."""
+        """Return a digest of all files and of how much is skipped."""
         return hashlib.sha256(f"{self._digest}{self.skip}".encode()).hexdigest()
 
     def set_skip(self, skip: float) -> None:
         """Change how much to skip, for episodes that begin afterwards.
 
         Raises:
-            ConfigError: Below 0 or above 1.
+            ConfigError: `skip` is below 0 or above 1.
         """
         self._is_full = skip == 0
         point = self._statistics.point(1.0 if self._is_full else skip)
@@ -147,7 +153,7 @@ class Bundle:
         self._step = GuidedStep(self.spec, self._guidance, lengths, budget=self._budget)
 
     def reset(self) -> EpisodeState:
-        """The state of an episode that begins."""
+        """Return the state of an episode that begins."""
         return EpisodeState(guidance=self._guidance.reset())
 
     def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
@@ -164,10 +170,10 @@ class Bundle:
         return chunk
 
     def check_example(self) -> None:
-        """Answer the recorded observation as the exporting machine did.
+        """Refuse a machine whose actions for the recorded observation differ from the exporting machine's.
 
         Raises:
-            CheckpointError: The answers differ.
+            CheckpointError: The actions differ, or the example cannot be read.
         """
         path = self._folder / EXAMPLE
         try:
@@ -179,7 +185,7 @@ class Bundle:
             observation |= {STATE_KEY: example[STATE_KEY], TASK_KEY: str(example[TASK_KEY])}
             wanted = {"full": example["full"], "skipping": example["skipping"]}
         except (OSError, KeyError, ValueError, BadZipFile) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); export it again.") from error
+            raise CheckpointError(f"{path} cannot be read ({error}); export it again.") from error
         self.spec.check_observation(observation)
         encoded = self._encode(observation)
         self._backend.threshold = -math.inf  # every block is left at its first exit
@@ -193,8 +199,8 @@ class Bundle:
             if not distance <= limit:
                 raise CheckpointError(
                     f"{path}: this machine's actions ({name}) differ from the recorded ones by {distance:.2g} "
-                    f"deviations; at most {limit:g} may. Do not run this bundle here; export it on such a machine, "
-                    "or with --precision fp32."
+                    f"deviations, more than the {limit:g} that are allowed. Do not run this bundle here; export it on "
+                    "this kind of machine, or with --precision fp32."
                 )
 
     def _encode(self, observation: Observation) -> dict[str, NDArray[Any]]:
@@ -216,16 +222,16 @@ class Bundle:
         listed = "; ".join(self._token_ids)
         if not self._takes_others:
             raise ObservationError(
-                f"{TASK_KEY}: {instruction!r:.80} is none of this bundle's instructions ({listed}), and its policy "
-                "does not make token ids by its tokenizer alone; give one of them."
+                f"{TASK_KEY} must be one of this bundle's instructions ({listed}), got {instruction!r:.80}; its policy "
+                "needs more than its tokenizer to make token ids of others."
             )
         if self._tokenizer is None:
             try:
                 from tokenizers import Tokenizer
             except ModuleNotFoundError as error:
                 raise MissingExtraError(
-                    f"{TASK_KEY}: {instruction!r:.80} is none of this bundle's instructions ({listed}); for others: "
-                    "pip install tokenizers"
+                    f"{TASK_KEY} must be one of this bundle's instructions ({listed}), got {instruction!r:.80}; for "
+                    "others: pip install tokenizers"
                 ) from error
             self._tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
         if len(self._token_ids) > MAX_INSTRUCTIONS:
@@ -235,7 +241,7 @@ class Bundle:
 
 
 class _OnnxBackend:
-    """The backbone's graph, for a batch of one. Implements `guided_step.Backend`.
+    """The backbone's graph for a batch of one, as a `guided_step.Backend`.
 
     Attributes:
         threshold: Log-odds of a controller above which a block is left.
@@ -249,7 +255,7 @@ class _OnnxBackend:
         self._from_start = np.array(0, np.int64)
 
     def run(self, inputs: Mapping[str, NDArray[Any]], allow_points: NDArray[np.int64]) -> PassResult:
-        """One pass that may skip; the graph's arguments and answers are those of `ConditionalDecoder`."""
+        """Run one pass that may skip; the graph's inputs and outputs are those of `ConditionalDecoder`."""
         started = time.perf_counter()
         actions, asked, logits, lefts, first = self._answers(inputs, allow_points[0], self._from_start)
         llm_s = time.perf_counter() - started  # the action head is part of the graph
@@ -262,14 +268,14 @@ class _OnnxBackend:
         return PassResult(actions, [targets], [outputs], layers_run, llm_s, handle=first)
 
     def resume(self, inputs: Mapping[str, NDArray[Any]], passed: PassResult) -> Resumed:
-        """The full model's actions, from what the first skipped layer got."""
+        """Compute the full model's actions, from the input of the first layer that was skipped."""
         started = time.perf_counter()
         first_skip = np.array(passed.first_skip, np.int64)
         answers = self._answers({**inputs, EMBEDS: passed.handle}, self._all_layers, first_skip)
         return Resumed(answers[0], time.perf_counter() - started)
 
     def remember(self, inputs: Mapping[str, NDArray[Any]], states: Mapping[int, EpisodeState]) -> None:
-        """Nothing: a policy with memory is not exported."""
+        """Keep nothing: a policy with memory is not exported."""
 
     def _answers(
         self, inputs: Mapping[str, NDArray[Any]], points: NDArray[np.int64], resume_from: NDArray[np.int64]
@@ -290,8 +296,10 @@ def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.inter_op_num_threads = 1
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no base but this
-        raise CheckpointError(f"{path}: ONNX Runtime {onnxruntime.__version__} refuses it ({error}).") from error
+    except Exception as error:  # ONNX Runtime's errors share no other base
+        raise CheckpointError(
+            f"{path}: ONNX Runtime {onnxruntime.__version__} refuses this file ({error}); export it again."
+        ) from error
 
 
 def _spec(values: Mapping[str, Any]) -> PolicySpec:
@@ -314,7 +322,7 @@ def _ids(values: Sequence[int]) -> NDArray[np.int64]:
 
 
 def _log_odds(probability: float) -> float:
-    """Of a threshold; below 0 all pass, from 1 none does."""
+    """Return a threshold's log-odds; those of 0 and below are exceeded by all, those of 1 and above by none."""
     if probability <= 0:
         return -math.inf
     return math.inf if probability >= 1 else math.log(probability / (1 - probability))

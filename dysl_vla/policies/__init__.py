@@ -1,6 +1,6 @@
-"""Vision-language-action policies behind one small protocol, and their training.
+"""Vision-language-action policies behind one small protocol.
 
-Importing this room imports no torch; `load_policy` does, for the policies that need it.
+Importing this subpackage imports no torch; `load_policy` does, for the policies that need it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 
 PARTS = ("layers", "width", "followers", "has_memory", "encode", "collate", "act", "remember", "save_pretrained")
-"""What a `SkippablePolicy` offers beside a `Policy`."""
+"""Attributes of a `SkippablePolicy` beyond those of a `Policy`."""
 
 
 def load_policy(
@@ -53,13 +53,13 @@ def load_policy(
 
     Args:
         name: A shipped name ("metaworld-mini"), a checkpoint's folder, a Hugging Face hub id, or "mock".
-        skip: How much to skip, from 0, the full model, exactly, to 1; None: the checkpoint's operating point.
-        ablation: Parts of the method to leave out.
-        compute: Device and type of numbers; None: the CPU, and the checkpoint's.
+        skip: How much to skip, from 0, which is exactly the full model, to 1; None: the checkpoint's operating point.
+        ablation: The parts of the method that are on; None: all.
+        compute: Device and type of numbers; None: the CPU, and the checkpoint's type.
 
     Raises:
-        ConfigError: There is none of that name, or it cannot skip.
-        CheckpointError: It is damaged, foreign or edited.
+        ConfigError: No policy has that name, or it cannot skip.
+        CheckpointError: The checkpoint is damaged, foreign or edited.
         MissingExtraError: torch or transformers are not installed.
     """
     if name == "mock":
@@ -73,7 +73,9 @@ def load_policy(
     _move(name, policy, compute or ComputeConfig())
     if hasattr(policy, "set_skip"):  # a bundle, which skips by itself
         if ablation not in (None, Ablation()):
-            raise ConfigError(f"skip: no part of {name!r} can be left out; take the checkpoint that it was made from.")
+            raise ConfigError(
+                f"variants must be full and dysl for a bundle; for others, take what {name!r} was made from."
+            )
         if skip is not None:
             policy.set_skip(skip)
         return policy
@@ -88,11 +90,11 @@ def load_policy(
 
 
 def load_skippable_policy(name: str, compute: ComputeConfig | None = None) -> SkippablePolicy:
-    """Load a policy, without its skipping, whose layers can be skipped; see `load_policy`.
+    """Load a policy whose layers can be skipped, without its skipping; see `load_policy`.
 
     Raises:
-        ConfigError: There is none of that name, or its layers cannot be skipped.
-        CheckpointError: It is damaged, foreign or edited.
+        ConfigError: No policy has that name, or its layers cannot be skipped.
+        CheckpointError: The checkpoint is damaged, foreign or edited.
     """
     return _skippable(name, load_policy(name, skip=0, compute=compute))
 
@@ -104,25 +106,27 @@ def _move(name: str, policy: Policy, compute: ComputeConfig) -> None:
     import torch
 
     if not isinstance(policy, torch.nn.Module):
-        raise ConfigError(f"device, dtype: policy {name!r} runs on the CPU as it was exported; leave them out.")
+        raise ConfigError(f"device and dtype must be left out for {name!r}, which runs on the CPU without torch.")
     known_as = names_of(policy)  # heads were trained for the weights as the checkpoint has them
     try:
         policy.to(device=compute.device, dtype=getattr(torch, compute.dtype) if compute.dtype else None)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {compute.device!r} cannot be used here ({error}).") from error
+        raise ConfigError(f"device must be one of this machine's, got {compute.device!r} ({error}).") from error
     policy.known_as = known_as  # type: ignore[assignment] # modules' attributes may be anything
 
 
 def _check_full(name: str, skip: float | None, ablation: Ablation | None) -> None:
     if skip or ablation is not None:
-        raise ConfigError(f"skip: policy {name!r} has no adapters and controllers; train them with dysl distill.")
+        raise ConfigError(
+            f"skip must be 0 for {name!r}, which has no adapters and controllers; train them with dysl distill."
+        )
 
 
 def _skippable(name: str, policy: Policy) -> SkippablePolicy:
     missing = [part for part in PARTS if not hasattr(policy, part)]
     if missing:
         raise ConfigError(
-            f"policy: {name!r} offers no {missing[0]!r}; layer skipping needs a policies.SkippablePolicy."
+            f"policy must be a policies.SkippablePolicy to skip layers; {name!r} offers no {missing[0]!r}."
         )
     return cast("SkippablePolicy", policy)
 
@@ -134,5 +138,5 @@ def _load(name: str) -> tuple[Policy, Path]:
         import dysl_vla.policies.mini_vla  # noqa: F401 # it registers itself
     if policy_type not in policies.names():
         known = ", ".join(policies.names())
-        raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' is {policy_type!r}; this reads: {known}.")
+        raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' must be one of {known}, got {policy_type!r}.")
     return policies.get(policy_type).from_pretrained(str(folder)), folder

@@ -1,4 +1,4 @@
-"""What policies share whose action comes from one forward of a Hugging Face decoder, as in MiniVLA and OpenVLA-OFT."""
+"""The base of policies whose action comes from one forward of a Hugging Face decoder, as in MiniVLA and OpenVLA-OFT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EMBEDS, MASK = "inputs_embeds", "attention_mask"
 def infer_full(
     policy: SkippablePolicy, observations: Sequence[Observation], states: Sequence[EpisodeState]
 ) -> list[ActionChunk]:
-    """Inference with all layers, for any policy that offers the four steps; see `Policy.infer`."""
+    """Infer with all layers, for any policy that offers the four steps; see `Policy.infer`."""
     started = time.perf_counter()
     inputs, _ = policy.collate(policy.encode(observations, states))
     encode_s = time.perf_counter() - started
@@ -36,16 +36,18 @@ def infer_full(
 
 
 class BackbonePolicy:
-    """Base of a policy around one forward of a decoder: it is left to write `encode`, `decode` and the checkpoint.
+    """Base of a policy around one forward of a decoder; a subclass adds `encode`, `decode` and the checkpoint.
 
     An item of `encode` is a dictionary of the decoder's arguments for one episode, without the batch:
     `inputs_embeds`, (tokens, hidden), and others whose first dimension is its tokens. Items of different lengths are
     padded in a batch, and hidden from the decoder by its `attention_mask`.
 
     Attributes:
-        backbone: The decoder, with one list of layers; its forward answers `last_hidden_state`.
-        padding_side: Where shorter items are padded, "left" or "right"; the last token, if `decode` reads it, must stay
+        backbone: The decoder, with one list of layers; its forward returns `last_hidden_state`.
+        padding_side: Where shorter items are padded, "left" or "right". If `decode` reads the last token, it must stay
             the last, so that a policy with a read-out token pads on the left.
+        followers: See `SkippablePolicy.followers`.
+        has_memory: See `SkippablePolicy.has_memory`.
     """
 
     backbone: nn.Module
@@ -55,25 +57,25 @@ class BackbonePolicy:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder's layers."""
+        """Return the decoder's layers."""
         return find_all_layers(self.backbone)
 
     @property
     def width(self) -> int:
-        """Width of the decoder's hidden states."""
+        """Return the width of the decoder's hidden states."""
         config: Any = self.backbone.config
         return int(config.get_text_config().hidden_size)
 
     def encode(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[Any]:
-        """Everything before the decoder; see `SkippablePolicy.encode`."""
+        """Compute everything before the decoder; see `SkippablePolicy.encode`."""
         raise NotImplementedError
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """The decoder's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
+        """Map the decoder's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
         raise NotImplementedError
 
     def collate(self, items: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Items as one batch of the decoder's arguments; see `SkippablePolicy.collate`."""
+        """Combine items into one batch of the decoder's arguments; see `SkippablePolicy.collate`."""
         lengths = [len(item[EMBEDS]) for item in items]
         longest = max(lengths)
         if min(lengths) == longest:
@@ -88,18 +90,18 @@ class BackbonePolicy:
         return stacked, stacked[MASK]
 
     def _padded(self, value: Tensor, missing: int) -> Tensor:
-        """A tensor whose first dimension, its tokens, is filled up with zeros."""
+        """Fill a tensor's first dimension, its tokens, up with zeros."""
         zeros = value.new_zeros((missing, *value.shape[1:]))
         return torch.cat([zeros, value] if self.padding_side == "left" else [value, zeros])
 
     def act(self, inputs: Mapping[str, Tensor], forward: Forward) -> Tensor:
-        """One forward of the decoder, and its decoding; see `SkippablePolicy.act`."""
+        """Run one forward of the decoder, and decode its output; see `SkippablePolicy.act`."""
         hidden = self.backbone(**inputs).last_hidden_state
         forward.decoder_is_done()
         return self.decode(hidden)
 
     def reset(self) -> EpisodeState:
-        """The state of an episode that begins."""
+        """Return the state of an episode that begins."""
         return EpisodeState()
 
     def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
@@ -107,4 +109,4 @@ class BackbonePolicy:
         return infer_full(cast("SkippablePolicy", self), observations, states)
 
     def remember(self, inputs: Any, states: Mapping[int, EpisodeState]) -> None:
-        """Nothing: these policies depend on what they see alone."""
+        """Keep nothing: these policies depend only on the observation."""

@@ -19,36 +19,36 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Policy(Protocol):
-    """A policy: observations in, chunks of actions out, a batch at a time.
+    """A policy, which maps a batch of observations to chunks of actions.
 
-    It keeps nothing of an episode itself. The caller makes one `EpisodeState` an episode with `reset`, passes it to
-    every `infer` of that episode and appends the actions to `state.executed` as it executes them.
+    It keeps nothing of an episode itself. The caller makes one `EpisodeState` for each episode with `reset`, passes it
+    to every `infer` of that episode and appends the actions to `state.executed` as it executes them.
     """
 
     @property
     def spec(self) -> PolicySpec:
-        """What the policy expects of a world, and how it answers."""
+        """Return what the policy expects of an embodiment, and what it predicts."""
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """How the policy was made; `data.origins` names the seeds that it was trained on. Empty when unknown."""
+        """Return how the policy was made; `data.origins` names the seeds that it was trained on. It may be empty."""
 
     @property
     def fingerprint(self) -> str:
-        """Differs whenever the weights do, so that an evaluation is only continued with the policy that began it."""
+        """Return a digest of all that decides actions, so that only the policy that began a run continues it."""
 
     def reset(self) -> EpisodeState:
-        """The state of an episode that begins."""
+        """Return the state of an episode that begins."""
 
     def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
         """Predict a chunk for each episode of a batch.
 
         Args:
-            observations: One an episode.
-            states: Their states, in the same order.
+            observations: One observation for each episode.
+            states: The episodes' states, in the same order.
 
         Returns:
-            One chunk an episode; a row's actions do not depend on its neighbours.
+            One chunk for each episode; a row's actions do not depend on its neighbours.
 
         Raises:
             ObservationError: An observation does not fit the spec.
@@ -58,47 +58,47 @@ class Policy(Protocol):
 class SkippablePolicy(Policy, Protocol):
     """A policy whose decoder's layers can be skipped: its inference in four steps, so that one of them can be repeated.
 
-    `infer` does the same: encode each observation, collate the batch, act and remember. Skipping calls `act` again
-    where the full model must predict again. `policies.backbone.BackbonePolicy` does most of it for a policy whose
-    action comes from one forward of a Hugging Face decoder.
+    `infer` takes the same steps: encode each observation, collate the batch, act and remember. Skipping calls `act`
+    again where the full model must predict again. `policies.backbone.BackbonePolicy` does most of this for a policy
+    whose action comes from one forward of a Hugging Face decoder.
     """
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder's layers, by whose running `act` is made faster."""
+        """Return the decoder's layers, which `act` runs and skipping leaves out."""
 
     @property
     def width(self) -> int:
-        """Width of the decoder's hidden states."""
+        """Return the width of the decoder's hidden states."""
 
     @property
     def followers(self) -> Sequence[nn.ModuleList]:
-        """Layers of other decoders, of the same depth and run after it, which skip what the decoder skips."""
+        """Return layers of other decoders, of the same depth and run after it, which skip what the decoder skips."""
 
     @property
     def has_memory(self) -> bool:
-        """Whether an inference depends on those before it, by way of `remember`."""
+        """Tell whether an inference depends on those before it, by way of `remember`."""
 
     def encode(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[Any]:
-        """Everything before the decoder: one item an episode, which `collate` understands. It remembers nothing.
+        """Compute everything before the decoder: one item for each episode, for `collate`. It remembers nothing.
 
         Raises:
             ObservationError: An observation does not fit the spec.
         """
 
     def collate(self, items: Sequence[Any]) -> tuple[Any, Tensor | None]:
-        """A batch of items as `act` takes it.
+        """Combine items into a batch as `act` takes it.
 
         Returns:
-            The inputs, and which tokens of the decoder's first forward are no padding, (batch, tokens); None: all.
+            The inputs, and which tokens of the decoder's first forward are not padding, (batch, tokens); None: all.
         """
 
     def act(self, inputs: Any, forward: Forward) -> Tensor:
-        """Run the decoder, as often as it takes, and decode its answer. It is pure: the same inputs, the same answer.
+        """Run the decoder, as often as it takes, and decode its output. The same inputs give the same actions.
 
         Args:
-            inputs: Of `collate`. What `remember` needs may be left in them.
-            forward: Says what ran, and whether the answer must be differentiable.
+            inputs: What `collate` returned. What `remember` needs may be left in them.
+            forward: What tells which layers ran, and whether actions must be differentiable.
 
         Returns:
             Normalised actions, (batch, chunk, action).
@@ -108,7 +108,7 @@ class SkippablePolicy(Policy, Protocol):
         """Keep what the next inference needs, in the states of the rows whose actions are final.
 
         Args:
-            inputs: Of the `act` that computed the actions.
+            inputs: The inputs of the `act` that computed the actions.
             states: Row of the batch to the state of its episode.
         """
 
@@ -117,56 +117,56 @@ class SkippablePolicy(Policy, Protocol):
 
 
 class ExportablePolicy(SkippablePolicy, Protocol):
-    """A policy that `dysl export` can take away from Python: one forward, and an encoder that is a function of tensors.
+    """A policy that `dysl export` can export: it has one forward, and an encoder that is a function of tensors.
 
-    What `encode` and `collate` make of observations must be what `inputs` makes of the same, resized and cropped.
+    `encode` and `collate` must compute the same from observations as `inputs` does from them, resized and cropped.
     """
 
     @property
     def backbone(self) -> nn.Module:
-        """The decoder; its forward answers `last_hidden_state`."""
+        """Return the decoder; its forward returns `last_hidden_state`."""
 
     @property
     def resizes(self) -> Mapping[str, tuple[int, int]]:
-        """Camera name to the size, (height, width), that `dysl_vla.images.resized` gives its images; missing: none."""
+        """Return a camera's image size, (height, width), for `dysl_vla.images.resized`; others are not resized."""
 
     @property
     def crops(self) -> Mapping[str, Place]:
-        """Camera name to the part of its resized image that `inputs` gets: top, left, height, width, in pixels."""
+        """Return the part of a camera's resized image that `inputs` gets: top, left, height, width, in pixels."""
 
     @property
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer` of instructions, with its padding and truncation."""
+        """Return the `tokenizers.Tokenizer` of instructions, with its padding and truncation."""
 
     def inputs(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
-        """The decoder's arguments, `inputs_embeds` among them; others may be left out that it would assume by itself.
+        """Compute the decoder's arguments, `inputs_embeds` among them; those with its own defaults may be left out.
 
         Args:
             images: Camera name to (batch, height, width, 3) uint8, resized and cropped.
-            state: (batch, state) float32, in the world's units.
-            token_ids: (batch, text) of the instruction.
+            state: (batch, state) float32, in the embodiment's units.
+            token_ids: The instruction's token ids, (batch, text).
         """
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """The decoder's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
+        """Map the decoder's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
 
     def token_ids(self, instruction: str) -> list[int]:
-        """An instruction's token ids, of one length for all instructions."""
+        """Return an instruction's token ids, of one length for all instructions."""
 
 
 def names_of(policy: Policy) -> tuple[str, ...]:
-    """Fingerprints by which heads may know a policy: its own, that of version 0.1, and those from before a cast."""
+    """Return the fingerprints that heads may name: the policy's own, that of version 0.1, and those before a cast."""
     former = getattr(policy, "former_fingerprint", None)
     return (policy.fingerprint, *([former] if former else []), *getattr(policy, "known_as", ()))
 
 
 def is_known_as(policy: Policy, fingerprint: str) -> bool:
-    """Whether heads that were trained for a policy of a fingerprint are this one's."""
+    """Tell whether heads that were trained for a policy of a fingerprint belong to this one."""
     return fingerprint in names_of(policy)
 
 
 class PolicyClass(Protocol):
-    """What a policy offers so that checkpoints of its type can be loaded."""
+    """The class of a policy, which loads checkpoints of its type."""
 
     @classmethod
     def from_pretrained(cls, name: str) -> Policy:
@@ -180,9 +180,7 @@ def check_fingerprint(policy: Policy, name: str, expected: str) -> None:
         CheckpointError: Its fingerprint does not begin as expected.
     """
     if not policy.fingerprint.startswith(expected):
-        raise CheckpointError(
-            f"{name}: was changed while it is in use; run again with a checkpoint that stays as it is."
-        )
+        raise CheckpointError(f"{name} must not change while it is in use, and has changed; run again.")
 
 
 policies: Registry[PolicyClass] = Registry("policy type", "dysl_vla.policies")

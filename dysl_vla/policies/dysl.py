@@ -1,4 +1,4 @@
-"""DySL: a policy whose backbone skips layers, as far as the action allows it, and the files that this adds to it.
+"""DySL: a policy whose backbone skips layers as far as the action allows it, and the files that this adds.
 
 skip.json           plan, sizes of the heads, statistics, operating point
 skip.safetensors    adapters and controllers; what they were trained for in the metadata
@@ -42,23 +42,26 @@ from dysl_vla.types import (
 
 SETTINGS, HEADS = "skip.json", "skip.safetensors"
 LOOKAHEAD = 4
-"""Planned actions that continuity looks ahead."""
+"""Number of planned actions that continuity looks ahead."""
 
 
 @dataclass(frozen=True)
 class SkipSettings:
-    """Everything about skipping that a checkpoint holds beside the heads' weights.
+    """All settings of skipping that a checkpoint holds beside the heads' weights.
 
     Attributes:
         plan: Which layers may be skipped.
         heads: Sizes of adapters and controllers.
         teacher: Fingerprint of the policy that they were trained for.
-        action_dim: Dimensions of the actions that guidance was measured on.
-        statistics: From which the knob gets its thresholds.
-        lookahead: Planned actions that continuity looks ahead.
-        signal: Name of the importance signal.
+        action_dim: Number of dimensions of the actions that guidance was measured on.
+        statistics: Statistics that `skip` is turned into thresholds by.
+        lookahead: Number of planned actions that continuity looks ahead.
+        importance: Name of the importance measure.
         skip: The operating point.
-        mean_layers: Layers run an inference at the operating point, on held-out demonstrations.
+        mean_layers: Mean number of layers that an inference runs at the operating point, on held-out demonstrations.
+
+    Raises:
+        ConfigError: `skip` is out of range, or the importance measure is unknown.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -75,24 +78,27 @@ class SkipSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.skip <= 1:
-            raise ConfigError(f"skip: {self.skip} must be above 0 and at most 1.")
+            raise ConfigError(f"skip must be above 0 and at most 1, got {self.skip}.")
         importance_measures.get(self.importance)
 
 
 class DyslPolicy:
-    """A policy and its skipping. Implements `Policy`.
+    """A policy and its skipping, as a `Policy`.
 
     Args:
-        policy: Whose layers are skipped; they are attached to the heads, and must not be used otherwise meanwhile.
+        policy: The policy whose layers are skipped; they are attached to the heads, and must not be used otherwise.
         heads: Adapters and controllers.
-        settings: The checkpoint's.
+        settings: The checkpoint's settings.
         skip: How much to skip, above 0 to 1; None: the checkpoint's operating point.
-        ablation: Parts of the method to leave out.
+        ablation: The parts of the method that are on; None: all.
         provenance: How the heads were made.
 
+    Attributes:
+        skip: How much is skipped.
+
     Raises:
-        ConfigError: The heads do not fit the decoder, or the guidance not the actions.
-        CheckpointError: They were trained for other weights.
+        ConfigError: The heads do not fit the decoder, or the guidance does not fit the actions.
+        CheckpointError: The heads were trained for other weights.
     """
 
     def __init__(
@@ -107,14 +113,14 @@ class DyslPolicy:
     ) -> None:
         if not is_known_as(policy, settings.teacher):
             raise CheckpointError(
-                f"teacher: the heads were trained for a policy of fingerprint {settings.teacher[:12]}, this one's is "
-                f"{policy.fingerprint[:12]}; distill it again."
+                f"teacher must be this policy's fingerprint, {policy.fingerprint[:12]}, and the heads were trained for "
+                f"a policy of fingerprint {settings.teacher[:12]}; distill it again."
             )
         action_dim = len(policy.spec.action_names)
         if settings.action_dim != action_dim:
             raise ConfigError(
-                f"action_dim: guidance was measured on actions of {settings.action_dim} dimensions, the policy has "
-                f"{action_dim}; distill it again."
+                f"action_dim must be the policy's {action_dim}, and guidance was measured on actions of "
+                f"{settings.action_dim} dimensions; distill it again."
             )
         self._policy = policy
         self._provenance = dict(provenance or {})
@@ -123,35 +129,37 @@ class DyslPolicy:
         self._budget = VerificationBudget()
         if self._ablation.random:
             if settings.mean_layers is None:
-                raise ConfigError("random: the checkpoint does not say how many layers to run; tune it first.")
+                raise ConfigError(
+                    "mean_layers must be in the checkpoint for random exits, and is not; use dysl tune first."
+                )
             self._random = RandomExits(settings.plan, settings.mean_layers)
         self._skipper = attach(policy.layers, settings.plan, heads, followers=policy.followers)
         self.set_skip(settings.skip if skip is None else skip)
 
     @property
     def spec(self) -> PolicySpec:
-        """What the policy expects of a world, and how it answers."""
+        """Return what the policy expects of an embodiment, and what it predicts."""
         return self._policy.spec
 
     @property
     def settings(self) -> SkipSettings:
-        """The checkpoint's."""
+        """Return the checkpoint's settings."""
         return self._settings
 
     @property
     def heads(self) -> SkipHeads:
-        """Adapters and controllers."""
+        """Return the adapters and controllers."""
         assert self._skipper.heads is not None
         return self._skipper.heads
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """The provenance of the policy that skips; that of its adapters and controllers under `skipping`."""
+        """Return the provenance of the policy, with that of its adapters and controllers under `skipping`."""
         return {**self._policy.provenance, "skipping": self._provenance}
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the heads' weights, settings (which name the policy's fingerprint) and ablation."""
+        """Return the SHA-256 of the heads' weights, settings (which name the policy's fingerprint) and ablation."""
         digest = hashlib.sha256()
         for part in (replace(self._settings, skip=self.skip), self._ablation):
             digest.update(canonical(part).encode())
@@ -162,10 +170,10 @@ class DyslPolicy:
         """Change how much to skip, for episodes that begin afterwards.
 
         Raises:
-            ConfigError: Not above 0, or above 1, or not the stored setting where skips are random.
+            ConfigError: `skip` is out of range, or is not the stored setting where exits are random.
         """
         if self._ablation.random and skip != self._settings.skip:
-            raise ConfigError(f"skip: random runs as many layers as the stored setting does, {self._settings.skip}.")
+            raise ConfigError(f"skip must be {self._settings.skip}: random runs as many layers as the stored setting.")
         settings, spec = self._settings, self._policy.spec
         point = settings.statistics.point(skip)
         self.skip = skip
@@ -188,11 +196,11 @@ class DyslPolicy:
         )
 
     def close(self) -> None:
-        """Take the skipping off the policy again."""
+        """Detach the policy's layers from the heads."""
         self._skipper.detach()
 
     def reset(self) -> EpisodeState:
-        """The state of an episode that begins."""
+        """Return the state of an episode that begins."""
         state = self._policy.reset()
         state.guidance = self._guidance.reset()
         return state
@@ -208,11 +216,11 @@ class DyslPolicy:
     def infer_encoded(
         self, items: Sequence[Any], states: Sequence[EpisodeState], encode_s: float = 0.0
     ) -> list[ActionChunk]:
-        """What `infer` does after encoding.
+        """Infer from encoded observations, as `infer` does after encoding.
 
         Args:
-            items: Of the policy's `encode`, one an episode.
-            states: Of `reset`, one an episode.
+            items: What the policy's `encode` returned, one item for each episode.
+            states: The episodes' states, from `reset`.
             encode_s: Seconds that encoding took.
         """
         started = time.perf_counter()
@@ -223,7 +231,7 @@ class DyslPolicy:
 
 
 def _seed_of(item: Any) -> int:
-    """A number that what a row sees decides, so that random exits can be repeated, and none is a neighbour's."""
+    """Return a number that depends only on a row's input, so that its random exits can be repeated in any batch."""
     seen = max(_tensors(item), key=Tensor.numel)
     return zlib.crc32(to_numpy(seen).tobytes())
 
@@ -237,28 +245,28 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def has_skips(folder: Path) -> bool:
-    """Does a checkpoint hold skipping?"""
+    """Tell whether a checkpoint holds adapters and controllers."""
     return (folder / SETTINGS).exists()
 
 
 def save_skips(folder: Path, heads: SkipHeads, settings: SkipSettings, provenance: Mapping[str, Any]) -> None:
-    """Add skipping to the checkpoint of a policy."""
+    """Add adapters, controllers and their settings to the checkpoint of a policy."""
     made_for = {"plan": asdict(settings.plan), "heads": asdict(settings.heads), "teacher": settings.teacher}
     tensors = {name: value.detach().half().contiguous() for name, value in heads.state_dict().items()}
     with atomic_write(folder / HEADS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "made_for": json.dumps(made_for)})
     write_json(folder / SETTINGS, {**asdict(settings), "provenance": dict(provenance)})
-    add_to_manifest(folder, (HEADS,))  # the settings are checked against what stands in there
+    add_to_manifest(folder, (HEADS,))  # the settings are checked against the heads' metadata
 
 
 def save_operating_point(folder: Path, skip: float, mean_layers: float, measured: Mapping[str, Any]) -> None:
     """Change a checkpoint's operating point.
 
     Args:
-        folder: The checkpoint's.
-        skip: The knob.
-        mean_layers: Layers run an inference.
-        measured: How it was chosen; kept beside it.
+        folder: The checkpoint's folder.
+        skip: The new operating point.
+        mean_layers: Mean number of layers that an inference runs there.
+        measured: How it was chosen; it is kept beside the setting.
     """
     settings, document = read_skips(folder)
     provenance = {**document["provenance"], "operating_point": dict(measured)}
@@ -268,10 +276,10 @@ def save_operating_point(folder: Path, skip: float, mean_layers: float, measured
 
 
 def read_skips(folder: Path) -> tuple[SkipSettings, dict[str, Any]]:
-    """A checkpoint's settings, and the document that they come from.
+    """Read a checkpoint's settings, and return them with the document that they come from.
 
     Raises:
-        CheckpointError: Naming the field.
+        CheckpointError: A field does not fit; the message names it.
     """
     document = read_document(folder / SETTINGS)
     values = {key: value for key, value in document.items() if key != "provenance"}
@@ -280,10 +288,10 @@ def read_skips(folder: Path) -> tuple[SkipSettings, dict[str, Any]]:
 
 
 def load_heads(folder: Path) -> tuple[SkipHeads, SkipSettings, dict[str, Any]]:
-    """A checkpoint's adapters and controllers in float32, its settings, and how they were made.
+    """Load a checkpoint's adapters and controllers in float32, its settings, and how they were made.
 
     Raises:
-        CheckpointError: It has none, or they are damaged or edited.
+        CheckpointError: The checkpoint has none, or they are damaged or edited.
     """
     settings, document = read_skips(folder)
     heads = SkipHeads(settings.plan, settings.heads)
@@ -293,15 +301,17 @@ def load_heads(folder: Path) -> tuple[SkipHeads, SkipSettings, dict[str, Any]]:
             made_for = json.loads((file.metadata() or {}).get("made_for", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # it is no mapping
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / HEADS}: is missing or damaged ({error}); get it again.") from error
+        raise CheckpointError(f"{folder / HEADS} is missing or damaged ({error}); get it again.") from error
     for name in ("plan", "heads", "teacher"):
         if made_for.get(name) != document.get(name):
             raise CheckpointError(
-                f"{folder / SETTINGS}: field {name!r} is not what the heads were trained for; distill anew with it."
+                f"{folder / SETTINGS}: field {name!r} must be what the heads were trained for; distill it again."
             )
     for name, value in expected.items():
         if name not in tensors or tensors[name].shape != value.shape:
-            raise CheckpointError(f"{folder / HEADS}: tensor {name!r} is missing or not {tuple(value.shape)}.")
+            raise CheckpointError(
+                f"{folder / HEADS}: tensor {name!r} must be there, with shape {tuple(value.shape)}; get it again."
+            )
     heads.load_state_dict({name: tensors[name].float() for name in expected})
     return heads, settings, document.get("provenance", {})
 
@@ -312,14 +322,14 @@ def load_dysl(
     """Give a policy the skipping of its checkpoint.
 
     Args:
-        policy: Loaded from the folder.
-        folder: The checkpoint.
+        policy: The policy that was loaded from the folder.
+        folder: The checkpoint's folder.
         skip: See `DyslPolicy`.
         ablation: See `DyslPolicy`.
 
     Raises:
-        CheckpointError: Damaged, edited, or made for another policy.
-        ConfigError: A value of `skip` that cannot work.
+        CheckpointError: The heads are damaged, edited, or made for another policy.
+        ConfigError: `skip` is out of range.
     """
     heads, settings, provenance = load_heads(folder)
     like = next(policy.layers.parameters())

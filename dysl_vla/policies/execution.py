@@ -1,7 +1,7 @@
 """Executing chunks of actions: one inference, then its actions one at a time.
 
 What is executed is appended to the episode's state here, so that no caller forgets it: guidance compares a policy's
-next chunk with it. Not for the control loop of a robot, whose inference goes on while actions are executed.
+next chunk with it. It is not for a robot's control loop, where inference goes on while actions are executed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dysl_vla.types import ActionChunk, EmbodimentSpec, EpisodeState, FloatArray
 def select_action(
     policy: Policy, observation: Observation, state: EpisodeState, embodiment: EmbodimentSpec | None = None
 ) -> FloatArray:
-    """The next action of one episode: of the running chunk, or of a new one when that has been executed.
+    """Return the next action of one episode: of the running chunk, or of a new one when that has been executed.
 
     Args:
         policy: The policy that acts.
@@ -22,7 +22,7 @@ def select_action(
         embodiment: The embodiment whose limits the action is clipped to; None: it is not clipped.
 
     Returns:
-        (action,) in the embodiment's units. It counts as executed.
+        The action, (action,), in the embodiment's units. It counts as executed.
 
     Raises:
         ObservationError: The observation does not fit the policy.
@@ -46,7 +46,7 @@ def start_chunk(
 
 
 def next_action(state: EpisodeState) -> FloatArray:
-    """The first action of the state's plan, (action,), which then counts as executed.
+    """Return the first action of the state's plan, (action,), which then counts as executed.
 
     Raises:
         IndexError: The plan is empty; call `start_chunk` first.

@@ -2,8 +2,8 @@
 
 Camera images become grid and keypoint tokens, the instruction becomes text tokens, proprioception one token; an
 unmodified Hugging Face `LlamaModel` reads them and a last read-out token; a head turns that token's hidden state into a
-chunk of continuous actions. `encode`, `backbone` and `decode` are separate, because a layer-skipping controller works
-on the middle one alone.
+chunk of continuous actions. `encode`, `backbone` and `decode` are separate, because layer skipping works only on the
+middle one.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from dysl_vla.types import (
 
 POLICY_TYPE = "mini-vla"
 CELL = 8
-"""Pixels that one cell of a camera's feature map stands for, a side."""
+"""Pixels on each side that one cell of a camera's feature map stands for."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of a camera's image that the policy looks at, in pixels from the top left."""
+    """The part of a camera's image that the policy uses, in pixels from the top left."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -59,19 +59,22 @@ class MiniVLAConfig:
 
     Attributes:
         spec: Cameras, state, actions, their normalisation, rate and chunk.
-        crops: Camera name to the part that is looked at, of the resized image; sides are multiples of 8 pixels and of
-            `grids`' cells.
-        grids: Camera name to the tokens a side of its grid.
-        vocab_size: Of the tokenizer.
-        text_tokens: Tokens of an instruction: shorter ones are padded, longer ones cut.
+        crops: Camera name to the part of its resized image that is used; its sides are multiples of 8 pixels times the
+            camera's value in `grids`.
+        grids: Camera name to the number of tokens on each side of its grid.
+        vocab_size: Size of the tokenizer's vocabulary.
+        text_tokens: Number of tokens of an instruction: shorter ones are padded, longer ones cut.
         hidden_size: Width of the backbone.
         num_layers: Depth of the backbone.
-        num_heads: Attention heads.
+        num_heads: Number of attention heads.
         intermediate_size: Width of the feed-forward parts.
-        keypoints: Keypoints a camera.
+        keypoints: Number of keypoints of each camera.
         head_size: Width of the action head.
-        resizes: Camera name to the size, (height, width), that its images are resized to first; missing: not at all.
-        state_clip: Deviations from the demonstrated mean beyond which the state is cut off; None: nowhere.
+        resizes: Camera name to the size, (height, width), that its images are resized to first; others are not resized.
+        state_clip: Deviations from the demonstrated mean at which the state is clipped; None: it is not clipped.
+
+    Raises:
+        ConfigError: A value does not fit; the message names it.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -93,38 +96,40 @@ class MiniVLAConfig:
     def __post_init__(self) -> None:
         for name, size in self.spec.cameras.items():
             if name not in self.crops or name not in self.grids:
-                raise ConfigError(f"crops, grids: camera {name!r} has none; every camera needs both.")
+                raise ConfigError(f"crops and grids must have every camera, and {name!r} is missing.")
             crop, grid = self.crops[name], self.grids[name]
             if name in self.resizes:
                 small = self.resizes[name]
                 if not all(CELL <= new <= old for new, old in zip(small, size, strict=True)):
                     raise ConfigError(
-                        f"resizes.{name}: {small[0]}x{small[1]} must be from {CELL}x{CELL} pixels to the camera's "
-                        f"{size[0]}x{size[1]}."
+                        f"resizes.{name} must be from {CELL}x{CELL} pixels to the camera's {size[0]}x{size[1]}, got "
+                        f"{small[0]}x{small[1]}."
                     )
                 size = small  # noqa: PLW2901 # crops lie in what is left
             if crop.top < 0 or crop.left < 0 or crop.top + crop.height > size[0] or crop.left + crop.width > size[1]:
-                raise ConfigError(f"crops.{name}: {crop} does not lie inside the image of {size[0]}x{size[1]} pixels.")
+                raise ConfigError(f"crops.{name} must lie inside the image of {size[0]}x{size[1]} pixels, got {crop}.")
             if grid < 1 or crop.height % (CELL * grid) or crop.width % (CELL * grid):
-                raise ConfigError(f"crops.{name}: sides of {crop} must be multiples of {CELL * grid} pixels.")
+                raise ConfigError(f"crops.{name} must have sides of multiples of {CELL * grid} pixels, got {crop}.")
         if unknown := sorted(set(self.resizes) - set(self.spec.cameras)):
-            raise ConfigError(f"resizes: there is no camera {unknown[0]!r}; there are: {', '.join(self.spec.cameras)}.")
+            raise ConfigError(f"resizes must be of the cameras {', '.join(self.spec.cameras)}, got {unknown[0]!r}.")
         if self.state_clip is not None and not 0 < self.state_clip < math.inf:
-            raise ConfigError(f"state_clip: {self.state_clip} must be above zero and finite.")
+            raise ConfigError(f"state_clip must be above zero and finite, got {self.state_clip}.")
         for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "keypoints", "head_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.hidden_size % (2 * self.num_heads):
-            raise ConfigError(f"hidden_size: {self.hidden_size} is no multiple of 2 x num_heads ({self.num_heads}).")
+            raise ConfigError(
+                f"hidden_size must be a multiple of 2 x num_heads ({self.num_heads}), got {self.hidden_size}."
+            )
 
 
 class CameraEncoder(nn.Module):
-    """One camera's image to tokens: a grid that says what is where, and keypoints that say exactly where.
+    """The encoder of one camera's images: a grid tells what is where, and keypoints tell exactly where.
 
     Args:
-        crop: Input size.
-        grid: Grid tokens a side.
-        keypoints: Keypoints, whose coordinates make one more token (spatial soft-argmax, Levine et al. 2016).
+        crop: The crop, which decides the input's size.
+        grid: Number of tokens on each side of the grid.
+        keypoints: Number of keypoints, whose coordinates make one more token (spatial soft-argmax, Levine et al. 2016).
         hidden_size: Width of a token.
     """
 
@@ -154,7 +159,7 @@ class CameraEncoder(nn.Module):
             images: (batch, 3, height, width) in [-0.5, 0.5].
 
         Returns:
-            (batch, grid * grid + 1, hidden).
+            Tokens, (batch, grid * grid + 1, hidden).
         """
         features = self.stem(images)
         patches = self.patches(self.trunk(features)).flatten(2).transpose(1, 2)
@@ -165,11 +170,11 @@ class CameraEncoder(nn.Module):
 
 
 class MiniVLA(BackbonePolicy, nn.Module):
-    """The policy; see the module. Implements `ExportablePolicy`.
+    """The policy that this module describes, as an `ExportablePolicy`.
 
     Args:
-        config: Its shape.
-        tokenizer: For instructions.
+        config: The policy's configuration.
+        tokenizer: The tokenizer of instructions.
 
     Raises:
         ConfigError: The tokenizer has another vocabulary than the configuration.
@@ -182,7 +187,9 @@ class MiniVLA(BackbonePolicy, nn.Module):
     def __init__(self, config: MiniVLAConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         if tokenizer.get_vocab_size() != config.vocab_size:
-            raise ConfigError(f"vocab_size: {config.vocab_size}, the tokenizer has {tokenizer.get_vocab_size()}.")
+            raise ConfigError(
+                f"vocab_size must be the tokenizer's {tokenizer.get_vocab_size()}, got {config.vocab_size}."
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.tokenizer.enable_padding(length=config.text_tokens)
@@ -219,7 +226,7 @@ class MiniVLA(BackbonePolicy, nn.Module):
         self._token_ids: dict[str, list[int]] = {}
 
     def encode(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[dict[str, Tensor]]:
-        """Everything before the decoder; see `SkippablePolicy.encode`."""
+        """Compute everything before the decoder; see `SkippablePolicy.encode`."""
         for observation in observations:
             self.spec.check_observation(observation)
         device = self.read_out.device
@@ -230,9 +237,9 @@ class MiniVLA(BackbonePolicy, nn.Module):
         return [{EMBEDS: row} for row in embeds]
 
     def collate(self, items: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], None]:
-        """Items as one batch of the decoder's arguments; see `SkippablePolicy.collate`."""
+        """Combine items into one batch of the decoder's arguments; see `SkippablePolicy.collate`."""
         embeds = torch.stack([item[EMBEDS] for item in items])
-        inputs = {  # all but the first are what the backbone would find out by itself, in a tenth of a millisecond
+        inputs = {  # the backbone would compute all but the first itself, in a tenth of a millisecond
             EMBEDS: embeds,
             "position_ids": self._positions.expand(len(embeds), -1),
             "attention_mask": self._mask.expand(len(embeds), -1),
@@ -240,7 +247,7 @@ class MiniVLA(BackbonePolicy, nn.Module):
         return inputs, None
 
     def inputs(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
-        """What the decoder reads; see `ExportablePolicy.inputs`. The read-out token is the last."""
+        """Compute the decoder's arguments; see `ExportablePolicy.inputs`. The read-out token is the last."""
         dtype = self.read_out.dtype
         text = self.backbone.embed_tokens(token_ids)
         deviations = (state - self._state_mean.to(state.device)) / self._state_std.to(state.device)
@@ -255,25 +262,25 @@ class MiniVLA(BackbonePolicy, nn.Module):
         return {EMBEDS: torch.cat([text, proprio, *views, read_out], dim=1)}
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """The backbone's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
+        """Map the backbone's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
         actions: Tensor = self.head(hidden[:, -1])
         return actions.view(len(actions), self.config.spec.chunk_length, -1)
 
     @property
     def spec(self) -> PolicySpec:
-        """What the policy expects of a world, and how it answers."""
+        """Return what the policy expects of an embodiment, and what it predicts."""
         return self.config.spec
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the actions: configuration, tokenizer and weights."""
+        """Return the SHA-256 of everything that decides the actions: configuration, tokenizer and weights."""
         return self._digest(canonical(self.config))
 
     @property
     def former_fingerprint(self) -> str:
-        """What version 0.1 called the fingerprint, by which its heads know their policy: of the configuration's repr.
+        """Return version 0.1's fingerprint, of the configuration's repr, by which its heads name their policy.
 
-        The fields that came last are not part of that repr, and were added where they are used.
+        The fields that came last are not part of that repr, and are added where they are used.
         """
         config = self.config
         is_new = config.resizes or config.state_clip is not None
@@ -286,12 +293,12 @@ class MiniVLA(BackbonePolicy, nn.Module):
 
     @property
     def resizes(self) -> Mapping[str, tuple[int, int]]:
-        """Camera name to the size that its images are resized to; see `ExportablePolicy`."""
+        """Return the size that a camera's images are resized to; see `ExportablePolicy`."""
         return self.config.resizes
 
     @property
     def crops(self) -> dict[str, Place]:
-        """Camera name to the part that is looked at; see `ExportablePolicy`."""
+        """Return the part of a camera's resized image that is used; see `ExportablePolicy`."""
         return {name: (c.top, c.left, c.height, c.width) for name, c in self.config.crops.items()}
 
     def _images(self, name: str, observations: Sequence[Observation]) -> Tensor:
@@ -300,7 +307,7 @@ class MiniVLA(BackbonePolicy, nn.Module):
         return torch.from_numpy(np.stack(views))
 
     def token_ids(self, instruction: str) -> list[int]:
-        """An instruction's token ids, `config.text_tokens` of them."""
+        """Return an instruction's token ids, `config.text_tokens` of them."""
         if instruction not in self._token_ids:
             if len(self._token_ids) > 1000:
                 self._token_ids.clear()
@@ -320,7 +327,7 @@ class MiniVLA(BackbonePolicy, nn.Module):
         """Load a checkpoint from a shipped name, a folder or a Hugging Face hub id.
 
         Raises:
-            CheckpointError: It is missing, damaged, foreign or edited.
+            CheckpointError: The checkpoint is missing, damaged, foreign or edited.
         """
         folder = find_checkpoint(name)
         checkpoint = load_checkpoint(folder, POLICY_TYPE, MiniVLAConfig)
@@ -331,15 +338,19 @@ class MiniVLA(BackbonePolicy, nn.Module):
         expected = policy.state_dict()
         for tensor, value in expected.items():
             if tensor not in checkpoint.tensors:
-                raise CheckpointError(f"{folder}/model.safetensors: there is no tensor {tensor!r}.")
+                raise CheckpointError(
+                    f"{folder}/model.safetensors must have a tensor {tensor!r}; get the checkpoint again."
+                )
             if checkpoint.tensors[tensor].shape != value.shape:
                 raise CheckpointError(
-                    f"{folder}/model.safetensors: {tensor} is {tuple(checkpoint.tensors[tensor].shape)}, "
-                    f"config.json asks for {tuple(value.shape)}."
+                    f"{folder}/model.safetensors: {tensor} must be {tuple(value.shape)} as in config.json, got "
+                    f"{tuple(checkpoint.tensors[tensor].shape)}."
                 )
         unknown = sorted(set(checkpoint.tensors) - set(expected))
         if unknown:
-            raise CheckpointError(f"{folder}/model.safetensors: unknown tensor {unknown[0]!r}.")
+            raise CheckpointError(
+                f"{folder}/model.safetensors has an unknown tensor {unknown[0]!r}; get the checkpoint again."
+            )
         policy.load_state_dict({tensor: value.float() for tensor, value in checkpoint.tensors.items()})
         policy.provenance = checkpoint.provenance
         policy.cameras.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # images come so; faster
@@ -347,7 +358,7 @@ class MiniVLA(BackbonePolicy, nn.Module):
 
 
 def _module_name(camera: str) -> str:
-    """Torch allows no dots in the names of modules."""
+    """Return a module's name for a camera: torch allows no dots in it."""
     return camera.replace(".", "_")
 
 

@@ -1,7 +1,7 @@
-"""A policy for the mock suite without any model: it sees the mark in the picture and walks towards it.
+"""A policy for the mock suite without any model: it finds the mark in the image and moves towards it.
 
-For tests of everything around a policy. It remembers nothing, and stops short in one of some initial states, so that
-its success is neither 0 nor 1.
+It serves tests of everything around a policy. It remembers nothing, and fails from some initial states, so that its
+success rate is neither 0 nor 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dysl_vla.types import (
 GAIN = 6.0
 CHUNK = 4
 BLIND_ABOVE = 0.7
-"""The policy does not see marks above this height, and so fails there."""
+"""Height above which the policy does not see marks, and so fails."""
 
 
 class MockPolicy:
@@ -48,11 +48,11 @@ class MockPolicy:
     fingerprint = "mock"
 
     def reset(self) -> EpisodeState:
-        """The state of an episode that begins."""
+        """Return the state of an episode that begins."""
         return EpisodeState()
 
     def infer(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[ActionChunk]:
-        """See `Policy.infer`."""
+        """Predict a chunk for each episode of a batch; see `Policy.infer`."""
         chunks = []
         for observation in observations:
             started = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Convolutions for inference on a CPU, which keep their weights in oneDNN's layout between calls.
+"""Convolutions for inference on a CPU that keep their weights in oneDNN's layout between calls.
 
 PyTorch reorders a convolution's weights at every call, which for one small image costs as much as the convolution. The
 operators that avoid it are private to PyTorch; where they are missing, or differ from what is known here, the plain
-convolution computes the same. Nothing here knows a policy.
+convolution computes the same. This module knows no policy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Geometry = tuple[Any, Any, Any, int]
 class PackedConv2d(nn.Conv2d):
     """A convolution that keeps its weights, for inference on a CPU, as oneDNN wants them for the size of its input.
 
-    It packs float32 weights in inference mode alone; everywhere else it is an `nn.Conv2d`.
+    It packs only float32 weights, in inference mode; everywhere else it is an `nn.Conv2d`.
     """
 
     _packed: tuple[object, Tensor] | None = None
@@ -30,7 +30,7 @@ class PackedConv2d(nn.Conv2d):
 
         Args:
             images: (batch, channels, height, width).
-            is_rectified: Negative results become 0, in the same pass over memory where weights are packed.
+            is_rectified: Whether negative results become 0, in the same pass over memory where weights are packed.
 
         Returns:
             (batch, channels, height, width).
@@ -47,20 +47,22 @@ class PackedConv2d(nn.Conv2d):
         return _convolve(images, self._packed[1], self.bias, geometry, is_rectified)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}  # it cannot be copied
+        return {
+            name: value for name, value in self.__dict__.items() if name != "_packed"
+        }  # a packed tensor cannot be copied
 
 
 class RectifiedConvolutions(nn.Sequential):
     """Convolutions with a ReLU behind each, computed in the same pass over memory where that is possible.
 
-    The `nn.ReLU` modules stand for what is computed, and keep the weights' names; they are never called.
+    The `nn.ReLU` modules show what is computed, and keep the weights' names; they are never called.
     """
 
     def __init__(self, *convolutions: PackedConv2d) -> None:
         super().__init__(*(module for convolution in convolutions for module in (convolution, nn.ReLU())))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(batch, channels, height, width) to the same."""
+        """Map images, (batch, channels, height, width), to features of the same layout."""
         for convolution in list(self)[::2]:
             images = convolution(images, is_rectified=True)
         return images
@@ -68,7 +70,7 @@ class RectifiedConvolutions(nn.Sequential):
 
 @lru_cache(maxsize=1)
 def can_pack() -> bool:
-    """Whether PyTorch's private operators exist and agree with the plain convolution; tried once in a process."""
+    """Tell whether PyTorch's private operators exist and agree with the plain convolution; tried once in a process."""
     images, weight, bias = (
         torch.linspace(-1, 1, count).reshape(shape)
         for count, shape in ((2 * 3 * 36, (2, 3, 6, 6)), (4 * 3 * 9, (4, 3, 3, 3)), (4, (4,)))

@@ -22,7 +22,7 @@ def worker_policy(
 
     Args:
         name: See `load_policy`.
-        fingerprint: The fingerprint of the policy that the run began with, or its beginning.
+        fingerprint: The fingerprint, or its first characters, of the policy that the run began with.
         skip: See `load_policy`.
         ablation: See `load_policy`.
         compute: See `load_policy`.

@@ -1,7 +1,7 @@
 """Dynamic-static layer skipping (DySL-VLA, arXiv 2602.22896), alone: for any decoder that holds its layers in a list.
 
-Knows no environment, no policy and no file. `guidance` is NumPy alone, so that training, evaluation and a robot without
-torch run the same one.
+It knows no environment, no policy and no file. `guidance` needs only NumPy, so that training, evaluation and a robot
+without torch run the same one.
 """
 
 from __future__ import annotations

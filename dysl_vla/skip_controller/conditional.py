@@ -1,7 +1,7 @@
 """A skipping decoder as data flow: what `skipping` does with control flow, in operations that an exporter can trace.
 
 Each layer becomes a condition (`torch.cond`), so that one graph answers for every pattern of skips, and a layer that is
-skipped is not computed. For a batch of one, and one forward a control step.
+skipped is not computed. It is for a batch of one, and one forward in each control step.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class ConditionalDecoder(nn.Module):
     Args:
         decoder: A Hugging Face decoder, not attached, whose layers answer a tensor.
         plan: Which layers may be skipped.
-        heads: Of the plan.
-        decode: The decoder's output, (1, tokens, hidden), to what the graph shall answer.
+        heads: The plan's adapters and controllers.
+        decode: Maps the decoder's output, (1, tokens, hidden), to what the graph returns.
 
     Attributes:
-        exits: Layers at which a block may be left, in the order of the answers about them.
+        exits: Layers at which a block may be left, in the order of the outputs about them.
 
     Raises:
-        ConfigError: The decoder has no list of layers of the plan's depth, or is attached, or nothing can be skipped.
+        ConfigError: The decoder has no list of layers of the plan's depth or is attached, or nothing can be skipped.
     """
 
     def __init__(self, decoder: nn.Module, plan: SkipPlan, heads: SkipHeads, decode: nn.Module) -> None:
@@ -43,7 +43,7 @@ class ConditionalDecoder(nn.Module):
         self.decoder, self.heads, self.decode = decoder, heads, decode
         layers = find_layers(decoder, plan.num_layers)
         if MARK in layers.__dict__:
-            raise ConfigError("decoder: is attached; detach it first.")
+            raise ConfigError("decoder must not be attached yet; detach it first.")
         self._layers = list(layers)
         self._block_of = {
             layer: (number, layer - block.first)
@@ -52,7 +52,7 @@ class ConditionalDecoder(nn.Module):
         }
         self.exits = [layer for block in plan.blocks for layer in plan.exits_of(block)]
         if not self.exits:
-            raise ConfigError(f"plan: {plan} leaves layer 0 alone to skip, and the first layer always runs.")
+            raise ConfigError(f"plan must have an exit after layer 0, which always runs, got {plan}.")
         takes_cache = "use_cache" in inspect.signature(decoder.forward).parameters
         self._without_cache = {"use_cache": False} if takes_cache else {}
         self._running: list[Callable[..., Any]] = []
@@ -60,18 +60,18 @@ class ConditionalDecoder(nn.Module):
     def forward(
         self, inputs: Mapping[str, Tensor], allow_points: Tensor, threshold: Tensor, resume_from: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """One pass.
+        """Run one pass.
 
         Args:
-            inputs: Of the decoder; `inputs_embeds`, (1, tokens, hidden), is among them. To resume: what was answered as
-                the first skip's hidden state.
-            allow_points: (blocks,), dynamic layers of each block that must run before it may be left.
+            inputs: The decoder's arguments; `inputs_embeds`, (1, tokens, hidden), is among them. To resume, it is the
+                hidden state at the first skip, which the pass before returned.
+            allow_points: (blocks,), the number of dynamic layers of each block that must run before it may be left.
             threshold: Log-odds of a controller above which a block is left.
-            resume_from: The first layer to run, and from it all; 0: the whole decoder, with skips.
+            resume_from: The first layer to run; all behind it run, too. 0 runs the whole decoder, with skips.
 
         Returns:
-            `decode`'s answer; for each exit whether its controller was asked, its log-odds, and whether the block was
-            left there, (exits,); what the first layer that a block was left at got, (1, tokens, hidden).
+            The output of `decode`; for each exit whether its controller was asked, its log-odds, and whether the block
+            was left there, (exits,); the input of the first layer that a block was left at, (1, tokens, hidden).
         """
         run, decided = self._runner(inputs, allow_points, threshold, resume_from)
         self._running.append(run)
@@ -84,7 +84,7 @@ class ConditionalDecoder(nn.Module):
     def _runner(
         self, inputs: Mapping[str, Tensor], allow_points: Tensor, threshold: Tensor, resume_from: Tensor
     ) -> tuple[Callable[..., Any], Callable[[], tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]]]:
-        """What runs the layers of one pass, and what tells afterwards how it was decided.
+        """Return a function that runs the layers of one pass, and one that returns afterwards what was decided.
 
         What changes from layer to layer is kept in variables of this call, which every exporter can trace.
         """
@@ -92,8 +92,8 @@ class ConditionalDecoder(nn.Module):
         asked: list[Tensor] = []
         logits: list[Tensor] = []
         lefts: list[Tensor] = []
-        has_left = torch.zeros_like(skips)  # a block, anywhere
-        is_passed: Tensor | None = None  # the running block was left
+        has_left = torch.zeros_like(skips)  # whether any block was left
+        is_passed: Tensor | None = None  # whether the running block was left
         first = torch.zeros_like(inputs[EMBEDS])
         mask = inputs.get("attention_mask")
 
@@ -120,7 +120,7 @@ class ConditionalDecoder(nn.Module):
             return landed
 
         def run(index: int, original: Callable[..., Any], hidden: Tensor, *arguments: Any, **named: Any) -> Any:
-            """A layer: run, unless its block was left, or a pass that resumes begins later."""
+            """Run a layer, unless its block was left, or a pass that resumes begins later."""
             nonlocal is_passed
             if index not in self._block_of:
                 is_passed = None
@@ -133,9 +133,9 @@ class ConditionalDecoder(nn.Module):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Have the decoder's layers run as conditions in the body. Outside of it, `forward` must not be called.
+        """Run the decoder's layers as conditions in the body. Outside of it, `forward` must not be called.
 
-        It is not done in `forward`, because exporters before torch 2.12 cannot trace it.
+        This is not done in `forward`, because exporters before torch 2.12 cannot trace it.
         """
 
         def conditional(index: int, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,18 +15,18 @@ from dysl_vla.errors import ConfigError
 BATCH_FIRST = ("attention_mask", "causal_mask", "position_ids", "position_embeddings", "encoder_hidden_states")
 """Arguments of a layer whose first dimension is the batch, or 1."""
 NOT_BATCHED = ("cache_position", "position_bias")
-"""Arguments whose first dimension is something else."""
+"""Arguments of a layer whose first dimension is something else."""
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 MARK = "_skipper"
-"""Attribute of a list of layers that is attached."""
+"""Attribute that marks a list of layers as attached."""
 
 
 class WrappedLayers:
     """Layers whose `forward` is replaced, until `restore`.
 
     Args:
-        layers: They stay where they are in their model.
-        run: Called in place of layer i's forward, as `run(i, *args, **kwargs)`.
+        layers: The layers, which stay where they are in their model.
+        run: What is called in place of layer i's forward, as `run(i, *args, **kwargs)`.
 
     Attributes:
         originals: Each layer's own forward.
@@ -36,7 +36,7 @@ class WrappedLayers:
         self.layers = layers
         self.originals: list[Callable[..., Any]] = [layer.forward for layer in layers]
         self._names = [list(inspect.signature(original).parameters) for original in self.originals]
-        self._output_type: type | None = None  # the container in which a layer answers; None: no container
+        self._output_type: type | None = None  # the container that a layer returns; None: no container
         for index, layer in enumerate(layers):
             layer.forward = partial(run, index)  # no closure: it survives a deep copy
 
@@ -49,25 +49,25 @@ class WrappedLayers:
                 layer.forward = original
 
     def hidden_name(self, index: int) -> str:
-        """The name of a layer's first argument, the hidden states."""
+        """Return the name of a layer's first argument, the hidden states."""
         return self._names[index][0]
 
     def hidden(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """The hidden states that a layer is called with, (batch, tokens, hidden)."""
+        """Return the hidden states that a layer is called with, (batch, tokens, hidden)."""
         found: Tensor = args[0] if args else kwargs[self._names[index][0]]
         return found
 
     def arguments(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """All arguments that a layer is called with, by name."""
+        """Return all arguments that a layer is called with, by name."""
         return dict(zip(self._names[index], args, strict=False)) | dict(kwargs)
 
     def run(self, index: int, arguments: dict[str, Any], rows: Sequence[int] | None = None) -> Any:
-        """A layer's own output.
+        """Run a layer's own forward.
 
         Args:
-            index: Which layer.
-            arguments: By name.
-            rows: Rows of the batch that run; the others keep their hidden states. None: all.
+            index: Index of the layer.
+            arguments: All its arguments, by name.
+            rows: Rows of the batch that run; the others keep their hidden states. None: all rows run.
         """
         original = self.originals[index]
         output = original(**arguments) if rows is None else run_rows(original, self._names[index][0], arguments, rows)
@@ -76,31 +76,33 @@ class WrappedLayers:
         return output
 
     def wrap_output(self, hidden: Tensor) -> Any:
-        """Hidden states in the container in which these layers answer."""
+        """Put hidden states into the container that these layers return."""
         return hidden if self._output_type is None else self._output_type((hidden, None))
 
 
 def find_layers(decoder: nn.Module, depth: int) -> nn.ModuleList:
-    """The decoder's list of layers: the outermost `ModuleList` of that depth, or the decoder if it is such a list.
+    """Return the decoder's list of layers: the outermost `ModuleList` of that depth, or the decoder if it is one.
 
     Raises:
-        ConfigError: There is none, or more than one.
+        ConfigError: There is no list of that depth, or more than one.
     """
     outermost = _outermost_lists(decoder)
     fitting = [module for module in outermost if len(module) == depth]
     if not fitting:
         depths = sorted(len(module) for module in outermost)
-        raise ConfigError(f"num_layers: the plan has {depth}, the decoder's lists of layers have {depths}.")
+        raise ConfigError(
+            f"num_layers must be a depth of the decoder's lists of layers, {depths}; the plan has {depth}."
+        )
     if len(fitting) > 1:
-        raise ConfigError(f"decoder: it has {len(fitting)} lists of {depth} layers; pass the language model alone.")
+        raise ConfigError(f"decoder must have one list of {depth} layers, got {len(fitting)}; pass its language model.")
     return fitting[0]
 
 
 def find_all_layers(decoder: nn.Module) -> nn.ModuleList:
-    """The decoder's only, or longest, list of layers.
+    """Return the decoder's only, or longest, list of layers.
 
     Raises:
-        ConfigError: There is none, or two are equally long.
+        ConfigError: There is no list of layers, or two are equally long.
     """
     return find_layers(decoder, max(map(len, _outermost_lists(decoder))))
 
@@ -113,28 +115,30 @@ def _outermost_lists(decoder: nn.Module) -> list[nn.ModuleList]:
         module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists if other)
     ]
     if not outermost:
-        raise ConfigError(f"decoder: {type(decoder).__name__} has no list of layers (torch.nn.ModuleList).")
+        raise ConfigError(
+            f"decoder must have a torch.nn.ModuleList of layers; {type(decoder).__name__} has no list of layers."
+        )
     return outermost
 
 
 def padding(mask: Tensor | None) -> Tensor | None:
-    """A mask, (batch, tokens), that hides something, or None: pooling without one is faster."""
+    """Return a mask, (batch, tokens), if it hides something, else None: pooling without one is faster."""
     return None if mask is None or mask.all() else mask
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """The cache of keys and values among a layer's arguments; None without one."""
+    """Return the cache of keys and values among a layer's arguments; None without one."""
     return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 
 def run_rows(original: Callable[..., Any], name: str, arguments: Mapping[str, Any], rows: Sequence[int]) -> Any:
-    """A layer on some rows of a batch; the others keep their hidden states.
+    """Run a layer on some rows of a batch; the others keep their hidden states.
 
     Args:
         original: The layer's own forward.
         name: The name of its first argument, the hidden states.
-        arguments: All its arguments.
-        rows: Those that run.
+        arguments: All its arguments, by name.
+        rows: The rows that run.
     """
     hidden: Tensor = arguments[name]
     others = {key: value for key, value in arguments.items() if key != name}
@@ -143,7 +147,7 @@ def run_rows(original: Callable[..., Any], name: str, arguments: Mapping[str, An
         few = {key: _rows(key, v, chosen, len(hidden)) if key in BATCH_FIRST else v for key, v in others.items()}
         output = original(**{name: hidden[chosen]}, **few)
         first = output[0] if isinstance(output, (tuple, list)) else output
-    else:  # which dimension of an unknown argument is the batch, nobody knows: run all rows, keep those that asked
+    else:  # an unknown argument may have its batch in any dimension: run all rows, keep the chosen ones
         output = original(**arguments)
         first = (output[0] if isinstance(output, (tuple, list)) else output)[chosen]
     kept = hidden.index_copy(0, chosen, first.to(hidden.dtype))

@@ -1,17 +1,17 @@
 """How important is the coming action? Continuity of the executed trajectory decides how much may be skipped.
 
-NumPy alone: the same code guides training's replay, evaluation and the torch-free robot runtime. Everything that is
-remembered of an episode is one `GuidanceState`, which the caller owns.
+It needs only NumPy: the same code guides training's replay, evaluation and the torch-free robot runtime. Everything
+that is remembered of an episode is one `GuidanceState`, which the caller owns.
 
-Section 3 of DySL-VLA (arXiv 2602.22896), with three changes. Its release ("one layer back when continuity rises by
-more than eta") leaves a steady trajectory without skipping for ever once continuity has fallen: here every inference at
-which continuity does not fall gives one layer back. Its continuity runs over one action an inference: here over all
-that were executed. And it knows the past alone: here the window may end in the actions that the last chunk plans
-(`SkipGuidance.lookahead`), so that a grasp is protected before it begins.
+This is section 3 of DySL-VLA (arXiv 2602.22896), with three changes. Its release ("one layer back when continuity rises
+by more than eta") leaves a steady trajectory without skipping for ever once continuity has fallen: here every inference
+at which continuity does not fall gives one layer back. Its continuity is computed over one action of each inference:
+here over all that were executed. And it knows only the past: here the window may end in the actions that the last chunk
+plans (`SkipGuidance.lookahead`), so that a grasp is protected before it begins.
 
 How smooth a trajectory is, is an interchangeable part: any function of a window of actions can be registered in
-`signals`, and everything below calls its value continuity. `dysl distill` takes the gripper's movement where there is a
-gripper, the paper's continuity of the whole trajectory elsewhere.
+`importance_measures`, and everything below calls its value continuity. `dysl distill` takes the gripper's movement
+where there is a gripper, and the paper's continuity of the whole trajectory elsewhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dysl_vla.errors import ActionError, ConfigError
 from dysl_vla.registry import Registry
 
 ImportanceMeasure = Callable[[NDArray[np.float32] | NDArray[np.float64]], float | None]
-"""Normalised successive actions, (time, action), to a number that falls where they get important; None: too few."""
+"""Maps normalised successive actions, (time, action), to a number that falls where they get important, or None."""
 importance_measures: Registry[ImportanceMeasure] = Registry("importance measure", "dysl_vla.importance")
 """Importance measures by name."""
 
@@ -38,7 +38,7 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What counts as a fall of continuity. Quantiles of what happens on demonstrations, never set by hand.
+    """What counts as a fall of continuity: quantiles of what happens on demonstrations, never set by hand.
 
     Attributes:
         eta: Change of continuity, between two inferences, that moves the allow points by one layer.
@@ -51,7 +51,7 @@ class Thresholds:
     def __post_init__(self) -> None:
         for name in ("eta", "eta_verify"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be above zero and finite.")
+                raise ConfigError(f"{name} must be above zero and finite, got {getattr(self, name)}.")
 
 
 @dataclass
@@ -64,8 +64,8 @@ class GuidanceState:
         planned: Actions of the last chunk that were not executed yet, normalised, (actions, action).
         continuity: C at the last inference; None before two actions are known.
         change: C minus that of the inference before; None before there are two.
-        previous_drop: The last inference's actions made continuity fall: its successors need no verification.
-        drop: This inference's do.
+        previous_drop: Whether the last inference's actions made continuity fall; then this one needs no verification.
+        drop: Whether this inference's actions do.
     """
 
     allow_points: NDArray[np.int64]
@@ -85,11 +85,12 @@ class SkipGuidance:
         action_dim: Dimensions of an action.
         thresholds: What counts as a fall.
         lookahead: Planned actions at which the window of continuity ends; 0: it ends with the last executed one.
-        signal: The importance signal's name.
-        grippers: Which dimensions of an action are grippers': all that the signal "gripper" sees; empty: the last.
+        importance: The importance measure's name.
+        grippers: The dimensions of an action that are grippers', which are all that the measure "gripper" gets; when
+            empty, it gets the last dimension.
 
     Raises:
-        ConfigError: A negative length or lookahead, no dimension, or an unknown signal.
+        ConfigError: A length or the lookahead is negative, there is no dimension, or the importance measure is unknown.
     """
 
     def __init__(
@@ -103,11 +104,11 @@ class SkipGuidance:
         grippers: Sequence[int] = (),
     ) -> None:
         if action_dim < 1:
-            raise ConfigError(f"action_dim: {action_dim} must be at least 1.")
+            raise ConfigError(f"action_dim must be at least 1, got {action_dim}.")
         if any(length < 0 for length in block_lengths):
-            raise ConfigError(f"block_lengths: {list(block_lengths)} must not be negative.")
+            raise ConfigError(f"block_lengths must not be negative, got {list(block_lengths)}.")
         if lookahead < 0:
-            raise ConfigError(f"lookahead: {lookahead} must not be negative.")
+            raise ConfigError(f"lookahead must not be negative, got {lookahead}.")
         self._lengths = np.asarray(block_lengths, np.int64)
         self._longest = max(block_lengths, default=0)
         self._action_dim = action_dim
@@ -117,20 +118,20 @@ class SkipGuidance:
         self._columns = list(grippers or [action_dim - 1]) if importance == "gripper" else None
 
     def reset(self) -> GuidanceState:
-        """An episode that begins: at rest, so that skipping is allowed until continuity falls."""
+        """Return the state of an episode that begins at rest, so that skipping is allowed until continuity falls."""
         nothing = np.empty((0, self._action_dim))
         return GuidanceState(np.zeros_like(self._lengths), nothing, nothing)
 
     def observe(self, state: GuidanceState, executed: NDArray[np.float32] | NDArray[np.float64]) -> None:
-        """Before an inference: take in what has been executed, and move the allow points.
+        """Take in what has been executed, and move the allow points; called before an inference.
 
         Args:
-            state: The episode's; changed in place.
+            state: The episode's state, which is changed in place.
             executed: (steps, action), normalised, oldest first: the episode's latest, at least WINDOW + 1 of them where
                 there are as many.
 
         Raises:
-            ActionError: Another dimension, NaN or infinity; the state is unchanged.
+            ActionError: The dimension differs, or a value is NaN or infinite; the state is unchanged.
         """
         self._check(executed)
         state.previous_drop, state.drop = state.drop, False
@@ -148,19 +149,19 @@ class SkipGuidance:
     def update_and_check(
         self, state: GuidanceState, predicted: NDArray[np.float32] | NDArray[np.float64], execute_steps: int
     ) -> bool:
-        """After every inference: if it skipped, must its actions be predicted again without skipping?
+        """Remember predicted actions, and tell whether they must be predicted again if the inference skipped.
 
-        Yes when they make continuity fall and the last inference's did not: that is the first important action, which
-        the allow points, which were moved before, could not know of. The fall that is remembered is that of the actions
-        that are executed: call this with the new ones after predicting again.
+        They must when they make continuity fall and the last inference's did not: that is the first important action,
+        which the allow points, which were moved before, could not know of. The fall that is remembered is that of the
+        actions that are executed: call this with the new ones after predicting again.
 
         Args:
-            state: The episode's; remembers the fall and the plan until the next `observe`.
+            state: The episode's state, which remembers the fall and the plan until the next `observe`.
             predicted: (chunk, action), normalised.
             execute_steps: How many of them are to be executed.
 
         Raises:
-            ActionError: Another dimension, NaN or infinity; the state is unchanged.
+            ActionError: The dimension differs, or a value is NaN or infinite; the state is unchanged.
         """
         self._check(predicted)
         state.planned = np.asarray(predicted[execute_steps:], np.float64)
@@ -171,7 +172,10 @@ class SkipGuidance:
     def predicted_drop(
         self, state: GuidanceState, predicted: NDArray[np.float32] | NDArray[np.float64], execute_steps: int
     ) -> float | None:
-        """By how much predicted actions make continuity fall; None before it is known. Arguments as of `verify`."""
+        """Return by how much predicted actions make continuity fall; None before it is known.
+
+        The arguments are those of `update_and_check`.
+        """
         seen = max(self._lookahead, execute_steps)
         after = self._importance(np.concatenate([state.recent, predicted[:seen]]))
         return None if after is None or state.continuity is None else state.continuity - after
@@ -180,22 +184,22 @@ class SkipGuidance:
         return self._importance(np.concatenate([recent, planned[: self._lookahead]]))
 
     def _importance(self, actions: NDArray[np.float64]) -> float | None:
-        """The signal of the window at the end of some actions."""
+        """Return the importance measure of the window at the end of some actions."""
         window = actions[-WINDOW - 1 :]
         return self._importance_of(window if self._columns is None else window[:, self._columns])
 
     def _check(self, actions: NDArray[np.float32] | NDArray[np.float64]) -> None:
         if actions.ndim != 2 or actions.shape[1] != self._action_dim:
             raise ActionError(
-                f"action: the guide was built for {self._action_dim} dimensions, got an array of shape {actions.shape}."
+                f"action must have the {self._action_dim} dimensions of the guidance, got shape {actions.shape}."
             )
         if not np.isfinite(actions).all():
-            raise ActionError(f"action: has a value that is not finite: {actions.tolist()}.")
+            raise ActionError(f"action must be finite, got a value that is not finite: {actions.tolist()}.")
 
 
 @importance_measures.register("continuity")
 def continuity(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | None:
-    """Minus the mean distance between successive actions: higher is smoother, and less important.
+    """Return minus the mean distance between successive actions: higher is smoother, and less important.
 
     Args:
         actions: (time, action), normalised so that no dimension dominates.
@@ -211,13 +215,13 @@ def continuity(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | No
 
 @importance_measures.register("gripper")
 def gripper(actions: NDArray[np.float32] | NDArray[np.float64]) -> float | None:
-    """Minus the mean change of the grippers, summed over them.
+    """Return minus the mean change of the grippers, summed over them.
 
     Args:
-        actions: (time, grippers): `SkipGuidance` hands on no other dimension.
+        actions: (time, grippers), as `SkipGuidance` hands on no other dimension.
 
     Returns:
-        It; None when there are not two actions yet.
+        The value; None when there are not two actions yet.
     """
     if len(actions) < 2:
         return None

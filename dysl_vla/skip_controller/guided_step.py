@@ -1,8 +1,8 @@
 """One guided inference: observe what was executed, run with skips, check what came out, verify where it is surprising.
 
-NumPy alone. What runs the layers is a `Backend`: PyTorch (`torch_backend`) in training and evaluation, ONNX Runtime
-(`deploy.runtime`) on a robot. A batch is a list of episodes, each with a state of its own; a row's actions do not
-depend on its neighbours.
+It needs only NumPy. What runs the layers is a `Backend`: PyTorch (`torch_backend`) in training and evaluation, ONNX
+Runtime (`deploy.runtime`) on a robot. A batch is a list of episodes, each with a state of its own; a row's actions do
+not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from dysl_vla.types import (
 
 clock = time.perf_counter
 VERIFY_TIME_DECAY = 0.95
-"""Factor, for each verification that was asked for, by which the largest time that one took is forgotten."""
+"""Factor by which the largest time of a verification is forgotten, at each one that is asked for."""
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a backend answers about one pass over a batch.
+    """The result of one pass over a batch.
 
     Attributes:
         actions: (batch, chunk, action), normalised.
         targets: For each row, the layers that skips jumped to: {layer skipped at: target}.
         outputs: For each row, the controllers' outputs by layer.
-        layers_run: (batch, layers).
+        layers_run: Which layers ran, (batch, layers).
         llm_s: Seconds of the decoder, adapters and controllers included.
         decode_s: Seconds from the decoder's output to actions.
         controllers_s: Seconds of `llm_s` in controllers.
@@ -60,13 +60,13 @@ class PassResult:
 
     @property
     def first_skip(self) -> int | None:
-        """The first layer at which any row skipped; None when none did."""
+        """Return the first layer at which any row skipped; None when none did."""
         return min((layer for row in self.targets for layer in row), default=None)
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """The full model's answer to a batch that had skipped.
+    """The full model's actions for a batch that had skipped.
 
     Attributes:
         actions: (batch, chunk, action), normalised.
@@ -83,53 +83,54 @@ class Backend(Protocol):
     """What runs a policy's layers."""
 
     def run(self, inputs: Any, allow_points: NDArray[np.int64]) -> PassResult:
-        """One pass that may skip.
+        """Run one pass that may skip.
 
         Args:
-            inputs: The policy's, of a batch.
-            allow_points: (batch, blocks), dynamic layers of each block that must run before skipping is allowed.
+            inputs: The policy's inputs for a batch.
+            allow_points: (batch, blocks), the number of dynamic layers of each block that must run before skipping is
+                allowed.
         """
 
     def resume(self, inputs: Any, passed: PassResult) -> Resumed:
-        """The full model's actions for the same inputs, going on from the first layer at which any row skipped."""
+        """Compute the full model's actions for the same inputs, from the first layer at which any row skipped."""
 
     def remember(self, inputs: Any, states: Mapping[int, EpisodeState]) -> None:
         """Let the policy keep what the next inference needs, of rows whose actions are final.
 
         Args:
-            inputs: As they were run last.
-            states: Row to the state of its episode.
+            inputs: The inputs as they were run last.
+            states: Maps a row to the state of its episode.
         """
 
 
 class VerificationBudget:
-    """Is there time to verify? A verification is expected to take as long as the slowest one lately."""
+    """Decides whether there is time to verify, which is expected to take as long as the slowest verification lately."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
 
     def affords(self, state: EpisodeState) -> bool:
-        """Whether a verification can still end in time."""
+        """Tell whether a verification can still end in time."""
         return state.has_time(self._seconds)
 
     def took(self, seconds: float) -> None:
-        """One was run."""
+        """Record that a verification was run, and how long it took."""
         self._seconds = max(seconds, VERIFY_TIME_DECAY * self._seconds)
 
     def was_refused(self) -> None:
-        """None of those that were asked for was run: one that was slow by chance must not forbid all that follow."""
+        """Record that no verification could be run: one that was slow by chance must not forbid all that follow."""
         self._seconds *= VERIFY_TIME_DECAY
 
 
 class GuidedStep:
-    """Guided inference of one policy; holds no episode.
+    """Guided inference of one policy; it holds no episode.
 
     Args:
-        spec: The policy's.
-        guidance: Moves the allow points.
-        block_lengths: Dynamic layers of each block.
-        ablation: Which parts of the method are on.
-        budget: Of the time for verification; None: a new one.
+        spec: The policy's specification.
+        guidance: What moves the allow points.
+        block_lengths: Number of dynamic layers of each block.
+        ablation: The parts of the method that are on; None: all.
+        budget: Budget of the time for verification; None: a new one.
     """
 
     def __init__(
@@ -158,14 +159,14 @@ class GuidedStep:
         """Predict a chunk for each episode of a batch.
 
         Args:
-            backend: Runs the layers.
-            inputs: What it takes.
-            states: One an episode, whose `guidance` is of `SkipGuidance.reset`.
+            backend: What runs the layers.
+            inputs: The inputs that the backend takes.
+            states: The episodes' states, whose `guidance` comes from `SkipGuidance.reset`.
             encode_s: Seconds that making the inputs took, for the record.
-            allow_points: (batch, blocks), in place of the guidance's.
+            allow_points: (batch, blocks), used in place of the guidance's.
 
         Raises:
-            TypeError: A state is another policy's.
+            TypeError: A state was made by another policy.
         """
         started = clock()
         # Take in what was executed, and move the allow points.
@@ -199,7 +200,7 @@ class GuidedStep:
     def _verify(
         self, full: Resumed, passed: PassResult, memories: Sequence[GuidanceState], verified: Sequence[bool]
     ) -> Resumed:
-        """What is executed of every row: the full model's actions where they were verified."""
+        """Return what is executed of every row: the full model's actions where they were verified."""
         self._budget.took(full.llm_s)
         actions = np.where(np.array(verified)[:, None, None], full.actions, passed.actions)
         for memory, row, is_verified in zip(memories, actions, verified, strict=True):
@@ -208,13 +209,13 @@ class GuidedStep:
         return replace(full, actions=actions)
 
     def _check(self, memory: GuidanceState, actions: FloatArray) -> bool:
-        """Whether predicted actions are surprising; guidance remembers them."""
+        """Tell whether predicted actions are surprising; guidance remembers them."""
         return self._guidance.update_and_check(memory, actions, self._spec.execute_steps)
 
     def _observe(self, state: EpisodeState) -> GuidanceState:
         memory = state.guidance
         if not isinstance(memory, GuidanceState):
-            raise TypeError("states: they must be made by this policy's reset().")
+            raise TypeError("states must be made by this policy's reset().")
         self._guidance.observe(
             memory, latest_executed(state, self._spec.action_normalisation, len(self._spec.action_names))
         )
@@ -222,7 +223,7 @@ class GuidedStep:
 
 
 def latest_executed(state: EpisodeState, normalisation: Normalisation, action_dim: int) -> FloatArray:
-    """The executed actions that guidance looks back on, normalised, (at most WINDOW + 1, action)."""
+    """Return the executed actions that guidance looks back on, normalised, (at most WINDOW + 1, action)."""
     actions = list(state.executed)[-WINDOW - 1 :]
     return normalisation.apply(np.array(actions, np.float32) if actions else np.empty((0, action_dim), np.float32))
 
@@ -234,7 +235,7 @@ def _traces(
     memories: Sequence[GuidanceState],
     verification: Iterable[tuple[bool, bool]],
 ) -> Iterator[SkipTrace]:
-    """What skipping did, for each row; `verification` says of each whether it was wanted, and whether it was done."""
+    """Yield what skipping did in each row; `verification` holds whether it was wanted, and whether it was done."""
     for row, (memory, (is_wanted, is_verified)) in enumerate(zip(memories, verification, strict=True)):
         yield SkipTrace(
             layers_run=passed.layers_run[row],

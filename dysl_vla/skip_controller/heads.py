@@ -21,6 +21,9 @@ class HeadsConfig:
         hidden_size: Width of the decoder.
         adapter_size: Width of an adapter's bottleneck.
         controller_size: Width of a controller's hidden layer.
+
+    Raises:
+        ConfigError: A size is below 1.
     """
 
     hidden_size: int
@@ -30,14 +33,14 @@ class HeadsConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "adapter_size", "controller_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 class Adapter(nn.Module):
     """Maps the input of a dynamic layer to the input of the static layer that a skip lands on.
 
-    Token by token: x + W_up silu(W_down x + b). W_up starts at zero: an untrained adapter is the identity. No norm and
-    no second bias: where a layer takes a quarter of a millisecond, each operation of an adapter counts.
+    It computes x + W_up silu(W_down x + b) for each token. W_up starts at zero, so that an untrained adapter is the
+    identity. It has no norm and no second bias: where a layer takes a quarter of a millisecond, each operation counts.
     """
 
     def __init__(self, config: HeadsConfig) -> None:
@@ -46,7 +49,7 @@ class Adapter(nn.Module):
         self.up = nn.Parameter(torch.zeros(config.adapter_size, config.hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(batch, tokens, hidden) to the same."""
+        """Map hidden states, (batch, tokens, hidden), to ones of the same shape."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         return torch.addmm(flat, functional.silu(self.down(flat)), self.up).view_as(hidden)
 
@@ -60,14 +63,14 @@ class Controller(nn.Module):
         self.out = nn.Linear(config.controller_size, 1)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Log-odds of skipping.
+        """Compute the log-odds of skipping.
 
         Args:
             hidden: (batch, tokens, hidden).
             mask: (batch, tokens), 1 for tokens and 0 for padding; None: no padding.
 
         Returns:
-            (batch,); their sigmoid is the probability.
+            (batch,) log-odds, whose sigmoid is the probability.
         """
         inside = functional.silu(self.hidden(_pool(hidden, mask)))
         answer: Tensor = self.out(inside)
@@ -78,8 +81,8 @@ class SkipHeads(nn.Module):
     """One adapter and one controller for each layer at which a plan lets a block be left.
 
     Args:
-        plan: Names the dynamic layers.
-        config: Sizes.
+        plan: The plan, which names the dynamic layers.
+        config: Sizes of adapters and controllers.
     """
 
     def __init__(self, plan: SkipPlan, config: HeadsConfig) -> None:
@@ -92,7 +95,7 @@ class SkipHeads(nn.Module):
 
 
 def _pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """The last token and the mean of all, (batch, 2 hidden)."""
+    """Return the last token and the mean of all, (batch, 2 hidden)."""
     if mask is None and torch.compiler.is_compiling():  # a traced tensor cannot be kept
         return torch.cat([hidden[:, -1], hidden.mean(dim=1)], dim=1)
     if mask is None:
@@ -107,7 +110,7 @@ def _pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _shares(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each token counts, (2, tokens), without padding: one product is faster than a slice, a mean and a `cat`."""
+    """Return each token's weight without padding, (2, tokens): a product is faster than a slice, a mean and a `cat`."""
     with torch.inference_mode(False):
         shares = torch.full((2, tokens), 1 / tokens, dtype=dtype, device=device)
         shares[0] = 0
@@ -116,7 +119,10 @@ def _shares(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def default_adapter_size(hidden_size: int, weights: int, dynamic_layers: int) -> int:
-    """Bottleneck of an adapter: 1.5 % of a wide backbone's weights in all, at most 88 beside a narrow one."""
+    """Return the width of an adapter's bottleneck: at most 88 beside a narrow backbone.
+
+    Beside a wide one, all adapters together have 1.5 % of its weights.
+    """
     if hidden_size <= 1024:
         return min(hidden_size, 88)
     return max(8, min(128, int(0.015 * weights / dynamic_layers / (2 * hidden_size + 1)) // 8 * 8))

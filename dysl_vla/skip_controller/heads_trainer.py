@@ -1,19 +1,19 @@
 """Training of adapters and controllers against the frozen decoder that they belong to (DySL-VLA, section 3.4).
 
-Stage 1, adapters alone: each learns to predict what its target gets in the full model, all from one forward of it.
-Stage 2, adapters and controllers: each block is left at one of its exits, and what counts is the action that comes out.
-The paper draws the exit for each block, with probability ~ 1/rank; then all blocks are hardly ever left at their first
-layer together, which is what every unimportant action does. So most steps draw one rank for all blocks, and the others
-as the paper does. Two objectives for stage 2:
+Stage 1 trains adapters alone: each learns to predict its target's input in the full model, all from one forward of it.
+Stage 2 trains adapters and controllers: each block is left at one of its exits, and what counts is the action that
+comes out. The paper draws the exit for each block, with probability ~ 1/rank; then all blocks are hardly ever left at
+their first layer together, which is what every unimportant action does. So most steps draw one rank for all blocks, and
+the others draw as the paper does. Stage 2 has two objectives:
 `tolerance` (default): the forward really skips, which costs the layers that run. Adapters get the loss of the action;
 a controller learns the probability that leaving at its layer, into a target, keeps the executed actions within a
 tolerance of the full model's; the tolerance is a running quantile of the errors themselves.
 `mixture`, the paper's: targets get c adapter(x) + (1 - c) layers(x), with lambda (1 - c) (s - i) for what still runs.
-The full model's action is the target, so that the action's loss is about e c, with e the error of the skip, and the sum
-is least at c = 1 where e < lambda (s - i), at 0 elsewhere: the same question, asked with a fixed tolerance a layer and
-at the price of the full model.
+The full model's action is the label, so that the action's loss is about e c, with e the error of the skip, and the sum
+is least at c = 1 where e < lambda (s - i), at 0 elsewhere: the same question, asked with a fixed tolerance for each
+layer and at the price of the full model.
 
-Every step is a function of (seed, step). Knows no policy, no file and no environment.
+Every step is a function of (seed, step). This module knows no policy, no file and no environment.
 """
 
 from __future__ import annotations
@@ -32,73 +32,80 @@ from dysl_vla.skip_controller.skipping import Skipper
 from dysl_vla.skip_controller.torch_backend import Act, Forward
 
 Batch = tuple[Any, Tensor | None]
-"""A policy's inputs, and which tokens of its first forward are no padding, (batch, tokens); None: all."""
+"""A policy's inputs, and which tokens of its first forward are not padding, (batch, tokens); None: all."""
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How adapters and controllers are trained."""
+    """How adapters and controllers are trained.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
 
     adapter_steps: int = 500
-    """Steps of stage 1, adapters alone; 0: one-stage training."""
+    """Steps of stage 1, which trains adapters alone; 0 for one-stage training."""
     skip_steps: int = 50_000
-    """Steps of stage 2, adapters and controllers."""
+    """Steps of stage 2, which trains adapters and controllers."""
     objective: Literal["tolerance", "mixture"] = "tolerance"
-    """Of stage 2: skip really and learn what stays within a tolerance, or mix and weigh (the paper's)."""
+    """Objective of stage 2: skip really and learn what stays within a tolerance, or mix and weigh (the paper's)."""
     batch: int = 32
-    """Frames a step."""
+    """Frames in each step."""
     learning_rate: float = 5e-3
     """Peak of each stage's cosine schedule."""
     warmup: int = 100
-    """Steps of linear warm-up, of each stage."""
+    """Steps of linear warm-up in each stage."""
     hidden_weight: float = 0.05
-    """Weight of the targets' relative error in stage 2."""
+    """Weight, in stage 2, of the relative error of the targets' inputs."""
     executed_weight: float = 0.9
     """Share of the action's loss that counts the executed actions alone; the rest counts the whole chunk."""
     joint_exit_prob: float = 0.6
-    """Share of stage 2's steps that leave all blocks alike, as an unimportant action does."""
+    """Share of stage 2's steps that leave all blocks at exits of one rank, as an unimportant action does."""
     keep_block_prob: float = 0.5
-    """Share of blocks that run whole in stage 2's other steps, so that others are also seen beside exact layers."""
+    """Share of blocks that run whole in stage 2's other steps, so that skips are also trained beside exact layers."""
     quantile: float = 0.7
-    """Objective `tolerance`: share of skips whose error counts as harmless."""
+    """With objective `tolerance`, the share of skips whose error counts as harmless."""
     layer_weight: float = 0.004
-    """Objective `mixture`: lambda, the price of a layer."""
+    """With objective `mixture`, lambda, the price of a layer."""
     seed: int = 0
-    """Decides batches and exits."""
-    threads: int = 0
-    """Threads of PyTorch; 0: one a core."""
+    """Seed of batches and exits."""
+    threads: int | None = None
+    """Threads of PyTorch; one for each core when not given."""
 
     def __post_init__(self) -> None:
-        for name in ("adapter_steps", "skip_steps", "warmup", "hidden_weight", "layer_weight", "seed", "threads"):
+        for name in ("adapter_steps", "skip_steps", "warmup", "hidden_weight", "layer_weight", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}: {getattr(self, name)} must not be negative.")
-        if self.batch < 1 or self.skip_steps < 1:
-            raise ConfigError(f"batch, skip_steps: {self.batch}, {self.skip_steps} must be at least 1.")
+                raise ConfigError(f"{name} must be finite and not negative, got {getattr(self, name)}.")
+        for name in ("batch", "skip_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {self.threads}; leave it out for one for each core.")
         if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate: {self.learning_rate} must be above zero and finite.")
+            raise ConfigError(f"learning_rate must be above zero and finite, got {self.learning_rate}.")
         if self.objective not in ("tolerance", "mixture"):
-            raise ConfigError(f"objective: {self.objective!r} is neither 'tolerance' nor 'mixture'.")
-        if not 0 <= self.keep_block_prob < 1 or not 0 < self.quantile < 1:
-            raise ConfigError(
-                f"keep_block_prob, quantile: {self.keep_block_prob}, {self.quantile} must be shares below 1."
-            )
+            raise ConfigError(f"objective must be tolerance or mixture, got {self.objective!r}.")
+        if not 0 <= self.keep_block_prob < 1:
+            raise ConfigError(f"keep_block_prob must be from 0 to below 1, got {self.keep_block_prob}.")
+        if not 0 < self.quantile < 1:
+            raise ConfigError(f"quantile must be above 0 and below 1, got {self.quantile}.")
         for name in ("joint_exit_prob", "executed_weight"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be a share.")
+                raise ConfigError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")
 
     @property
     def steps(self) -> int:
-        """Of both stages."""
+        """Return the steps of both stages together."""
         return self.adapter_steps + self.skip_steps
 
 
 @dataclass(frozen=True)
 class FullModelAnswer:
-    """What the full model makes of a batch.
+    """The full model's answer to a batch.
 
     Attributes:
         actions: (batch, chunk, action), normalised.
-        targets: What each block's target gets in the first forward, (batch, tokens, hidden).
+        targets: The input of each block's target in the first forward, (batch, tokens, hidden).
     """
 
     actions: Tensor
@@ -110,21 +117,26 @@ class HeadsTrainer:
 
     Args:
         skipper: The decoder, attached with heads; its own weights must be frozen.
-        act: The policy's: inputs to normalised actions, (batch, chunk, action), by any number of forwards.
-        execute_steps: Actions of a chunk that are executed.
-        config: How.
+        act: The policy's `act`: maps inputs to normalised actions, (batch, chunk, action), by any number of forwards.
+        execute_steps: Number of actions of a chunk that are executed.
+        config: The training's configuration.
 
     Attributes:
-        step: Steps done.
+        step: Number of steps done.
         tolerance: The running quantile of errors.
+        parameters: The heads' parameters by name.
+        optimizer: Their optimizer.
+
+    Raises:
+        ConfigError: The decoder was attached without heads, or nothing can be skipped.
     """
 
     def __init__(self, skipper: Skipper, act: Act, execute_steps: int, config: DistillConfig) -> None:
         if skipper.heads is None:
-            raise ConfigError("heads: the decoder was attached without; there is nothing to train.")
+            raise ConfigError("heads must be attached with the decoder; without them there is nothing to train.")
         self._exits = [skipper.plan.exits_of(block) for block in skipper.plan.blocks]
         if not any(self._exits):
-            raise ConfigError(f"plan: {skipper.plan} leaves layer 0 alone to skip, and the first layer always runs.")
+            raise ConfigError(f"plan must have an exit after layer 0, which always runs, got {skipper.plan}.")
         self._skipper, self._act = skipper, act
         self._mixed = mixed_precision(skipper.layers)
         self._heads: nn.Module = skipper.heads
@@ -139,31 +151,31 @@ class HeadsTrainer:
 
     @torch.no_grad()
     def answer(self, batch: Batch) -> FullModelAnswer:
-        """What the full model makes of a batch; the same for every step, so it can be kept."""
+        """Compute the full model's answer to a batch; it is the same for every step, so it can be kept."""
         with self._mixed, self._skipper.record() as forwards:
             actions = self._act(batch[0], Forward())
         first = _recorded(forwards)[0]
         return FullModelAnswer(actions, [first[block.target] for block in self._skipper.plan.blocks])
 
     def rng(self) -> np.random.Generator:
-        """Of the step that comes; draw the batch from it, then hand it to `update`."""
+        """Return the random generator of the coming step; draw the batch from it, then hand it to `update`."""
         return np.random.default_rng([self._config.seed, self.step])
 
     @property
     def is_first_stage(self) -> bool:
-        """The step that comes trains adapters alone."""
+        """Tell whether the coming step trains adapters alone."""
         return self.step < self._config.adapter_steps
 
     def update(self, batch: Batch, answer: FullModelAnswer | None, rng: np.random.Generator) -> dict[str, float]:
-        """One optimizer step.
+        """Do one optimizer step.
 
         Args:
-            batch: The policy's inputs, and which tokens of the first forward are no padding.
-            answer: The full model's to the batch, needed in stage 2.
-            rng: Of `rng`.
+            batch: The policy's inputs, and which tokens of the first forward are not padding.
+            answer: The full model's answer to the batch, which stage 2 needs.
+            rng: The generator that `rng` returned.
 
         Returns:
-            Figures by name.
+            Losses and other figures by name.
 
         Raises:
             ConfigError: The loss is not finite any more, or the policy's `act` has no gradient.
@@ -177,7 +189,7 @@ class HeadsTrainer:
                 assert answer is not None
                 loss, figures = self._skip_loss(batch, answer, rng)
         if not math.isfinite(loss.item()):
-            raise ConfigError(f"learning_rate: the loss is {loss.item()} at step {self.step}; start with a lower one.")
+            raise ConfigError(f"learning_rate must be lower: the loss is {loss.item()} at step {self.step}.")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
@@ -186,14 +198,14 @@ class HeadsTrainer:
         return figures
 
     def _rate(self) -> float:
-        """Cosine over each stage, with a warm-up."""
+        """Return the learning rate: a cosine over each stage, with a warm-up."""
         first, config = self.is_first_stage, self._config
         done = self.step if first else self.step - config.adapter_steps
         total = config.adapter_steps if first else config.skip_steps
         return cosine_with_warmup(config.learning_rate, done, total, config.warmup)
 
     def _adapter_loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Each adapter's error, over all forwards of the full model."""
+        """Compute each adapter's error, over all forwards of the full model."""
         inputs, mask = batch
         with torch.no_grad(), self._skipper.record() as forwards:
             self._act(inputs, Forward())
@@ -217,15 +229,15 @@ class HeadsTrainer:
         is_mixture = config.objective == "mixture"
         places = self._sample_exits(rng)
         inputs, mask = batch
-        # Act, every block left at its exit.
+        # Act, with every block left at its exit.
         with self._skipper.force_exits(places, is_mixture=is_mixture, mask=mask) as forced:
             actions = self._act(inputs, Forward(forced, needs_gradient=True))
         if not actions.requires_grad:
             raise ConfigError(
-                "act: its actions have no gradient, so heads cannot learn from them; where `forward.needs_gradient` is "
-                "set, answer with what is differentiable (an expectation over bins in place of an argmax)."
+                "act must return actions with a gradient, which heads learn from; where `forward.needs_gradient` is "
+                "set, return what is differentiable (an expectation over bins in place of an argmax)."
             )
-        # The adapters' loss: how far actions, and the hidden states that the targets got, are from the full model's.
+        # The adapters' loss: how far the actions, and the inputs of the targets, are from the full model's.
         chosen = list(forced.outputs)
         distance = (actions - answer.actions).abs().mean(dim=2)
         error = distance[:, : self._execute].mean(dim=1)
@@ -251,7 +263,7 @@ class HeadsTrainer:
         }
 
     def _sample_exits(self, rng: np.random.Generator) -> list[int | None]:
-        """Where each block is left; one at least is."""
+        """Draw where each block is left; at least one is."""
         choices = self._exits
         if rng.random() < self._config.joint_exit_prob:
             rank = _sample_rank(rng, max(map(len, choices)))
@@ -268,26 +280,26 @@ class HeadsTrainer:
 
 
 def _recorded(forwards: list[list[Tensor]]) -> list[list[Tensor]]:
-    """What `Skipper.record` kept, if it kept anything."""
+    """Return what `Skipper.record` kept, and refuse a policy that ran no layer."""
     if not forwards:
-        raise ConfigError("act: it ran no layer of the policy's `layers`; name the decoder's own list of layers.")
+        raise ConfigError("act must run the policy's `layers`, and ran none; name the decoder's own list of layers.")
     return forwards
 
 
 def mixed_precision(decoder: nn.Module) -> torch.autocast:
-    """The context in which heads, which learn in float32, are attached to a decoder of fewer bits, and learn."""
+    """Return the context in which heads in float32 are attached to a decoder of fewer bits, and learn."""
     like = next(decoder.parameters())
     return torch.autocast(like.device.type, dtype=like.dtype, enabled=like.dtype != torch.float32)
 
 
 def relative_error(predicted: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens of the distance, relative to the wanted vectors' length; padding does not count."""
+    """Return the mean distance over tokens, relative to the wanted vectors' length; padding does not count."""
     distance = torch.linalg.vector_norm(predicted - wanted, dim=-1)
     errors: Tensor = distance / torch.linalg.vector_norm(wanted, dim=-1).clamp_min(1e-6)
     return errors.mean() if mask is None else (errors * mask).sum() / mask.sum()
 
 
 def _sample_rank(rng: np.random.Generator, count: int) -> int:
-    """A place among so many, with probability ~ 1/rank."""
+    """Draw a rank, from 0, among `count` of them, with a probability ~ 1/(rank + 1)."""
     shares = 1 / np.arange(1, count + 1)
     return int(rng.choice(count, p=shares / shares.sum()))

@@ -1,4 +1,4 @@
-"""Which layers are static? Those whose output differs most from their input (DySL-VLA, section 3.1)."""
+"""The choice of static layers: those whose output differs most from their input (DySL-VLA, section 3.1)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from dysl_vla.errors import ConfigError
 
 
 def similarities(layers: nn.ModuleList, run: Callable[[], object], mask: Tensor | None = None) -> NDArray[np.float64]:
-    """Mean cosine similarity of each layer's input and output.
+    """Compute the mean cosine similarity of each layer's input and output.
 
     Args:
-        layers: The decoder's.
-        run: Runs the decoder; where it does so several times, all of its forwards count alike.
-        mask: (batch, tokens) of the first forward, 1 for tokens and 0 for padding, which does not count; None: none.
+        layers: The decoder's layers.
+        run: What runs the decoder; where it does so several times, all of its forwards count alike.
+        mask: (batch, tokens) of the first forward, 1 for tokens and 0 for padding, which does not count; None: no
+            padding.
 
     Returns:
-        (layers,), in [-1, 1].
+        (layers,) similarities, in [-1, 1].
 
     Raises:
         ConfigError: A layer was not run.
@@ -49,40 +50,39 @@ def similarities(layers: nn.ModuleList, run: Callable[[], object], mask: Tensor 
             handle.remove()
     idle = [index for index, values in enumerate(means) if not values]
     if idle:
-        raise ConfigError(f"layers: layer {idle[0]} of the policy's `layers` was not run by its `act`.")
+        raise ConfigError(f"layers must all be run by the policy's `act`, which did not run layer {idle[0]}.")
     return np.array([sum(values) / len(values) for values in means])
 
 
-def choose_static_layers(similarity: NDArray[np.float64], ratio: float, longest_block: int = 0) -> tuple[int, ...]:
-    """The least similar layers, so that no block between them is too long.
+def choose_static_layers(
+    similarity: NDArray[np.float64], ratio: float, longest_block: int | None = None
+) -> tuple[int, ...]:
+    """Choose the least similar layers, so that no block between them is too long.
 
     The first layer and the last are always among them: what comes before the first or behind the last static layer has
     to run in any case.
 
     Args:
-        similarity: (layers,).
-        ratio: Share of layers that are static.
-        longest_block: Most dynamic layers between two static ones; 0: as few as so many static layers allow.
+        similarity: (layers,) similarities of input and output.
+        ratio: Share of layers that are static, above 0 and below 1.
+        longest_block: Largest number of dynamic layers between two static ones, at least 1; None: the smallest that so
+            many static layers allow.
 
     Returns:
-        Indices, rising.
+        Indices of the static layers, rising.
 
     Raises:
-        ConfigError: So few static layers make longer blocks, or none is left to skip.
+        ConfigError: So few static layers make longer blocks, or no layer is left to skip.
     """
     depth = len(similarity)
-    if not 0 < ratio < 1:
-        raise ConfigError(f"static_ratio: {ratio} must be above 0 and below 1.")
-    if longest_block < 0:
-        raise ConfigError(f"longest_block: {longest_block} must not be negative.")
     count = max(2, round(ratio * depth))
     if depth < 3 or count >= depth:
-        raise ConfigError(f"static_ratio: {ratio} of {depth} layers leaves none to skip.")
-    longest = longest_block or math.ceil((depth - count) / (count - 1))
+        raise ConfigError(f"static_ratio must leave layers to skip, got {ratio} of {depth} layers.")
+    longest = math.ceil((depth - count) / (count - 1)) if longest_block is None else longest_block
     if count + (count - 1) * longest < depth:
         least = math.ceil((depth + longest) / (longest + 1))
         raise ConfigError(
-            f"longest_block: {count} static layers of {depth} leave blocks longer than {longest}; "
+            f"longest_block must be larger, got {longest}: {count} static layers of {depth} leave longer blocks; "
             f"take a static_ratio of at least {least / depth:.2f}."
         )
     # best[m][j]: the least sum of similarities of m + 1 static layers, the first at 0 and the last at j.

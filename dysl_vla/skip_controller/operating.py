@@ -1,4 +1,7 @@
-"""How much to skip: one knob, turned into thresholds by what happened on demonstrations. NumPy alone."""
+"""How much to skip: one setting, turned into thresholds by what happened on demonstrations.
+
+It needs only NumPy.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from dysl_vla.skip_controller.guidance import Thresholds
 from dysl_vla.skip_controller.plan import SkipPlan
 
 VERIFIED = 0.002
-"""Share of inferences that are verified, unless everything is skipped: one that is costs more than the full model."""
+"""Share of inferences that are verified, unless everything is skipped: each of them costs more than the full model."""
 MIN_CHANGE, LARGEST = 0.005, 1e300
 """Changes of an importance measure, in deviations a step, below which it is noise, and above which none is."""
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What decides.
+    """The thresholds that belong to a setting.
 
     Attributes:
-        threshold: A controller's output above it skips.
-        thresholds: Of continuity.
+        threshold: Controllers skip where their output is above it.
+        thresholds: Thresholds of continuity.
     """
 
     threshold: float
@@ -36,9 +39,13 @@ class SkipStatistics:
     """What controllers and continuity said over held-out demonstrations: evenly spaced quantiles, from least to most.
 
     Attributes:
-        outputs: Of controllers, at the first dynamic layer of each block; later ones are held to the same threshold.
-        drops: Of continuity from one inference to the next, where it fell.
-        surprises: Of continuity by newly predicted actions; at or below zero where it did not fall.
+        outputs: Outputs of the controllers at the first dynamic layer of each block; later ones are held to the same
+            threshold.
+        drops: Falls of continuity from one inference to the next, where it fell.
+        surprises: Falls of continuity by newly predicted actions; at or below zero where it did not fall.
+
+    Raises:
+        ConfigError: The values of one are fewer than two, not finite, or fall.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -51,11 +58,16 @@ class SkipStatistics:
         for name in ("outputs", "drops", "surprises"):
             values = getattr(self, name)
             if len(values) < 2 or not np.isfinite(values).all() or (np.diff(values) < 0).any():
-                raise ConfigError(f"statistics.{name}: must be at least two finite values that do not fall.")
+                raise ConfigError(
+                    f"statistics.{name} must be at least two finite values in rising order; distill the policy again."
+                )
 
     @classmethod
     def measured(cls, outputs: Sequence[float], drops: Sequence[float], surprises: Sequence[float]) -> SkipStatistics:
-        """From single values; where importance never dropped, or nothing surprised, any drop beyond noise counts."""
+        """Make statistics from single values.
+
+        Where importance never dropped, or nothing surprised, any drop beyond noise counts.
+        """
         shares = np.linspace(0, 1, 1001)
         tables = [
             tuple(map(float, np.quantile(np.asarray(values, np.float64), shares)))
@@ -64,17 +76,18 @@ class SkipStatistics:
         return cls(*tables)
 
     def point(self, skip: float) -> OperatingPoint:
-        """The thresholds of a setting of the knob.
+        """Return the thresholds of a setting.
 
         Args:
-            skip: Above 0, where nothing is skipped, to 1, where everything is that may be. In between: the share of
-                controllers' outputs that skip, and of falls of continuity that are too small to move an allow point.
+            skip: The setting, from above 0, where nothing is skipped, to 1, where everything is that may be. In between
+                it is the share of controllers' outputs that skip, and of falls of continuity that are too small to move
+                an allow point.
 
         Raises:
-            ConfigError: Out of range.
+            ConfigError: The setting is out of range.
         """
         if not 0 < skip <= 1:
-            raise ConfigError(f"skip: {skip} must be above 0, where nothing is skipped, and at most 1.")
+            raise ConfigError(f"skip must be above 0, where nothing is skipped, and at most 1, got {skip}.")
         everything = skip == 1
         return OperatingPoint(
             threshold=-1.0 if everything else _at(self.outputs, 1 - skip),
@@ -89,7 +102,7 @@ FORMER_NAMES = {"foresight": "lookahead", "signal": "importance", "falls": "drop
 
 
 def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of skipping from a file, under the names that they have now; version 0.1 called some otherwise."""
+    """Rename a file's settings of skipping to the names that they have now; version 0.1 had others for some."""
     return {
         FORMER_NAMES.get(name, name): with_present_names(value) if name == "statistics" else value
         for name, value in values.items()
@@ -102,12 +115,12 @@ def _at(quantiles: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Which parts of the method are on: each can be left out to see what it is worth.
+    """The parts of the method that are on: each can be left out to measure what it contributes.
 
     Attributes:
-        guidance: Allow points move; off: controllers are always asked, from each block's first layer on.
-        verification: Surprising actions are predicted again by the full model.
-        random: Blocks are left at random places, no controller is asked and nothing is protected.
+        guidance: Whether allow points move; without it, controllers are always asked, from each block's first layer on.
+        verification: Whether surprising actions are predicted again by the full model.
+        random: Whether blocks are left at random exits; then no controller is asked and nothing is protected.
     """
 
     guidance: bool = True
@@ -122,15 +135,15 @@ ABLATIONS = {
     "controllers": Ablation(guidance=False, verification=False),
     "random": Ablation(guidance=False, verification=False, random=True),
 }
-"""Names for the command line."""
+"""Ablations by their names on the command line."""
 
 
 class RandomExits:
-    """The comparator that knows nothing of the action: blocks are left at random, as often as a real setting does.
+    """The comparator that ignores the action: blocks are left at random, as often as at a real setting.
 
     Args:
-        plan: Names the exits.
-        mean_layers: To run an inference, on average.
+        plan: The plan, which names the exits.
+        mean_layers: Number of layers that an inference runs on average.
     """
 
     def __init__(self, plan: SkipPlan, mean_layers: float) -> None:
@@ -151,6 +164,6 @@ class RandomExits:
         self._probability = (low + high) / 2
 
     def draw(self, seed: int) -> list[int]:
-        """For each block how many of its layers run."""
+        """Draw how many layers of each block run."""
         rng = np.random.default_rng(seed)
         return [places[min(rng.geometric(self._probability), len(places)) - 1] for places in self._places]

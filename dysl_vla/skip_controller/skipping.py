@@ -1,8 +1,8 @@
-"""Skip layers of any Hugging Face decoder, in place: `attach` wraps each layer's forward, `detach` takes the wrap off.
+"""Skip layers of any Hugging Face decoder in place: `attach` wraps each layer's forward, `detach` unwraps it.
 
 The model's own forward still makes masks, rotary embeddings and caches. Outside `Skipper.step` a wrapped layer is the
 layer itself. Within, each row of the batch decides for itself: at an exit behind its allow point the layer's
-controller may jump to the block's static layer, over an adapter.
+controller may jump to the block's static layer, whose input then comes from an adapter.
 
     skipper = attach(model, plan, heads)
     with skipper.step(allow_points) as step:
@@ -10,15 +10,15 @@ controller may jump to the block's static layer, over an adapter.
     with skipper.verify(step):
         exact = model(inputs_embeds=...)         # the full model's output, from the first skip on
     with skipper.record() as inputs:
-        output = model(inputs_embeds=...)        # the full model; what each of its layers got
+        output = model(inputs_embeds=...)        # the full model, and the input of each of its layers
     with skipper.force_exits(exits) as forced:
         output = model(inputs_embeds=...)        # skips at the given exits, with gradients, to train the heads
 
 Followers are other decoders of the same depth, run after it in the same step (an action expert that reads the keys and
-values of each layer): they skip the layers that each row skipped, and decide nothing.
+values of each layer): in each row they skip the layers that the row skipped, and decide nothing.
 
-The first layer always runs: models count cached tokens there, and it shows what a layer returns. Choosing allow points
-is the work of `guidance`, optimising heads that of `heads_trainer`.
+The first layer always runs: models count cached tokens there, and it shows what a layer returns. `guidance` chooses
+allow points, and `heads_trainer` optimises heads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from dysl_vla.skip_controller.step import ForcedExits, Recording, Step, Verifica
 
 
 class Skipper:
-    """A decoder whose layers are wrapped; made by `attach`."""
+    """A decoder whose layers are wrapped, as made by `attach`."""
 
     def __init__(
         self,
@@ -93,19 +93,22 @@ class Skipper:
         cache that a layer reads was written.
 
         Args:
-            allow_points: (batch, blocks).
-            threshold: A controller's output above it skips.
-            mask: (batch, tokens) of the first forward.
-            force_skip: Skip at the allow points without asking controllers; a point at a block's end: not at all.
+            allow_points: (batch, blocks), the number of dynamic layers of each block that must run before skipping is
+                allowed.
+            threshold: Controllers skip where their output is above it.
+            mask: (batch, tokens) of the first forward, 1 for tokens and 0 for padding; None: no padding.
+            force_skip: Whether rows skip at their allow points without asking controllers; a block whose point is at
+                its end is not left.
 
         Raises:
-            ConfigError: Attached without heads, allow points of another number of blocks, within another step, or with
-                a cache that holds tokens of before the step.
+            ConfigError: The decoder was attached without heads, the allow points are of another number of blocks,
+                another step is running, or a cache holds tokens of before the step.
         """
         self._check_heads()
         if allow_points.ndim != 2 or allow_points.shape[1] != len(self.plan.blocks):
             raise ConfigError(
-                f"allow_points: shape {allow_points.shape} is not (batch, {len(self.plan.blocks)}), a value a block."
+                f"allow_points must have the shape (batch, {len(self.plan.blocks)}), a value for each block, got "
+                f"{allow_points.shape}."
             )
         step = Step(allow_points, threshold, padding(mask), force_skip)
         with self._running(step):
@@ -115,28 +118,29 @@ class Skipper:
     def verify(self, step: Step) -> Iterator[None]:
         """Let the first forward in the body, of the step's inputs, be the full model's, going on from the first skip.
 
-        Bit for bit the full model's result: what ran before the first skip of any row was exact, and is kept, the keys
-        and values of those layers included. Later forwards in the body, tokens of autoregressive decoding, run whole.
+        Its result is the full model's, bit for bit: what ran before the first skip of any row was exact, and is kept,
+        the keys and values of those layers included. Later forwards in the body, the tokens of autoregressive decoding,
+        run whole.
 
         Args:
-            step: After its body has ended. It can be verified once.
+            step: A step whose body has ended. It can be verified once.
 
         Raises:
-            ConfigError: Within a step, a step that has not run or was verified, a cache that holds tokens, or one that
-                the step did not have.
+            ConfigError: Another step is running, the step has not run or was verified, the cache holds tokens, or the
+                step had no cache.
         """
         if not step.is_decided or step.is_verified:
             self._check_idle()
-            raise ConfigError("verify: the step has not run, or was verified before.")
+            raise ConfigError("step must have run, and can be verified once: it has not run, or was verified before.")
         with self._running(Verification(step)):
             yield
 
     @contextmanager
     def record(self) -> Iterator[list[list[Tensor]]]:
-        """Let the forwards in the body, the full model's, also keep what each layer got.
+        """Let the forwards in the body, the full model's, also keep the input of each layer.
 
         Yields:
-            For each forward of the decoder, for each layer, (batch, tokens, hidden).
+            For each forward of the decoder, the input of each layer, (batch, tokens, hidden).
         """
         recording = Recording([])
         with self._running(recording):
@@ -148,25 +152,25 @@ class Skipper:
     ) -> Iterator[ForcedExits]:
         """Let the forwards in the body skip at given exits, with gradients for adapters and controllers.
 
-        A controller's own input is cut from the graph: it judges hidden states, and does not bend them.
+        A controller's input is detached from the graph: its loss must not change the hidden states that it judges.
 
         Args:
             exits: For each block the exit that all rows leave it at; None: it runs whole.
             is_mixture: See `ForcedExits`.
-            mask: (batch, tokens) of the first forward.
+            mask: (batch, tokens) of the first forward; None: no padding.
 
         Raises:
-            ConfigError: Attached without heads, or an exit that is not of its block.
+            ConfigError: The decoder was attached without heads, or an exit is not of its block.
         """
         self._check_heads()
         blocks = self.plan.blocks
         if len(exits) != len(blocks):
-            raise ConfigError(f"exits: {len(exits)}, the plan has {len(blocks)} blocks.")
+            raise ConfigError(f"exits must be one for each of the plan's {len(blocks)} blocks, got {len(exits)}.")
         layers_run = np.ones(len(self.layers), np.bool_)
         for place, block in zip(exits, blocks, strict=True):
             if place is not None and place not in self.plan.exits_of(block):
                 raise ConfigError(
-                    f"exits: {place} is not among {self.plan.exits_of(block)}, where {block} can be left."
+                    f"exits must be among {self.plan.exits_of(block)}, where {block} can be left, got {place}."
                 )
             if place is not None and not is_mixture:
                 layers_run[place : block.target] = False
@@ -185,14 +189,14 @@ class Skipper:
 
     def _check_idle(self) -> None:
         if self._mode is not None:
-            raise ConfigError("step: another one is running; end it first.")
+            raise ConfigError("step must be the only one, and another one is running; end it first.")
 
     def _check_heads(self) -> None:
         self._check_idle()
         if self.heads is None:
-            raise ConfigError("heads: the decoder was attached without; skipping needs adapters and controllers.")
+            raise ConfigError("heads must be attached with the decoder: skipping needs adapters and controllers.")
 
-    # What a wrapped layer does, in each mode.
+    # What a wrapped layer does in each mode.
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
         mode, decoder = self._mode, self._decoder
@@ -212,11 +216,11 @@ class Skipper:
         return decoder.originals[index](*args, **kwargs)
 
     def _run_follower(self, number: int, index: int, *args: Any, **kwargs: Any) -> Any:
-        """A follower's layer, for the rows whose decoder ran the layer of the same index."""
+        """Run a follower's layer for the rows whose decoder ran the layer of the same index."""
         mode, follower = self._mode, self._followers[number]
         if isinstance(mode, Step):
             if not mode.is_decided:
-                raise ConfigError("followers: one ran before the decoder that it follows had decided what to skip.")
+                raise ConfigError("followers must run after their decoder; one ran before it had decided what to skip.")
             active = np.flatnonzero(mode.layers_run[:, index]).tolist()
             is_whole = len(active) == len(mode.layers_run)
         elif isinstance(mode, ForcedExits):
@@ -230,7 +234,8 @@ class Skipper:
         hidden = follower.hidden(index, args, kwargs)
         if isinstance(mode, Step) and len(hidden) != len(mode.layers_run):
             raise ConfigError(
-                f"followers: one runs {len(hidden)} rows, the decoder that it follows ran {len(mode.layers_run)}."
+                f"followers must run the {len(mode.layers_run)} rows of the decoder that they follow, and one runs "
+                f"{len(hidden)}."
             )
         return follower.run(index, arguments, active) if active else follower.wrap_output(hidden)
 
@@ -249,9 +254,9 @@ class Skipper:
         return decoder.originals[index](**arguments)
 
     def _copy_cache(self, index: int, step: Step, cache: Any) -> None:
-        """What a layer before the first skip wrote is the full model's too; its prompt's part goes to the new cache."""
+        """Copy what a layer before the first skip wrote for the prompt, as the full model would, to a new cache."""
         if step.cache is None or (index == 0 and cache.get_seq_length() > 0):
-            raise ConfigError("past_key_values: begin with an empty cache, in the step and in its verification.")
+            raise ConfigError("past_key_values must be an empty cache when a step and its verification begin.")
         written = step.cache.layers[index]
         cache.update(written.keys[..., : step.tokens, :], written.values[..., : step.tokens, :], index)
 
@@ -266,7 +271,7 @@ class Skipper:
             place = forced.exits[block]
             if place == index:
                 assert self.heads is not None
-                forced.bridges[block] = self.heads.adapters[str(index)](hidden)
+                forced.adapted[block] = self.heads.adapters[str(index)](hidden)
                 if forced.is_first:
                     controller = self.heads.controllers[str(index)]
                     forced.outputs[block] = controller(hidden.detach(), forced.mask).sigmoid()
@@ -278,11 +283,11 @@ class Skipper:
         return output
 
     def _land(self, block: int, forced: ForcedExits, hidden: Tensor) -> Tensor:
-        """What the target of a block gets."""
+        """Return the input of a block's target."""
         if forced.exits[block] is not None:
-            bridge = forced.bridges[block]
+            adapted = forced.adapted[block]
             share = forced.outputs[block][:, None, None]
-            hidden = share * bridge + (1 - share) * hidden if forced.is_mixture else bridge
+            hidden = share * adapted + (1 - share) * hidden if forced.is_mixture else adapted
         if forced.is_first:
             forced.targets[block] = hidden
         return hidden
@@ -308,14 +313,16 @@ class Skipper:
     def _begin_pass(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> None:
         batch, tokens = hidden.shape[:2]
         if batch != len(step.allow_points):
-            raise ConfigError(f"allow_points: {len(step.allow_points)} rows, the batch has {batch}.")
+            raise ConfigError(
+                f"allow_points must fit the batch; it has {len(step.allow_points)} rows, the batch has {batch}."
+            )
         self._landed = [0] * batch
         self._jump_to = 0
         if step.is_decided:
             return
         cache = cache_of(arguments)
         if cache is not None and cache.get_seq_length() > 0:
-            raise ConfigError("past_key_values: holds tokens of before the step; begin a step with an empty cache.")
+            raise ConfigError("past_key_values must be an empty cache when a step begins, got one that holds tokens.")
         step.targets = [{} for _ in range(batch)]
         step.outputs = [{} for _ in range(batch)]
         step.layers_run = np.zeros((batch, len(self.layers)), np.bool_)
@@ -323,7 +330,7 @@ class Skipper:
         step.tokens, step.cache = tokens, cache
 
     def _maybe_skip(self, index: int, step: Step, hidden: Tensor) -> Tensor:
-        """The hidden states at an exit, those of the rows that leave their block there over the adapter."""
+        """Return the hidden states at an exit, with the adapter's output in the rows that leave their block there."""
         if step.is_decided:
             rows = [row for row, targets in enumerate(step.targets) if index in targets]
         else:
@@ -342,7 +349,7 @@ class Skipper:
         adapter = self.heads.adapters[str(index)].forward  # a call takes a tenth longer; hooks on heads do not run
         started = time.perf_counter()
         if len(rows) == hidden.shape[0]:
-            hidden = adapter(hidden).to(hidden.dtype)  # autocast's may be another
+            hidden = adapter(hidden).to(hidden.dtype)  # autocast may return another dtype
         else:
             chosen = torch.tensor(rows, device=hidden.device)
             hidden = hidden.index_copy(0, chosen, adapter(hidden[chosen]).to(hidden.dtype))
@@ -351,7 +358,7 @@ class Skipper:
         return hidden
 
     def _decide(self, index: int, step: Step, hidden: Tensor) -> list[int]:
-        """Rows that skip at a dynamic layer."""
+        """Return the rows that skip at a dynamic layer."""
         block, _, offset = self._block_of[index]
         allowed = [
             row
@@ -394,31 +401,32 @@ def attach(
         The handle; outputs and gradients are unchanged until its `step` is used.
 
     Raises:
-        ConfigError: No list of layers, a plan of another depth, heads of another plan or width, or already attached.
+        ConfigError: The decoder has no list of layers of the plan's depth, the heads are of another plan, width, dtype
+            or device, or it is attached already.
     """
     layers = find_layers(decoder, plan.num_layers)
     for number, one in enumerate((layers, *followers)):
         if MARK in one.__dict__:
-            raise ConfigError(f"{'followers' if number else 'decoder'}: is already attached; detach it first.")
+            raise ConfigError(f"{'followers' if number else 'decoder'} must not be already attached; detach it first.")
         if len(one) != plan.num_layers:
-            raise ConfigError(f"followers: one has {len(one)} layers, the plan {plan.num_layers}.")
+            raise ConfigError(f"followers must have the plan's {plan.num_layers} layers, and one has {len(one)}.")
     if heads is not None:
         if heads.plan != plan:
-            raise ConfigError(f"heads: were made for {heads.plan}, the plan is {plan}.")
+            raise ConfigError(f"heads must be made for the plan, {plan}; these were made for {heads.plan}.")
         _check_heads(heads, layers)
     return Skipper(layers, plan, heads, followers)
 
 
 def _check_heads(heads: SkipHeads, layers: nn.ModuleList) -> None:
-    """Width, kind of numbers and device must be the layers'; their norms have exactly the width."""
+    """Refuse heads whose width, dtype or device is not the layers'; the layers' norms have exactly the width."""
     mine, theirs = next(heads.parameters()), next(layers.parameters())
     widths = {p.shape[0] for name, p in layers[0].named_parameters() if p.ndim == 1 and "norm" in name}
     if widths and heads.config.hidden_size not in widths:
-        raise ConfigError(f"heads: were made for a width of {heads.config.hidden_size}, the decoder has {min(widths)}.")
+        raise ConfigError(f"heads must have the decoder's width of {min(widths)}, got {heads.config.hidden_size}.")
     is_cast = torch.is_autocast_enabled(theirs.device.type)
     for what, one, other in (("dtype", mine.dtype, theirs.dtype), ("device", mine.device, theirs.device)):
         if one != other and not (what == "dtype" and is_cast):
-            raise ConfigError(f"heads: are of {what} {one}, the decoder of {other}; move them with heads.to({other}).")
+            raise ConfigError(f"heads must be of the decoder's {what} {other}, got {one}; use heads.to({other}).")
 
 
 def detach(decoder: nn.Module) -> None:
@@ -432,4 +440,4 @@ def detach(decoder: nn.Module) -> None:
         if skipper is not None:
             skipper.detach()
             return
-    raise ConfigError("decoder: is not attached.")
+    raise ConfigError("decoder must be attached to be detached, and is not attached.")

@@ -1,4 +1,4 @@
-"""What an attached decoder is doing: one of four things at a time, or, outside of them, nothing but its own forward."""
+"""The four modes of an attached decoder, one at a time; outside of them, it runs its own forward."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ class Step:
     """One control step of a batch, while it runs and after.
 
     Attributes:
-        allow_points: (batch, blocks): dynamic layers of each block that must run before skipping is allowed.
-        threshold: A controller's output above it skips.
+        allow_points: (batch, blocks), the number of dynamic layers of each block that must run before skipping is
+            allowed.
+        threshold: Controllers skip where their output is above it.
         mask: (batch, tokens), 1 for tokens and 0 for padding; None: no padding.
-        force_skip: Rows skip at their allow points, and no controller is asked.
+        force_skip: Whether rows skip at their allow points without asking a controller.
         targets: For each row, the layer that each skip jumps to: {layer skipped at: target}.
         outputs: For each row, the controllers' outputs by layer.
-        layers_run: (batch, layers): which layers ran in the deciding pass.
+        layers_run: Which layers ran in the deciding pass, (batch, layers).
         first_skip: The first layer at which any row skipped; None when none did.
-        first_hidden: What that layer got, (batch, tokens, hidden): the full model's, exactly.
-        tokens: Tokens of the deciding pass.
-        controllers_s: Seconds in controllers, reading their answers included.
+        first_hidden: The input of that layer, (batch, tokens, hidden), which is exactly the full model's.
+        tokens: Number of tokens of the deciding pass.
+        controllers_s: Seconds in controllers, reading their outputs included.
         adapters_s: Seconds in adapters.
         cache: Keys and values of the step, where the model keeps them.
-        is_decided: The deciding pass has ended; later ones keep its decisions.
-        is_verified: The full model's output has been computed from it.
+        is_decided: Whether the deciding pass has ended; later ones keep its decisions.
+        is_verified: Whether the full model's output has been computed from it.
     """
 
     allow_points: NDArray[np.int64]
@@ -51,17 +52,18 @@ class Step:
 
 @dataclass
 class ForcedExits:
-    """Forwards for training: where they skip, and what came of it in the first of them.
+    """Forwards for training: where they skip, and what the first of them computed.
 
     Attributes:
         exits: For each block, the dynamic layer that it is left at; None: it runs whole.
-        is_mixture: Targets get c adapter(x) + (1 - c) layers(x) (DySL-VLA, section 3.4), not the adapter's alone.
+        is_mixture: Whether targets get c adapter(x) + (1 - c) layers(x) (DySL-VLA, section 3.4) instead of the
+            adapter's output alone.
         mask: (batch, tokens) of the first forward; None: no padding.
-        layers_run: (layers,): which layers run.
+        layers_run: Which layers run, (layers,).
         outputs: Block to the controller's output at its exit in the first forward, (batch,).
-        targets: Block to what its target got in the first forward, (batch, tokens, hidden).
-        bridges: Block to what the adapter made of the running forward's hidden states.
-        is_first: The first forward has not ended.
+        targets: Block to the input of its target in the first forward, (batch, tokens, hidden).
+        adapted: Block to the adapter's output in the running forward, (batch, tokens, hidden).
+        is_first: Whether the first forward has not ended yet.
     """
 
     exits: tuple[int | None, ...]
@@ -70,7 +72,7 @@ class ForcedExits:
     layers_run: NDArray[np.bool_]
     outputs: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, Tensor] = field(default_factory=dict)
-    bridges: dict[int, Tensor] = field(default_factory=dict)
+    adapted: dict[int, Tensor] = field(default_factory=dict)
     is_first: bool = True
 
 
@@ -79,7 +81,7 @@ class Verification:
     """A pass that goes on from a step's first skip, with all layers.
 
     Attributes:
-        step: What is verified.
+        step: The step that is verified.
     """
 
     step: Step
@@ -87,10 +89,10 @@ class Verification:
 
 @dataclass
 class Recording:
-    """Forwards of the full model, and what its layers got.
+    """Forwards of the full model, and the inputs of its layers.
 
     Attributes:
-        forwards: For each forward, for each layer, (batch, tokens, hidden).
+        forwards: For each forward, the input of each layer, (batch, tokens, hidden).
     """
 
     forwards: list[list[Tensor]]

@@ -1,4 +1,4 @@
-"""Guided inference with PyTorch: any policy whose layers are attached, run by its own `act`."""
+"""Guided inference with PyTorch of any policy whose layers are attached, run by its own `act`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ clock = time.perf_counter
 
 
 class Forward:
-    """What a policy's `act` may ask while it computes actions, and what it may say.
+    """What a policy's `act` may ask while it computes actions, and what it may report.
+
+    Args:
+        step: What the decoder does in the forwards; None: the full model runs.
+        needs_gradient: Whether the heads are being trained.
 
     Attributes:
-        needs_gradient: The heads are being trained: actions must be differentiable in what the decoder answers.
+        needs_gradient: Whether the heads are trained: then actions must be differentiable in the decoder's output.
     """
 
     def __init__(self, step: Step | ForcedExits | None = None, *, needs_gradient: bool = False) -> None:
@@ -32,9 +36,9 @@ class Forward:
         self.needs_gradient = needs_gradient
 
     def rows_that_ran(self, layer: int) -> NDArray[np.bool_] | None:
-        """Which rows of the batch ran a layer of the decoder in its first forward, (batch,); None: all of them did.
+        """Return which rows of the batch ran a layer of the decoder in its first forward, (batch,); None: all did.
 
-        A policy that reads keys and values of each layer itself needs it; those of a row that skipped were not written.
+        A policy that reads keys and values of each layer itself needs it; a row that skipped did not write any.
         """
         if self._step is None:
             return None
@@ -42,29 +46,29 @@ class Forward:
         return None if ran.all() else ran
 
     def decoder_is_done(self) -> None:
-        """The decoder has answered; what follows counts as decoding. Without this call, all time is the LLM's."""
+        """Report that the decoder has run: what follows is timed as decoding. Else all time counts as the LLM's."""
         self._decoded = clock()
 
     def times(self) -> tuple[float, float]:
-        """Seconds of the decoder, and of decoding, when actions have been computed."""
+        """Return the seconds of the decoder and those of decoding, when actions have been computed."""
         now = clock()
         decoded = now if self._decoded is None else self._decoded
         return decoded - self._started, now - decoded
 
 
 Act = Callable[[Any, Forward], Tensor]
-"""A policy's inputs to its normalised actions, (batch, chunk, action)."""
+"""Maps a policy's inputs to its normalised actions, (batch, chunk, action)."""
 
 
 class TorchBackend:
-    """An attached policy. Implements `guided_step.Backend`.
+    """An attached policy, as a `guided_step.Backend`.
 
     Args:
-        skipper: Of the policy's layers.
-        act: The policy's.
-        remember: The policy's.
-        threshold: A controller's output above it skips.
-        force_skip: Rows skip at their allow points, and no controller is asked.
+        skipper: The skipper of the policy's layers.
+        act: The policy's `act`.
+        remember: The policy's `remember`.
+        threshold: Controllers skip where their output is above it.
+        force_skip: Whether rows skip at their allow points without asking a controller.
     """
 
     def __init__(
@@ -80,11 +84,11 @@ class TorchBackend:
         self._threshold, self._force_skip = threshold, force_skip
 
     def run(self, inputs: tuple[Any, Tensor | None], allow_points: NDArray[np.int64]) -> PassResult:
-        """One pass that may skip; see `Backend`.
+        """Run one pass that may skip; see `Backend`.
 
         Args:
-            inputs: Of the policy's `collate`: inputs, and the padding of the first forward.
-            allow_points: (batch, blocks).
+            inputs: What the policy's `collate` returned: inputs, and the padding of the first forward.
+            allow_points: (batch, blocks), see `Backend`.
         """
         batch, mask = inputs
         with self._skipper.step(
@@ -106,7 +110,7 @@ class TorchBackend:
         )
 
     def resume(self, inputs: tuple[Any, Tensor | None], passed: PassResult) -> Resumed:
-        """The full model's actions; see `Backend`."""
+        """Compute the full model's actions; see `Backend`."""
         with self._skipper.verify(passed.handle):
             forward = Forward()
             actions = to_numpy(self._act(inputs[0], forward))
@@ -119,6 +123,6 @@ class TorchBackend:
 
 
 def to_numpy(values: Tensor) -> FloatArray:
-    """Values of any float type and device, as float32 on the CPU."""
+    """Convert values of any float type and device to float32 on the CPU."""
     array: FloatArray = values.detach().float().cpu().numpy()
     return array

@@ -2,7 +2,7 @@
 
 Every batch and every random shift is a function of (seed, step), and the state on disk holds weights, moving average
 and optimizer, so that a run that was killed goes on as if nothing had happened: same batches, same weights at the end.
-Not for reading datasets: the arrays come from `data`.
+This module reads no datasets: it gets arrays of demonstrations.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ STATE_FILE = "training_state.safetensors"
 CURVE_FILE = "training.jsonl"
 VALIDATION_FRAMES = 2048
 FLOOR = 0.02
-"""Share of the range of its kind (all joints, say) that a dimension's deviation counts as at least."""
+"""Smallest standard deviation of a dimension, as a share of the range of its kind (all joints, say)."""
 POSITION = ".pos"
 STATE_CLIP = 10.0
-"""Deviations beyond which a policy is not shown the state: it has not seen any of it."""
+"""Deviations from the demonstrated mean at which the state is clipped, as a policy has not been trained beyond."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainingArrays:
         episode_index: (frames,), rising.
         task_index: (frames,), into `instructions`.
         instructions: Distinct instructions.
-        held_out: (frames,): those that are for validation.
+        held_out: Which frames are for validation, (frames,).
     """
 
     images: Mapping[str, ImageArray]
@@ -72,48 +72,54 @@ class TrainingArrays:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How a MiniVLA is optimised."""
+    """How a MiniVLA is optimised.
+
+    Raises:
+        ConfigError: A value is out of range, or there is no compiler.
+    """
 
     steps: int = 10_000
     """Optimizer steps."""
     batch: int = 64
-    """Samples a step."""
+    """Samples in each step."""
     learning_rate: float = 6e-4
     """Peak of the cosine schedule."""
     warmup: int = 300
     """Steps of linear warm-up."""
     weight_decay: float = 0.01
-    """AdamW's."""
+    """Weight decay of AdamW."""
     ema: float = 0.999
     """Decay of the moving average of the weights, which is what is validated and saved."""
     seed: int = 0
-    """Decides initial weights, batches and augmentation."""
+    """Seed of initial weights, batches and augmentation."""
     save_every: int = 500
     """Steps between validations, each followed by saving checkpoint and training state."""
-    threads: int = 0
-    """Threads of PyTorch; 0: one a core."""
+    threads: int | None = None
+    """Threads of PyTorch; one for each core when not given."""
     device: str | None = None
-    """Where training runs, as PyTorch names it: cpu, cuda, cuda:1. The CPU when not given."""
+    """Device on which training runs, as PyTorch names it: cpu, cuda, cuda:1. It is the CPU when not given."""
     compile: bool = False
     """Compile the backbone, which takes a minute and makes a step shorter; on a CPU it needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "save_every"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
-        for name in ("warmup", "seed", "threads", "weight_decay"):
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("warmup", "seed", "weight_decay"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: {getattr(self, name)} must not be negative.")
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {self.threads}; leave it out for one for each core.")
         if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate: {self.learning_rate} must be above zero and finite.")
+            raise ConfigError(f"learning_rate must be above zero and finite, got {self.learning_rate}.")
         if not 0 <= self.ema < 1:
-            raise ConfigError(f"ema: {self.ema} must be from 0 to below 1.")
+            raise ConfigError(f"ema must be from 0 to below 1, got {self.ema}.")
         if self.compile and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-            raise ConfigError("compile: there is no C++ compiler; apt-get install g++, or train without --compile.")
+            raise ConfigError("compile must be left out without a C++ compiler; leave it out, or apt-get install g++.")
 
 
 def train_tokenizer(instructions: Sequence[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer that has the instructions' words whole and can still spell any other text."""
+    """Train a byte-level BPE tokenizer that has the instructions' words whole and can still spell any other text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -128,16 +134,16 @@ def train_tokenizer(instructions: Sequence[str]) -> Tokenizer:
 
 
 def normalisation(values: FloatArray, names: Sequence[str]) -> Normalisation:
-    """Mean and deviation a dimension.
+    """Compute the mean and standard deviation of each dimension.
 
-    A dimension that hardly moves (a parked joint) would make of a small displacement very many deviations, so a
-    deviation is at least `FLOOR` of the largest range among the dimensions of its kind: LeRobot's positions of motors
-    ("shoulder_pan.pos", "gripper.pos"), whose units are alike. Of all others, whose units are not known to be, it is at
-    least that share of their own range. One that never moves, among others that do not either, keeps its scale.
+    In a dimension that hardly moves (a parked joint) a small displacement would be very many deviations. So a deviation
+    is at least `FLOOR` of the largest range among the dimensions of its kind: LeRobot's positions of motors
+    ("shoulder_pan.pos", "gripper.pos"), whose units are alike. For all others, whose units may differ, it is at least
+    that share of their own range. A dimension of a kind that never moves keeps its scale.
 
     Args:
-        values: (frames, dimension).
-        names: One a dimension.
+        values: Demonstrated values, (frames, dimension).
+        names: A name for each dimension.
     """
     std = values.std(axis=0, dtype=np.float64)
     span = values.max(axis=0).astype(np.float64) - values.min(axis=0)
@@ -153,12 +159,19 @@ class BehaviourCloning:
     """Trains a policy; see the module.
 
     Args:
-        policy: With its initial weights.
+        policy: The policy, with its initial weights.
         arrays: Demonstrations.
-        optimizer: How.
+        optimizer: How the policy is optimised.
         out: Folder for the checkpoint, the training state and the curves. A state in it is continued.
         shortest_path: Layers that, run without the others, also learn the whole backbone's actions (inplace
-            distillation, Yu & Huang 2019, arXiv 1903.05134), so that skipping loses less; none: no such loss.
+            distillation, Yu & Huang 2019, arXiv 1903.05134), so that skipping loses less; when empty, there is no such
+            loss.
+
+    Attributes:
+        step: Number of steps done.
+
+    Raises:
+        ConfigError: The device cannot be used.
     """
 
     def __init__(
@@ -177,7 +190,7 @@ class BehaviourCloning:
         try:
             self._policy = policy.to(optimizer.device).train()
         except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"device: {optimizer.device!r} cannot be used here ({error}).") from error
+            raise ConfigError(f"device must be one of this machine's, got {optimizer.device!r} ({error}).") from error
         self._device = policy.read_out.device
         self._arrays = arrays
         self._config = optimizer
@@ -256,8 +269,8 @@ class BehaviourCloning:
         value = float(total.detach())
         if not math.isfinite(value):
             raise ConfigError(
-                f"learning_rate: the loss is {value} at step {self.step}, with a rate of {self._rate(self.step):.1e}; "
-                "start again with a lower one."
+                f"learning_rate must be lower: the loss is {value} at step {self.step}, with a rate of "
+                f"{self._rate(self.step):.1e}; start again with a lower one."
             )
         self._adam.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
@@ -273,9 +286,10 @@ class BehaviourCloning:
         return float(loss.detach())
 
     def _losses(self, frames: NDArray[np.int64], rng: np.random.Generator | None) -> tuple[Tensor, Tensor | None]:
-        """L1, normalised: from the demonstrated chunks, over the actions that exist, and of the shortest path.
+        """Compute two L1 losses of normalised actions: from the demonstrated chunks, and that of the shortest path.
 
-        The latter's is from the whole backbone's chunks; half of it counts the executed actions alone, the rest all.
+        The first counts the demonstrated actions that exist. The second compares with the whole backbone's chunks; half
+        of it counts only the executed actions, the rest all.
         """
         policy = self._policy
         chunk = policy.spec.chunk_length
@@ -305,7 +319,7 @@ class BehaviourCloning:
         return torch.from_numpy(crops).to(self._device)
 
     def _validate(self) -> tuple[float | None, float | None]:
-        """The averaged weights' losses on held-out episodes; None without such episodes, or without that loss."""
+        """Compute the averaged weights' losses on held-out episodes; None without episodes, or without that loss."""
         as_is = torch.compiler.set_stance("force_eager") if self._config.compile else nullcontext()
         with self._averaged(), torch.inference_mode(), as_is:  # else every length of a batch would be compiled
             batches = [self._validation[i : i + 256] for i in range(0, len(self._validation), 256)]
@@ -343,7 +357,7 @@ class BehaviourCloning:
                     self._average[name].copy_(file.get_tensor(f"average.{name}"))
                 restore_optimizer(self._parameters, self._adam, file)
         except (SafetensorError, KeyError) as error:
-            raise CheckpointError(f"{path}: is damaged ({error}); remove it to train from the start.") from error
+            raise CheckpointError(f"{path} is damaged ({error}); remove it to train from the start.") from error
         self.step = step
         self._drop_curve_after(step)
 
@@ -355,15 +369,15 @@ class BehaviourCloning:
 
 
 def _shortened(backbone: torch.nn.Module, layers: Sequence[int]) -> torch.nn.Module:
-    """The same modules with fewer layers: what one learns, both have."""
-    short = copy.copy(backbone)
+    """Return a backbone of the same modules with fewer layers: what one learns, both have."""
     all_layers: Any = backbone.layers
-    short._modules = {**backbone._modules, "layers": torch.nn.ModuleList(all_layers[layer] for layer in layers)}
-    return short
+    kept: dict[int, Any] = {id(module): module for module in backbone.children()}  # a deep copy takes them as copied
+    kept[id(all_layers)] = torch.nn.ModuleList(all_layers[layer] for layer in layers)
+    return copy.deepcopy(backbone, kept)
 
 
 class _Swapped:
-    """Puts other values into parameters, and the own ones back."""
+    """Puts other values into parameters, and puts their own back at the end."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, Tensor]) -> None:
         self._parameters, self._values = parameters, values

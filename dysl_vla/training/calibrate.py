@@ -1,4 +1,4 @@
-"""`dysl calibrate`: which layers must always run? Those that change the hidden states most."""
+"""`dysl calibrate`: the plan of which layers always run, which are those that change the hidden states most."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ PLAN, PICTURE = "plan.json", "similarity.png"
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """Measure how much each layer changes the hidden states, and plan which always run."""
+    """Measure how much each layer changes the hidden states, and plan which always run.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
 
     data: Path
     """Folder of demonstrations, a LeRobotDataset v3; its held-out episodes are used."""
@@ -44,30 +48,39 @@ class CalibrateConfig:
     """A shipped name, a checkpoint's folder or a hub id."""
     static_ratio: float = 0.125
     """Share of layers that always run, the first and the last included."""
-    longest_block: int = 0
-    """No more layers than that may be skipped at once; 0: as few as so many static layers allow."""
+    longest_block: int | None = None
+    """Largest number of layers that may be skipped at once. When not given, the smallest that so many static layers
+    allow."""
     exits: Literal["first", "all"] = "first"
-    """Where a block can be left: at its first layer alone, or at each (the paper's), whose heads share the training."""
+    """Where a block can be left: only at its first layer, or at all (as in the paper), which then share training."""
     frames: int = 1024
-    """Frames to measure on."""
+    """Number of held-out frames to measure on."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.static_ratio < 1:
+            raise ConfigError(f"static_ratio must be above 0 and below 1, got {self.static_ratio}.")
+        if self.longest_block is not None and self.longest_block < 1:
+            raise ConfigError(
+                f"longest_block must be at least 1, got {self.longest_block}; leave it out for the smallest possible."
+            )
+        if self.frames < 1:
+            raise ConfigError(f"frames must be at least 1, got {self.frames}.")
 
 
 def calibrate(config: CalibrateConfig) -> Path:
-    """Measure, and write plan and picture.
+    """Measure the layers, and write the plan and a figure.
 
     Returns:
         The plan's file.
 
     Raises:
-        ConfigError: A value cannot work, or `out` holds something else.
+        ConfigError: The policy's layers cannot be skipped so, or `out` holds something else.
         DatasetError: The demonstrations are damaged or too few.
         CheckpointError: The policy is damaged.
     """
-    if config.frames < 1:
-        raise ConfigError(f"frames: {config.frames} must be at least 1.")
     if not is_unused(config.out) and not (config.out / PLAN).exists():
-        raise ConfigError(f"out: {config.out} is not empty and holds no plan; give a new folder.")
+        raise ConfigError(f"out must be a new folder or one of a plan; {config.out} is not empty and holds no plan.")
     policy = load_skippable_policy(config.policy, config.compute)
     demonstrations = demonstrations_for(config.data, policy.spec)
     check_policy(policy, demonstrations)
@@ -88,20 +101,20 @@ def calibrate(config: CalibrateConfig) -> Path:
 
 
 def calibrated_plan(policy: SkippablePolicy, demonstrations: Demonstrations) -> SkipPlan:
-    """The plan that `dysl calibrate` would write with its defaults."""
+    """Return the plan that `dysl calibrate` would write with its defaults."""
     measured = measure(policy, demonstrations, CalibrateConfig.frames)
     static = choose_static_layers(measured, CalibrateConfig.static_ratio, CalibrateConfig.longest_block)
     return with_exits(SkipPlan(len(measured), static), CalibrateConfig.exits)
 
 
 def with_exits(plan: SkipPlan, exits: str) -> SkipPlan:
-    """A plan whose blocks can be left at their first layers alone ("first"), or at each of them ("all")."""
+    """Return a plan whose blocks can be left only at their first layers ("first"), or at each of them ("all")."""
     first = tuple(layers[0] for block in plan.blocks if (layers := plan.exits_of(block)))
     return replace(plan, exits=first if exits == "first" else ())
 
 
 def measure(policy: SkippablePolicy, demonstrations: Demonstrations, frames: int) -> NDArray[np.float64]:
-    """Similarity of each layer's input and output, (layers,)."""
+    """Measure the similarity of each layer's input and output, (layers,)."""
     split = split_for(len(demonstrations.rows), policy.provenance)
     chosen = choose_frames(demonstrations, frames, split, held_out=True)
     encoded = encode(policy, demonstrations, chosen, "held-out frames")
@@ -118,27 +131,29 @@ def measure(policy: SkippablePolicy, demonstrations: Demonstrations, frames: int
 
 
 def read_plan(path: Path) -> SkipPlan:
-    """A plan as `dysl calibrate` writes it, perhaps edited.
+    """Read a plan as `dysl calibrate` writes it, perhaps edited.
 
     Args:
         path: The file, or the folder that it is in.
 
     Raises:
-        ConfigError: It is no plan, or cannot work.
+        ConfigError: The file holds no plan, or one that cannot work.
     """
     path = path / PLAN if path.is_dir() else path
     document: Any = read_json(path).get("plan")
     if not isinstance(document, dict) or {*document, "exits"} != {"num_layers", "static_layers", "exits"}:
-        raise ConfigError(f"plan: {path} has no field 'plan' with num_layers, static_layers and, if need be, exits.")
+        raise ConfigError(
+            f"plan must be a file whose field 'plan' has num_layers, static_layers and perhaps exits; {path} is not."
+        )
     try:
         static, exits = (tuple(map(int, document.get(name, ()))) for name in ("static_layers", "exits"))
         return SkipPlan(int(document["num_layers"]), static, exits)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"plan: {path}: layers must be whole numbers ({error}).") from error
+        raise ConfigError(f"plan must have whole numbers as layers, {path} has others ({error}).") from error
 
 
 def draw_similarity(measured: NDArray[np.float64], plan: SkipPlan, path: Path) -> None:
-    """A bar a layer: how far its output is from its input."""
+    """Draw a bar for each layer: how far its output is from its input."""
     with needs_extra("train"):
         from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 3), layout="constrained")

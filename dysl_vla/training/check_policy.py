@@ -1,4 +1,4 @@
-"""What can be found out about a policy in its first second is found out before hours of training, not after them."""
+"""Checks of a policy that take a second, made before hours of training."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ with needs_extra("policy"):
 TOLERANCES = {"torch.float32": 2e-3, "torch.float16": 5e-2}
 """How far a row's actions may be from those of the same row elsewhere, in deviations, by type of the weights."""
 COARSE = 0.25
-"""The same for types with fewer bits."""
+"""The same tolerance for types with fewer bits."""
 MAX_RELOADED = 2e9
-"""Bytes of weights above which a saved policy is not loaded once more to be compared."""
+"""Bytes of weights above which a saved policy is not loaded again to be compared."""
 
 
 def check_policy(policy: SkippablePolicy, demonstrations: Demonstrations) -> None:
     """Refuse a policy whose inference in four steps is not what it declares.
 
-    On three demonstrated moments: a row alone is what it is in a batch, without skips and with different ones; `infer`
-    answers what the steps answer; every layer is run; and actions have a gradient where heads are trained.
+    On three demonstrated moments it checks that a row's actions are the same alone and in a batch, without skips and
+    with different ones; that `infer` returns what the steps return; that every layer is run; and that actions have a
+    gradient where heads are trained.
 
     Raises:
-        ConfigError: Naming what differs.
+        ConfigError: Something differs; the message names it.
     """
     frames = evenly(demonstrations.total_frames, 3)
     seen: list[Observation] = [observation for _, observation in observations(demonstrations, frames)]
@@ -54,7 +55,7 @@ def check_policy(policy: SkippablePolicy, demonstrations: Demonstrations) -> Non
         _compare(policy, "infer: its actions", together, normalised)
     depth = len(policy.layers)
     if depth < 3:
-        raise ConfigError(f"layers: {depth} layers leave none to skip; a policy needs three or more.")
+        raise ConfigError(f"layers must be three or more, got {depth}, which leave none to skip.")
     plan = SkipPlan(depth, (0, depth - 1))
     torch.manual_seed(0)
     heads = SkipHeads(plan, HeadsConfig(policy.width, adapter_size=4, controller_size=4))
@@ -72,30 +73,30 @@ def check_saved(policy: SkippablePolicy, folder: Path) -> None:
     """Save a policy, and refuse one that is not the same when it is loaded again.
 
     Args:
-        policy: Any.
-        folder: Where heads will be added to it.
+        policy: The policy.
+        folder: Folder for its checkpoint, to which heads will be added.
 
     Raises:
-        ConfigError: It cannot be saved or loaded, or is another one then.
+        ConfigError: The policy cannot be saved or loaded, or differs when it is loaded.
     """
     try:
         policy.save_pretrained(folder)
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise ConfigError(f"save_pretrained: it failed ({type(error).__name__}: {error}).") from error
+        raise ConfigError(f"save_pretrained must work, and failed ({type(error).__name__}: {error}).") from error
     if not (folder / MANIFEST).is_file():
         raise ConfigError(
-            f"save_pretrained: it wrote no {MANIFEST}; write the checkpoint with dysl_vla.checkpoint.save_checkpoint."
+            f"save_pretrained must write a manifest, and wrote no {MANIFEST}; use dysl_vla.checkpoint.save_checkpoint."
         )
     if sum(p.nbytes for p in policy.layers.parameters()) > MAX_RELOADED:
         return
     try:
         again = load_policy(str(folder), skip=0)
     except DyslError as error:
-        raise ConfigError(f"save_pretrained: what it wrote cannot be loaded ({error})") from error
+        raise ConfigError(f"save_pretrained must write what can be loaded ({error})") from error
     if again.fingerprint != policy.fingerprint:
         raise ConfigError(
-            "fingerprint: a policy that was saved and loaded again has another one; it must depend on what the "
-            "checkpoint holds alone."
+            "fingerprint must depend only on what the checkpoint holds, and that of a policy that was saved and loaded "
+            "again differs."
         )
 
 
@@ -107,9 +108,9 @@ def _check_shape(policy: SkippablePolicy, actions: FloatArray, rows: int) -> Non
     spec = policy.spec
     expected = (rows, spec.chunk_length, len(spec.action_names))
     if actions.shape != expected:
-        raise ConfigError(f"act: its actions have the shape {actions.shape}, the policy's spec asks for {expected}.")
+        raise ConfigError(f"act must return actions of the spec's shape {expected}, got {actions.shape}.")
     if not np.isfinite(actions).all():
-        raise ConfigError("act: its actions are not all finite.")
+        raise ConfigError("act must return finite actions, got NaN or infinity.")
 
 
 def _compare(policy: SkippablePolicy, what: str, wanted: FloatArray, got: Sequence[FloatArray]) -> None:
@@ -124,7 +125,7 @@ def _compare(policy: SkippablePolicy, what: str, wanted: FloatArray, got: Sequen
 
 
 def _check_skips(policy: SkippablePolicy, skipper: Skipper, items: Sequence[Any]) -> None:
-    """Each row skips elsewhere, and is what it is alone."""
+    """Refuse a policy whose rows, where each skips other layers, differ from the same rows alone."""
     length = skipper.plan.blocks[0].length
     points = np.array([[0], [length // 2], [length]][: len(items)])
 
@@ -134,7 +135,7 @@ def _check_skips(policy: SkippablePolicy, skipper: Skipper, items: Sequence[Any]
             actions = to_numpy(policy.act(inputs, Forward(step)))
         if not step.is_decided:
             raise ConfigError(
-                "layers: `act` does not run the policy's `layers`; name the decoder's own list of layers."
+                "layers must be the decoder's own list of layers, which `act` runs; it does not run the policy's."
             )
         return actions
 
@@ -154,6 +155,6 @@ def _check_gradient(policy: SkippablePolicy, skipper: Skipper, items: Sequence[A
     )
     if not found or all(gradient is None for gradient in found):
         raise ConfigError(
-            "act: its actions have no gradient, so heads cannot learn from them; where `forward.needs_gradient` is "
-            "set, answer with what is differentiable (an expectation over bins for an argmax), and detach nothing."
+            "act must return actions with a gradient, which heads learn from; where `forward.needs_gradient` is set, "
+            "return what is differentiable (an expectation over bins for an argmax), and detach nothing."
         )

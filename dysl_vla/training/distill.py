@@ -1,7 +1,7 @@
 """`dysl distill`: from a policy and demonstrations to a checkpoint that skips layers.
 
-Encodes the demonstrations once, hands batches to the distillation of `skip_controller`, keeps curves and a state that
-is resumed exactly, and writes the policy with its heads, their statistics on held-out demonstrations included.
+It encodes the demonstrations once, hands batches to the trainer in `skip_controller`, keeps curves and a state that is
+resumed exactly, and writes the policy with its heads, their statistics on held-out demonstrations included.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ with needs_extra("policy"):
     from torch.utils.tensorboard.writer import SummaryWriter
 
     from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, has_skips, load_heads, save_skips
+    from dysl_vla.skip_controller.guidance import importance_measures
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.heads_trainer import DistillConfig, FullModelAnswer, HeadsTrainer, mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
@@ -65,45 +66,66 @@ SAVE_EVERY = 500
 
 @dataclass(frozen=True)
 class DistillRunConfig:
-    """Train adapters and controllers for a policy, whose own weights stay as they are. Resumes where it was stopped."""
+    """Train adapters and controllers for a policy, whose own weights stay as they are. Resumes where it was stopped.
+
+    Raises:
+        ConfigError: A value is out of range, or two options contradict each other.
+    """
 
     data: Path
     """Folder of demonstrations, a LeRobotDataset v3."""
     out: Path
     """Folder for the checkpoint, the state, the curves and the TensorBoard log."""
     policy: str = "metaworld-mini"
-    """The policy to make faster: a shipped name, a checkpoint's folder or a hub id."""
+    """The policy that shall skip layers: a shipped name, a checkpoint's folder or a hub id."""
     plan: Path | None = None
-    """A plan written by `dysl calibrate`; calibrated with its defaults when not given."""
+    """A plan written by `dysl calibrate`. When not given, one is calibrated with its defaults."""
     frames: int = 32_000
-    """Frames to train on, evenly spread; kept encoded in memory."""
+    """Number of frames to train on, evenly spread; they are kept encoded in memory."""
     augment_copies: int = 0
-    """Copies of each frame to train on beside it, their images moved by up to 4 pixels; kept encoded in memory, too."""
+    """Number of copies of each frame to train on, too, with images moved by up to 4 pixels; also kept in memory."""
     init_heads: bool = False
-    """Train the heads that the policy comes with further, with their plan and without stage 1, instead of new ones."""
-    adapter_size: int = 0
-    """Width of an adapter's bottleneck; 0: 88 beside a narrow backbone, 1.5 % of the weights beside a wide one."""
+    """Start from the heads that the policy comes with, with their plan and without stage 1, instead of new ones."""
+    adapter_size: int | None = None
+    """Width of an adapter's bottleneck. When not given, 88 beside a narrow backbone; beside a wide one such that all
+    adapters have 1.5 % of its weights."""
     controller_size: int = 16
     """Width of a controller's hidden layer."""
     importance: str | None = None
-    """What tells important actions: "gripper" or "continuity", of all motion. When not given, that of the heads that
-    are trained further, else the gripper's if there is one that moves."""
+    """What tells important actions: "gripper", its movement, or "continuity", of all motion. When not given, that of
+    the initial heads, else the gripper's if there is one that moves."""
     training: DistillConfig = field(default_factory=DistillConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
+    def __post_init__(self) -> None:
+        for name, least in (("frames", 1), ("augment_copies", 0), ("adapter_size", 1), ("controller_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}.")
+        if self.importance is not None:
+            importance_measures.get(self.importance)
+        for name in ("plan", "adapter_size", "controller_size"):
+            if self.init_heads and getattr(self, name) != getattr(DistillRunConfig, name):
+                raise ConfigError(
+                    f"{name} must not be given with init_heads, as the heads of {self.policy} decide it; leave one out."
+                )
+
 
 def distill(config: DistillRunConfig) -> Path:
-    """Train, and write the checkpoint.
+    """Train adapters and controllers, and write the checkpoint.
 
     Returns:
         Its folder.
 
     Raises:
-        ConfigError: A value cannot work, or `out` holds something else.
+        ConfigError: The policy or the plan cannot work, or `out` holds something else.
         DatasetError: The demonstrations are damaged or too few.
         CheckpointError: The policy or the state is damaged.
     """
-    _check(config)
+    if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
+        raise ConfigError(
+            f"out must be a new folder or one of a distillation; {config.out} is not empty and holds none."
+        )
     if config.init_heads:
         config = replace(config, training=replace(config.training, adapter_steps=0))
     policy = load_skippable_policy(config.policy, config.compute)
@@ -139,21 +161,6 @@ def distill(config: DistillRunConfig) -> Path:
     return config.out
 
 
-def _check(config: DistillRunConfig) -> None:
-    if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
-        raise ConfigError(f"out: {config.out} is not empty and holds no distillation; give a new folder.")
-    if config.frames < 1:
-        raise ConfigError(f"frames: {config.frames} must be at least 1.")
-    if config.augment_copies < 0:
-        raise ConfigError(f"augment_copies: {config.augment_copies} must not be negative.")
-    if config.init_heads:
-        for name in ("plan", "adapter_size", "controller_size"):
-            if getattr(config, name) != getattr(DistillRunConfig, name):
-                raise ConfigError(
-                    f"{name}: the heads of {config.policy} decide it; leave it out, or distill without --init-heads."
-                )
-
-
 def _is_finished(config: DistillRunConfig) -> bool:
     points = read_lines(config.out / CURVE_FILE)
     reached = points[-1]["step"] if points else 0
@@ -162,10 +169,10 @@ def _is_finished(config: DistillRunConfig) -> bool:
 
 @dataclass(frozen=True)
 class InitialHeads:
-    """Heads to go on from.
+    """Heads that training starts from.
 
     Attributes:
-        heads: As their checkpoint holds them.
+        heads: The heads as their checkpoint holds them.
         digest: SHA-256 of their file.
         importance: The importance measure that they came with.
         provenance: How they were made.
@@ -180,10 +187,10 @@ class InitialHeads:
 def _initial_heads(name: str, policy: SkippablePolicy) -> InitialHeads:
     folder = find_checkpoint(name)
     if not has_skips(folder):
-        raise ConfigError(f"init_heads: {name} has no heads yet; distill without --init-heads.")
+        raise ConfigError(f"init_heads must be left out: {name} has no heads yet; distill without --init-heads.")
     heads, settings, made = load_heads(folder)
     if not is_known_as(policy, settings.teacher):
-        raise CheckpointError(f"{folder}: its heads were trained for other weights; distill without --init-heads.")
+        raise CheckpointError(f"{folder} has heads that were trained for other weights; distill without --init-heads.")
     return InitialHeads(heads, sha256(folder / HEADS), settings.importance, made)
 
 
@@ -225,7 +232,7 @@ class _Run:
         chosen = choose_frames(self._demonstrations, config.frames, split, held_out=False)
         frames = encode(self._policy, self._demonstrations, chosen, "frames", augment_copies=config.augment_copies)
         answers: FullModelAnswer | None = None
-        are_asked = False  # the full model's answers to all frames
+        are_asked = False  # whether the full model's answers to all frames have been computed
         board = SummaryWriter(str(config.out / "tensorboard"), purge_step=trainer.step + 1)
         started = time.monotonic() - seconds
         figures: list[dict[str, float]] = []
@@ -238,7 +245,7 @@ class _Run:
                 batch = self._policy.collate(frames.rows(rows))
                 if trainer.is_first_stage:
                     answer = None
-                else:  # padded items have their places in this very batch
+                else:  # where items are padded, the answer depends on the batch
                     answer = trainer.answer(batch) if answers is None else _rows(answers, rows)
                 figures.append(trainer.update(batch, answer, rng))
                 progress.update()
@@ -258,7 +265,7 @@ class _Run:
         return seconds
 
     def _answers(self, frames: Encoded) -> FullModelAnswer | None:
-        """The full model's answer to every frame, once; None where batches are padded, each in its own way."""
+        """Compute the full model's answer to every frame once; None where batches are padded, each in its own way."""
         everything: FullModelAnswer | None = None
         count = len(frames.items)
         with tqdm(total=count, desc="asking the full model", unit="frame") as progress:
@@ -326,7 +333,7 @@ class _Run:
 
     @torch.no_grad()
     def _resume(self) -> float:
-        """Read the state, if there is one; seconds spent so far."""
+        """Read the state, if there is one, and return the seconds that were spent so far."""
         path, trainer = self._config.out / STATE_FILE, self._trainer
         seconds = 0.0
         if path.exists():
@@ -340,7 +347,7 @@ class _Run:
                 trainer.tolerance = float.fromhex(metadata["tolerance"])
                 seconds = float(metadata["seconds"])
             except (SafetensorError, KeyError, RuntimeError) as error:
-                raise CheckpointError(f"{path}: is damaged ({error}); remove it to train from the start.") from error
+                raise CheckpointError(f"{path} is damaged ({error}); remove it to train from the start.") from error
         curve = self._config.out / CURVE_FILE
         write_lines(curve, [point for point in read_lines(curve) if point["step"] <= trainer.step])
         return seconds
@@ -353,7 +360,7 @@ def _new_heads(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePolicy
 
 
 def _parameters(policy: SkippablePolicy) -> Iterator[torch.nn.Parameter]:
-    """All that a policy learned: what must stay as it is."""
+    """Yield all parameters of a policy, which must stay as they are."""
     yield from (policy if isinstance(policy, torch.nn.Module) else policy.layers).parameters()
 
 

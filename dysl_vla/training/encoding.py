@@ -1,4 +1,4 @@
-"""Demonstrations as a policy's decoder reads them: each frame encoded once, and kept in memory."""
+"""Demonstrations as a policy's decoder reads them: each frame is encoded once, and kept in memory."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class Encoded:
     """Frames, encoded.
 
     Attributes:
-        indices: (frames,) of the dataset, rising; copies have their frame's.
-        items: What the policy's `encode` made of each.
+        indices: The frames' indices in the dataset, (frames,), rising; a copy has its frame's.
+        items: What the policy's `encode` returned for each.
     """
 
     indices: NDArray[np.int64]
     items: list[Any]
 
     def rows(self, rows: NDArray[np.int64]) -> list[Any]:
-        """The items of some rows."""
+        """Return the items of some rows."""
         return [self.items[row] for row in rows.tolist()]
 
     def batches(self, size: int = BATCH) -> Iterator[tuple[slice, list[Any]]]:
-        """All items in order."""
+        """Yield all items in order, in batches, with their rows."""
         for start in range(0, len(self.items), size):
             rows = slice(start, min(start + size, len(self.items)))
             yield rows, self.items[rows]
@@ -64,15 +64,15 @@ def encode(
     """Encode chosen frames.
 
     A policy with memory gets its state by acting on the demonstration from its beginning, at the moments at which it
-    would look; of the chosen frames, the moment before each is taken then.
+    would infer; in place of each chosen frame, the latest of these moments is taken then.
 
     Args:
-        policy: Its encoder.
-        demonstrations: Of a world that the policy fits.
+        policy: The policy that encodes them.
+        demonstrations: Demonstrations of an embodiment that the policy fits.
         chosen: Indices of frames, rising.
-        what: Names them on the progress bar.
-        augment_copies: Copies of each frame, behind it, whose images are moved as in training; a function of frame and
-            copy.
+        what: Name of the frames on the progress bar.
+        augment_copies: Number of copies of each frame, behind it, whose images are moved as in training; how far is a
+            function of frame and copy.
 
     Raises:
         DatasetError: A file is damaged.
@@ -103,7 +103,7 @@ def _encoded(
     resizes: Mapping[str, tuple[int, int]],
     copies: int,
 ) -> Iterator[tuple[list[int], list[Any]]]:
-    """Frames and their copies, some at a time: indices, items."""
+    """Yield frames and their copies, some at a time, as indices and items."""
     walk = _Walk(policy, demonstrations, chosen) if policy.has_memory else None
     pending: list[tuple[int, Observation]] = []
     read = 0
@@ -111,7 +111,7 @@ def _encoded(
         state = policy.reset() if walk is None else walk.state_at(index)
         if walk is None or index in walk.chosen:
             if index != chosen[read]:
-                raise DatasetError(f"{demonstrations.root}: frame {index} comes out of order in its videos.")
+                raise DatasetError(f"{demonstrations.root} has frame {index} out of order in its videos.")
             read += 1
             pending.append((index, observation))
             pending += [
@@ -134,7 +134,7 @@ def _flushed(
 
 
 class _Walk:
-    """A policy with memory on its way through demonstrations."""
+    """A policy with memory that acts through demonstrations."""
 
     def __init__(self, policy: SkippablePolicy, demonstrations: Demonstrations, chosen: NDArray[np.int64]) -> None:
         self._policy = policy
@@ -144,7 +144,7 @@ class _Walk:
         self.needed = _moments_before(demonstrations, chosen, policy.spec.execute_steps)
 
     def state_at(self, index: int) -> EpisodeState:
-        """The episode's state, at a moment that follows the last one."""
+        """Return the episode's state at a moment that follows the last one."""
         if index in self._starts:
             self._state = self._policy.reset()
         return self._state
@@ -159,7 +159,7 @@ class _Walk:
 
 
 def _moments(demonstrations: Demonstrations, chosen: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
-    """The moments at which a policy would look, at or before chosen frames."""
+    """Return the moments at which a policy would infer, at or before chosen frames."""
     moments = [
         row.start + (frame - row.start) // steps * steps
         for row in demonstrations.rows
@@ -169,7 +169,7 @@ def _moments(demonstrations: Demonstrations, chosen: NDArray[np.int64], steps: i
 
 
 def _moments_before(demonstrations: Demonstrations, chosen: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
-    """All moments of the chosen frames' episodes up to the last chosen one of each."""
+    """Return all moments of the chosen frames' episodes, up to the last chosen one of each."""
     needed: list[int] = []
     for row in demonstrations.rows:
         here = chosen[(chosen >= row.start) & (chosen < row.start + row.length)]
@@ -179,7 +179,7 @@ def _moments_before(demonstrations: Demonstrations, chosen: NDArray[np.int64], s
 
 
 def _bytes(value: Any) -> int:
-    """Bytes of the tensors in an item."""
+    """Count the bytes of the tensors in an item."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, Mapping):
@@ -190,7 +190,7 @@ def _bytes(value: Any) -> int:
 
 
 def _shift(observation: Observation, resizes: Mapping[str, tuple[int, int]], rng: np.random.Generator) -> Observation:
-    """Each camera's image moved by up to SHIFT of the pixels that the policy sees; its edges are repeated."""
+    """Move each camera's image by up to SHIFT of the pixels that the policy gets; its edges are repeated."""
     moved = dict(observation)
     for key, image in observation.items():
         if key.startswith(IMAGE_PREFIX):

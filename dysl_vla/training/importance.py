@@ -1,4 +1,4 @@
-"""Which importance measure heads are trained for: one that says something about the demonstrated actions."""
+"""The choice of the importance measure that heads are trained for: one that varies over the demonstrated actions."""
 
 from __future__ import annotations
 
@@ -14,39 +14,43 @@ from dysl_vla.types import PolicySpec, gripper_columns
 
 
 def choose_importance(asked: str | None, demonstrations: Demonstrations, spec: PolicySpec) -> str:
-    """The importance measure of a policy.
+    """Choose the importance measure of a policy.
 
     Args:
-        asked: The one that was asked for; None: the gripper's movement where there is a gripper that moves, else the
-            continuity of the whole trajectory.
-        demonstrations: Whose actions it must tell apart.
-        spec: The policy's.
+        asked: The measure that was asked for; None: the gripper's movement where there is a gripper that moves, else
+            the continuity of the whole trajectory.
+        demonstrations: The demonstrations whose actions it must tell apart.
+        spec: The policy's specification.
+
+    Returns:
+        The measure's name.
 
     Raises:
-        ConfigError: It is unknown, has no gripper to look at, or is the same at every demonstrated moment.
+        ConfigError: It is unknown, needs a gripper that does not exist, or is the same at every demonstrated moment.
     """
     grippers = gripper_columns(spec.action_names)
     if asked is not None:
-        importance_measures.get(asked)
         if asked == "gripper" and not grippers:
-            raise ConfigError(f"importance: none of the actions is a gripper's: {', '.join(spec.action_names)}.")
+            raise ConfigError(
+                f"importance must not be gripper: none of the actions is a gripper's: {', '.join(spec.action_names)}."
+            )
         if not _varies(asked, demonstrations, spec):
             raise ConfigError(
-                f"importance: {asked!r} is the same at every demonstrated moment, so it cannot tell which are "
-                "important; choose another --importance."
+                f"importance must vary over the demonstrations: {asked!r} is the same at every demonstrated moment; "
+                "choose another --importance."
             )
         return asked
     if grippers:
         if _varies("gripper", demonstrations, spec):
             return "gripper"
-        print("importance: the gripper never moves, so continuity of all motion takes its place.", file=sys.stderr)
+        print("The gripper never moves, so importance is measured by the continuity of all motion.", file=sys.stderr)
     if not _varies("continuity", demonstrations, spec):
-        raise ConfigError(f"importance: the actions in {demonstrations.root} never change; record others.")
+        raise ConfigError(f"data must have actions that change, and those in {demonstrations.root} never change.")
     return "continuity"
 
 
 def _varies(name: str, demonstrations: Demonstrations, spec: PolicySpec) -> bool:
-    """Whether a measure takes different values on the demonstrated actions, beyond what counts as noise."""
+    """Tell whether a measure takes different values on the demonstrated actions, beyond what counts as noise."""
     measure = importance_measures.get(name)
     actions = spec.action_normalisation.apply(demonstrations.columns()["actions"])
     if name == "gripper":

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of a parameter that has had a gradient."""
+"""The state that AdamW keeps of a parameter that has had a gradient."""
 
 
 def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """The state as named tensors.
+    """Return an optimizer's state as named tensors.
 
     Args:
-        parameters: All that are optimised, by name.
+        parameters: All parameters that are optimised, by name.
         optimizer: Their optimizer.
     """
     return {
@@ -28,15 +28,15 @@ def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.o
 
 
 def restore_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW, file: Any) -> None:
-    """Put back what `optimizer_tensors` made.
+    """Restore the state that `optimizer_tensors` returned.
 
     Args:
-        parameters: All that are optimised, by name.
+        parameters: All parameters that are optimised, by name.
         optimizer: Their optimizer.
         file: An open safetensors file.
 
     Raises:
-        KeyError: The file holds a state of another kind.
+        KeyError: The file holds the state of other parameters.
     """
     names = {name for name in file.keys() if name.startswith("adam.")}  # noqa: SIM118 # it is no mapping
     expected = {f"adam.{moment}.{name}" for name in parameters for moment in MOMENTS}

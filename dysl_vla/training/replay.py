@@ -1,7 +1,7 @@
-"""Demonstrations played to a policy as if it had acted them: what would it skip, and how far from the full model?
+"""Demonstrations replayed to a policy as if it had acted: what it would skip, and how far it is from the full model.
 
-The actions taken as executed are those of the full model's answers to the moments before: what guidance compares them
-with, the last chunk's plan, is a model's too, and demonstrated actions differ from both.
+The full model's actions at the moments before count as executed: what guidance compares them with, the last chunk's
+plan, is a model's too, and demonstrated actions differ from both.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.torch_backend import Forward, TorchBackend, to_numpy
 
 EPISODES = 60
-"""Held-out episodes that are replayed, at most."""
+"""Largest number of held-out episodes that are replayed."""
 TIMED = 100
-"""Observations whose encoding is timed."""
+"""Number of observations whose encoding is timed."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a policy did on the replayed moments.
+    """What a policy did at the replayed moments.
 
     Attributes:
-        traces: One a moment.
+        traces: What skipping did at each moment.
         errors: Mean distance of the executed actions from the full model's, normalised, (moments,).
-        llm_s: Time of the backbone, with all that skipping adds to it, (moments,).
-        rest_s: Time of decoding and guidance, (moments,).
+        llm_s: Seconds of the backbone, with all that skipping adds to it, (moments,).
+        rest_s: Seconds of decoding and guidance, (moments,).
     """
 
     traces: list[SkipTrace]
@@ -56,7 +56,7 @@ class Replayed:
 
     @classmethod
     def joined(cls, parts: Sequence[Replayed]) -> Replayed:
-        """Several as one."""
+        """Join several parts, in order."""
         return cls(
             [trace for part in parts for trace in part.traces],
             *(np.concatenate([getattr(part, name) for part in parts]) for name in ("errors", "llm_s", "rest_s")),
@@ -64,19 +64,23 @@ class Replayed:
 
     @property
     def mean_layers(self) -> float:
-        """Layers run an inference, verification included."""
+        """Return the mean number of layers that an inference runs, verification included."""
         return float(np.mean([trace.layers for trace in self.traces]))
 
 
 class Replay:
-    """Held-out demonstrations, encoded at each moment at which the policy would look.
+    """Held-out demonstrations, encoded at each moment at which the policy would infer.
 
     Args:
-        policy: Without skipping.
-        demonstrations: Of a world that it fits.
+        policy: The policy, without skipping.
+        demonstrations: Demonstrations of an embodiment that it fits.
+
+    Attributes:
+        encode_s: Mean seconds of encoding one observation.
+        encoded: The encoded moments.
 
     Raises:
-        DatasetError: None is held out.
+        DatasetError: No episode is held out.
     """
 
     def __init__(self, policy: SkippablePolicy, demonstrations: Demonstrations) -> None:
@@ -95,7 +99,7 @@ class Replay:
         )
 
     def statistics(self, skipper: Skipper, lookahead: int, importance: str) -> SkipStatistics:
-        """What controllers and an importance signal say: of everything that may be skipped, skipped at once."""
+        """Measure controllers' outputs and an importance measure, while everything that may be skipped is skipped."""
         spec = self._policy.spec
         plan = skipper.plan
         guide = SkipGuidance(
@@ -131,7 +135,7 @@ class Replay:
         return SkipStatistics.measured(outputs, drops, surprises)
 
     def _executed(self, row: int, before: int) -> FloatArray:
-        """What counts as executed at a moment that has so many before it in its episode: the latest, normalised."""
+        """Return the latest actions that count as executed, normalised, at a moment with `before` others before it."""
         steps = self._policy.spec.execute_steps
         known = min(before, math.ceil((WINDOW + 1) / steps))
         taken: FloatArray = self._answers[row - known : row, :steps]
@@ -142,7 +146,7 @@ class Replay:
         return Replayed.joined([self.play_episode(policy, episode) for episode in range(len(self._episodes))])
 
     def play_episode(self, policy: DyslPolicy, episode: int) -> Replayed:
-        """`play`, of one of the episodes, of which there are `len(replay)`."""
+        """Do as `play` does in one of the `len(replay)` episodes."""
         traces: list[SkipTrace] = []
         errors, llm, rest = [], [], []
         first = sum(map(len, self._episodes[:episode]))
@@ -166,7 +170,7 @@ class Replay:
 
 
 def _encoding_time(policy: SkippablePolicy, demonstrations: Demonstrations, split: Split) -> float:
-    """Mean seconds of encoding one observation."""
+    """Measure the mean seconds of encoding one observation."""
     times = []
     first = choose_frames(demonstrations, TIMED, split, held_out=True)[:TIMED]
     with torch.inference_mode():

@@ -1,7 +1,7 @@
 """`dysl train`: from demonstrations on disk to a trained checkpoint.
 
-Opens the dataset, decides from it everything of the policy that data decides (cameras, normalisation, tokenizer),
-decodes the images once, into files that are mapped into memory, and hands over to the trainer in `policies`.
+It opens the dataset, decides from it everything of the policy that data decides (cameras, normalisation, tokenizer),
+decodes the images once, into files that are mapped into memory, and hands them to the trainer in `behaviour_cloning`.
 """
 
 from __future__ import annotations
@@ -59,34 +59,41 @@ with needs_extra("policy"):
 
 RUN_FILE, FRAMES = "training_run.json", "frames"
 LARGE, SHORTER = 200, 96
-"""Pixels of the shorter side: above so many, images are resized to about so many."""
+"""Pixels of an image's shorter side: above the first, images are resized to about the second."""
 MAX_INSTRUCTION = 24
-"""Tokens. What is longer is cut."""
+"""Largest number of an instruction's tokens; longer ones are cut."""
+CAMERA_OPTIONS = {"resize": (SIZE, "96x128"), "crops": (PLACE, "96x96+28+44"), "grids": (NUMBER, "4")}
+"""Options that have a value for each camera, with its form and an example."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a MiniVLA on demonstrations by behaviour cloning. Resumes exactly where it was interrupted."""
+    """Train a MiniVLA on demonstrations by behaviour cloning. Resumes exactly where it was interrupted.
+
+    Raises:
+        ConfigError: A value is out of range or of another form, or two options contradict each other.
+    """
 
     data: Path
-    """Folder of a LeRobotDataset v3, of LeRobot's own recorder or of `dysl demos collect`."""
+    """Folder of a LeRobotDataset v3, written by LeRobot's own recorder or by `dysl demos collect`."""
     out: Path
     """Folder for the checkpoint, the training state, the curves and the TensorBoard log."""
     init: str | None = None
     """Start from the weights of this checkpoint (for rounds of DAgger) instead of random ones."""
     plan: Path | None = None
-    """A plan written by `dysl calibrate`: its static layers, run without the others, also learn to act as all layers
-    do, so that skipping loses less."""
+    """A plan written by `dysl calibrate`: its static layers, run without the others, are also trained to act as all
+    layers do, so that skipping loses less."""
     cameras: str | None = None
-    """Comma-separated cameras to look through; all usable ones when not given."""
+    """Comma-separated cameras that the policy uses; all usable ones when not given."""
     resize: str | None = None
     """Size that each camera's images are resized to first, "front=96x128,wrist=96x128" (height x width). When not
-    given, images of more than 200 pixels a side get about 96 the shorter side; smaller ones stay as they are."""
-    crops: str = ""
-    """Part of each camera's (resized) image to look at, "corner2=96x96+28+44" (height x width + top + left); else its
-    middle."""
-    grids: str = ""
-    """Grid tokens a side for each camera, "corner2=4,gripperPOV=2"; as many as fit, at most 4, when empty."""
+    given, images whose shorter side has more than 200 pixels get about 96 there; smaller ones are not resized."""
+    crops: str | None = None
+    """Part of each camera's (resized) image that is used, "corner2=96x96+28+44" (height x width + top + left). When not
+    given, it is its middle."""
+    grids: str | None = None
+    """Grid tokens for each side of a camera's image, "corner2=4,gripperPOV=2". When not given, as many as fit, at most
+    4."""
     layers: int = 24
     """Depth of the backbone."""
     hidden: int = 128
@@ -96,13 +103,25 @@ class TrainConfig:
     execute: int = 2
     """Actions executed before the next inference."""
     held_out: float | None = None
-    """Share of the episodes that are kept away from training, to be evaluated on (0.1: one in ten). When not given, one
-    in twenty, or two of fewer than twenty."""
+    """Share of the episodes that are held out from training, to evaluate on (0.1: one in ten). When not given, one in
+    twenty, or two of fewer than twenty."""
     state_names: str | None = None
     """Comma-separated names for the state's dimensions, for a dataset that has none."""
     action_names: str | None = None
     """Comma-separated names for the action's dimensions, for a dataset that has none."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 1 <= self.execute <= self.chunk:
+            raise ConfigError(f"execute must be from 1 to the chunk's {self.chunk} actions, got {self.execute}.")
+        for name, form in CAMERA_OPTIONS.items():
+            camera_options(name, getattr(self, name) or "", *form)
+        for name in ("cameras", "resize", "crops", "grids", "layers", "hidden", "chunk", "execute"):
+            if self.init is not None and getattr(self, name) != getattr(TrainConfig, name):
+                raise ConfigError(f"{name} must not be given with init, as {self.init} decides it; leave one out.")
 
 
 def train(config: TrainConfig) -> Path:
@@ -112,19 +131,19 @@ def train(config: TrainConfig) -> Path:
         The checkpoint's folder.
 
     Raises:
-        ConfigError: A value cannot work, or `out` holds something else.
+        ConfigError: A value does not fit the data, or `out` holds something else.
         DatasetError: The demonstrations are damaged.
         CheckpointError: `init` or the training state is damaged.
     """
     if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
-        raise ConfigError(f"out: {config.out} is not empty and holds no training; give a new folder.")
+        raise ConfigError(f"out must be a new folder or one of a training; {config.out} is not empty and holds none.")
     # The demonstrations, and the policy that they decide.
     demonstrations = _open(config)
     columns = demonstrations.columns()
     torch.manual_seed(config.optimizer.seed)
     policy, split = _beginning(config, demonstrations, columns)
     shortest_path = _shortest_path(config.plan, policy.config.num_layers)
-    # Is it a new run, one that goes on, or one that has ended?
+    # Tell a new run, one that goes on and one that has ended apart.
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.optimizer)}, default=str))
     del settings["optimizer"]
     settings["plan"] = shortest_path or None
@@ -158,7 +177,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _beginning(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any]) -> tuple[MiniVLA, Split]:
-    """The policy before training, and which episodes are held out."""
+    """Return the policy before training, and which episodes are held out."""
     episodes = len(demonstrations.rows)
     if not config.init:
         split = split_for(episodes, share=config.held_out)
@@ -167,14 +186,14 @@ def _beginning(config: TrainConfig, demonstrations: Demonstrations, columns: dic
     split, before = split_for(episodes, policy.provenance, config.held_out), split_for(episodes, policy.provenance)
     if split != before:
         raise ConfigError(
-            f"held_out: {config.init} was trained with one episode in {before.every} held out, and has seen others "
-            "that would be held out now; leave it out, or train without --init."
+            f"held_out must be that of {config.init}, which was trained with one episode in {before.every} held out, "
+            "and on others that would be held out now; leave it out, or train without --init."
         )
     return policy, split
 
 
 def _split_and_change(split: Split, columns: dict[str, Any]) -> dict[str, Any]:
-    """What later verbs need to know of the data: what was held out, and how fast actions change."""
+    """Return what later commands need of the data: what was held out, and how fast actions change."""
     return {
         "held_out_every": split.every,
         "action_change": action_change(columns["actions"], columns["episode_index"]),
@@ -182,16 +201,16 @@ def _split_and_change(split: Split, columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def _held_out(split: Split, episode_index: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which frames are of episodes that are held out, (frames,)."""
+    """Return which frames are of episodes that are held out, (frames,)."""
     episodes = np.array([split.is_held_out(episode) for episode in range(int(episode_index.max()) + 1)])
     return np.asarray(episodes[episode_index], np.bool_)
 
 
 def _open(config: TrainConfig) -> Demonstrations:
-    """The dataset, as far as it is asked for; what is left out of it is said.
+    """Open the part of the dataset that is asked for, and print which cameras are left out.
 
     Raises:
-        DatasetError: It is damaged, empty, or has not what is asked for.
+        DatasetError: It is damaged, empty, or lacks what is asked for.
     """
     demonstrations = Demonstrations(
         config.data,
@@ -200,10 +219,10 @@ def _open(config: TrainConfig) -> Demonstrations:
         action_names=_listed(config.action_names),
     )
     if not demonstrations.rows:
-        raise DatasetError(f"{config.data}: holds no episodes.")
+        raise DatasetError(f"{config.data} holds no episodes.")
     if config.cameras is None:
         for camera, reason in demonstrations.left_out.items():
-            print(f"camera {camera} is left out: {reason}", file=sys.stderr)
+            print(f"Camera {camera} is left out: {reason}", file=sys.stderr)
     return demonstrations
 
 
@@ -212,10 +231,10 @@ def _listed(text: str | None) -> list[str] | None:
 
 
 def _is_finished(out: Path, identity: Mapping[str, Any]) -> bool:
-    """Has this very training ended in a folder?
+    """Tell whether this training has ended in a folder.
 
     Raises:
-        ConfigError: The folder holds another one.
+        ConfigError: The folder holds another training.
     """
     path = out / RUN_FILE
     if not path.exists():
@@ -227,7 +246,7 @@ def _is_finished(out: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def describe(demonstrations: Demonstrations) -> dict[str, Any]:
-    """What a dataset holds: totals, and the episodes of every (suite, task, seed, actor)."""
+    """Describe a dataset: totals, and the number of episodes of every (suite, task, seed, actor)."""
     origins = [row.origin for row in demonstrations.rows]
     counted = Counter((o.suite, o.task, o.seed, o.actor) for o in origins if o is not None)
     return {
@@ -242,21 +261,21 @@ def describe(demonstrations: Demonstrations) -> dict[str, Any]:
 
 
 def evaluation(policy: Path, data: Path) -> str:
-    """The command that evaluates what was trained on some data: in its suite, or, where it is of none, offline."""
+    """Return the command that evaluates a policy trained on some data: in its suite, or offline where it has none."""
     is_simulated = any(row.origin is not None for row in Demonstrations(data).rows)
     offline = "" if is_simulated else f" --data {data}"
     return f"dysl eval --policy {policy}{offline} --out {policy}-eval"
 
 
 def action_change(actions: FloatArray, episode_index: NDArray[np.int64]) -> list[float]:
-    """How fast actions were demonstrated: 99.9 % of the changes from one to the next are at most so large.
+    """Measure how fast actions change: 99.9 % of the changes from one to the next are at most as large as the result.
 
     Args:
-        actions: (frames, action).
-        episode_index: (frames,).
+        actions: Demonstrated actions, (frames, action).
+        episode_index: The frames' episodes, (frames,).
 
     Returns:
-        A value a dimension, in the actions' units.
+        A value for each dimension, in the actions' units.
     """
     within = episode_index[1:] == episode_index[:-1]
     change = np.abs(np.diff(actions, axis=0))[within]
@@ -268,7 +287,7 @@ def _shortest_path(path: Path | None, depth: int) -> list[int]:
         return []
     plan = read_plan(path)
     if plan.num_layers != depth:
-        raise ConfigError(f"plan: {path} is for {plan.num_layers} layers, the policy has {depth}.")
+        raise ConfigError(f"plan must be for the policy's {depth} layers; {path} is for {plan.num_layers}.")
     return list(plan.shortest_path)
 
 
@@ -276,7 +295,7 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
     spec = demonstrations.spec
     is_trained_on = ~_held_out(split, columns["episode_index"])
     if not spec.cameras:
-        raise DatasetError(f"{demonstrations.root}: has no camera (a video feature observation.images.<camera>).")
+        raise DatasetError(f"{demonstrations.root} has no camera (a video feature observation.images.<camera>).")
     tokenizer = train_tokenizer(demonstrations.instructions)
     longest = max(len(tokenizer.encode(text).ids) for text in demonstrations.instructions)
     resizes = _resizes(config.resize, spec.cameras)
@@ -308,18 +327,15 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
 
 def _warm_start(config: TrainConfig, demonstrations: Demonstrations) -> MiniVLA:
     assert config.init is not None
-    for name in ("cameras", "resize", "crops", "grids", "layers", "hidden", "chunk", "execute"):
-        if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
-            raise ConfigError(f"{name}: {config.init} decides it; leave it out, or train without --init.")
     policy = MiniVLA.from_pretrained(config.init)
     policy.spec.check_embodiment(demonstrations.spec)
     return policy
 
 
 def _resizes(text: str | None, cameras: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Sizes as asked for; else those of large images, whose sides become multiples of two cells."""
+    """Return the sizes as asked for, else those of large images, whose sides become multiples of two cells."""
     if text is not None:
-        asked = camera_options("resize", text, SIZE, "96x128", cameras)
+        asked = camera_options("resize", text, *CAMERA_OPTIONS["resize"], cameras)
         return {name: (height, width) for name, (height, width) in asked.items() if (height, width) != cameras[name]}
     resizes = {}
     for name, (height, width) in cameras.items():
@@ -330,30 +346,31 @@ def _resizes(text: str | None, cameras: Mapping[str, tuple[int, int]]) -> dict[s
     return resizes
 
 
-def _crops(text: str, cameras: Mapping[str, tuple[int, int]]) -> dict[str, Crop]:
-    """Crops as asked for; else the largest in the middle whose sides are multiples of two cells."""
+def _crops(text: str | None, cameras: Mapping[str, tuple[int, int]]) -> dict[str, Crop]:
+    """Return the crops as asked for, else the largest in the middle whose sides are multiples of two cells."""
     crops = {}
     for name, (height, width) in cameras.items():
         rows, columns = (max(CELL, size // (2 * CELL) * 2 * CELL) for size in (height, width))
         crops[name] = Crop(top=(height - rows) // 2, left=(width - columns) // 2, height=rows, width=columns)
-    for name, values in camera_options("crops", text, PLACE, "96x96+28+44", cameras).items():
+    for name, values in camera_options("crops", text or "", *CAMERA_OPTIONS["crops"], cameras).items():
         height, width, top, left = values
         crops[name] = Crop(top=top, left=left, height=height, width=width)
     return crops
 
 
-def _grids(text: str, crops: Mapping[str, Crop]) -> dict[str, int]:
+def _grids(text: str | None, crops: Mapping[str, Crop]) -> dict[str, int]:
     grids = {}
     for name, crop in crops.items():
         fitting = [g for g in range(1, 5) if crop.height % (CELL * g) == 0 and crop.width % (CELL * g) == 0]
         grids[name] = max(fitting, default=1)
-    return grids | {name: value for name, (value,) in camera_options("grids", text, NUMBER, "4", crops).items()}
+    asked = camera_options("grids", text or "", *CAMERA_OPTIONS["grids"], crops)
+    return grids | {name: value for name, (value,) in asked.items()}
 
 
 def _decode(demonstrations: Demonstrations, config: MiniVLAConfig, out: Path) -> dict[str, ImageArray]:
-    """Every camera's frames as training reads them, decoded once into files; those of an interrupted run are kept.
+    """Decode every camera's frames once into files, as training reads them; those of an interrupted run are kept.
 
-    Kept of each frame is the crop and the margin that the augmentation needs; beyond the image its edge is repeated.
+    Of each frame the crop is kept, with the margin that the augmentation needs; beyond the image its edge is repeated.
 
     Raises:
         ConfigError: The disk has not enough space.

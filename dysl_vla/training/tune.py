@@ -1,7 +1,8 @@
-"""`dysl tune`: choose how much to skip, from what it costs and saves, measured; keep it in the checkpoint."""
+"""`dysl tune`: measure what skipping costs and saves, choose how much to skip, and store it in the checkpoint."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -23,51 +24,75 @@ with needs_extra("policy"):
     from dysl_vla.policies.dysl import has_skips, load_dysl, save_operating_point
 
 SETTINGS = (1.0, 0.999, 0.998, 0.997, 0.995, 0.99, 0.98, 0.96, 0.94, 0.9, 0.85, 0.8, 0.7, 0.5, 0.3, 0.1)
-"""Of the knob, from fastest to most careful."""
+"""The settings that are measured, from the fastest to the most careful."""
 TUNING_SEED = 200_000
-"""Initial states for tuning: neither those of demonstrations, nor the ones that results are reported on (100000)."""
+"""Seed of the initial states for tuning, which are neither those of demonstrations nor those of results (100000)."""
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """Choose how much a policy skips, by a target, and store it in its checkpoint."""
+    """Choose how much a policy skips, by a target, and store it in its checkpoint.
+
+    Raises:
+        ConfigError: Not exactly one target is given, or a value is out of range.
+    """
 
     policy: Path
     """Folder of a checkpoint with adapters and controllers; its operating point is changed."""
     data: Path
     """Folder of demonstrations, a LeRobotDataset v3; its held-out episodes are replayed."""
     target_ms: float | None = None
-    """The whole policy's mean milliseconds an inference, at most, on this machine: skips as little as that allows."""
+    """Largest mean time of the whole policy for an inference, in milliseconds on this machine; as little is skipped as
+    that allows."""
     target_success_drop: float | None = None
-    """Success rate lost, at most, as a share (0.01: a point), measured in simulation: skips as much as that allows."""
+    """Largest loss of success rate, as a share (0.01 is a point), measured in simulation; as much is skipped as that
+    allows."""
     target_action_error: float | None = None
-    """For those who have no simulation: distance of the executed actions from the full model's, at most, in deviations
-    of the demonstrated actions, on held-out demonstrations: skips as much as that allows."""
-    suite: str = ""
-    """Where success is measured; the suite that the policy was trained in when empty."""
-    robot: str = ""
+    """Without a simulation: the largest mean distance of the executed actions from the full model's on held-out
+    demonstrations, in standard deviations of the demonstrated actions; as much is skipped as that allows."""
+    suite: str | None = None
+    """Suite in which success is measured. When not given, it is the suite that the policy was trained in."""
+    robot: str | None = None
     """Another robot than the suite's own."""
-    tasks: str = ""
-    """Comma-separated; when empty, all of the suite, or those of it that the policy was trained in when none is
-    named."""
+    tasks: str | None = None
+    """Comma-separated tasks. When not given, they are all of the suite, or, without a suite, those that the policy was
+    trained in."""
     episodes: int = 20
-    """Episodes of each task for that, at each setting; a smaller loss than one episode of them cannot be seen."""
+    """Episodes of each task in which success is measured, at each setting; a smaller loss than one of them cannot be
+    seen."""
     workers: int = 1
-    """Processes for that."""
+    """Processes that run these episodes side by side."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        targets = [target for target in self.targets.values() if target is not None]
+        if len(targets) != 1:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in self.targets)
+            raise ConfigError(f"target must be given once, by one of {names}; got {len(targets)}.")
+        for name, target in self.targets.items():
+            if target is not None and not 0 <= target < math.inf:
+                raise ConfigError(f"{name} must be finite and not negative, got {target}.")
+        for name in ("episodes", "workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def targets(self) -> dict[str, float | None]:
+        """Return the possible targets by name, of which exactly one is given."""
+        return {name: getattr(self, name) for name in ("target_ms", "target_success_drop", "target_action_error")}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the knob, measured.
+    """One setting, measured.
 
     Attributes:
-        skip: The knob.
-        layers: Layers run an inference, on average.
+        skip: The setting.
+        layers: Mean number of layers that an inference runs.
         llm_ms: Mean time of the backbone, with everything that skipping adds.
         total_ms: Mean time of the whole policy.
         error: Mean distance of executed actions from the full model's, in deviations of the demonstrated actions.
-        verified: Share of inferences that were predicted again.
+        verified: Share of inferences that the full model predicted again.
     """
 
     skip: float
@@ -79,28 +104,22 @@ class Point:
 
 
 def tune(config: TuneConfig) -> tuple[list[Point], Point]:
-    """Measure the curve, choose, and store.
+    """Measure the curve, choose a setting, and store it.
 
     Returns:
         The curve, from the fastest setting; the chosen point.
 
     Raises:
-        ConfigError: Not exactly one target, or one that cannot be met: the message says what can.
-        CheckpointError: The checkpoint is damaged or has no adapters.
+        ConfigError: The policy has no adapters, or the target cannot be met; then the message says what can.
+        CheckpointError: The checkpoint is damaged.
     """
-    given = (config.target_ms, config.target_success_drop, config.target_action_error)
-    targets = [target for target in given if target is not None]
-    if len(targets) != 1:
-        raise ConfigError("target: give one of --target-ms, --target-success-drop and --target-action-error.")
-    if not np.isfinite(targets[0]) or targets[0] < 0:
-        raise ConfigError(f"target: {targets[0]} must be finite and not negative.")
     if not has_skips(config.policy):
-        raise ConfigError(f"policy: {config.policy} has no adapters and controllers; train them with dysl distill.")
-    if config.target_success_drop is not None:  # minutes before it is needed
+        raise ConfigError(f"policy must have adapters and controllers; {config.policy} has none, so use dysl distill.")
+    if config.target_success_drop is not None:  # refuse what cannot be played before minutes of measuring
         from dysl_vla.eval.runner import resolve_tasks
 
         suite, tasks = resolve_tasks(_evaluation(config, Path(), 0), load_policy(str(config.policy)).provenance)
-        config = replace(config, suite=suite.name, robot="", tasks=",".join(tasks))
+        config = replace(config, suite=suite.name, robot=None, tasks=",".join(tasks))
     curve = measure_curve(config.policy, config.data, config.compute)
     try:
         if config.target_ms is not None:
@@ -112,9 +131,7 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
     except ConfigError as error:  # minutes of measuring are worth showing
         raise ConfigError(f"{error}\n{render_curve(curve)}") from error
     measured = {
-        "target_ms": config.target_ms,
-        "target_success_drop": config.target_success_drop,
-        "target_action_error": config.target_action_error,
+        **config.targets,
         "seed": TUNING_SEED if config.target_success_drop is not None else None,
         "curve": [asdict(point) for point in curve],
         "machine": provenance.machine(),
@@ -125,7 +142,7 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
 
 
 def measure_curve(folder: Path, data: Path, compute: ComputeConfig | None = None) -> list[Point]:
-    """Replay held-out demonstrations at every setting of the knob, the settings taking turns on each episode."""
+    """Replay held-out demonstrations at every setting; the settings take turns on each episode."""
     use_one_inference_thread()
     policy = load_skippable_policy(str(folder), compute)
     replay = Replay(policy, demonstrations_for(data, policy.spec))
@@ -153,38 +170,39 @@ def measure_curve(folder: Path, data: Path, compute: ComputeConfig | None = None
 
 
 def choose_by_time(curve: list[Point], target_ms: float) -> Point:
-    """The most careful point within a time.
+    """Choose the most careful point within a time.
 
     Raises:
-        ConfigError: None is.
+        ConfigError: No point is.
     """
     possible = _within(curve, [point.total_ms for point in curve], target_ms, "target_ms", "on this machine")
     return min(possible, key=lambda point: point.skip)
 
 
 def choose_by_error(curve: list[Point], target: float) -> Point:
-    """The fastest point whose actions are near enough to the full model's.
+    """Choose the fastest point whose actions are near enough to the full model's.
 
     Raises:
-        ConfigError: None is.
+        ConfigError: No point has such actions.
     """
     possible = _within(curve, [point.error for point in curve], target, "target_action_error", "at any setting")
     return max(possible, key=lambda point: point.skip)
 
 
 def _within(curve: list[Point], costs: list[float], target: float, name: str, where: str) -> list[Point]:
-    """The points that cost no more than a target."""
+    """Return the points that cost no more than a target."""
     possible = [point for point, cost in zip(curve, costs, strict=True) if cost <= target]
     if not possible:
         least, nearest = min(zip(costs, curve, strict=True), key=lambda pair: pair[0])
         raise ConfigError(
-            f"{name}: {target} cannot be met {where}; the nearest possible is {least:.4g}, at skip {nearest.skip}."
+            f"{name} must be higher, got {target}, which cannot be met {where}; the nearest possible is {least:.4g}, "
+            f"at skip {nearest.skip}."
         )
     return possible
 
 
 def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
-    """The fastest point that loses no more than allowed, by paired episodes."""
+    """Choose the fastest point that loses no more than allowed, by paired episodes."""
     from dysl_vla.eval.compare import compare
 
     assert config.target_success_drop is not None
@@ -200,13 +218,13 @@ def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
                 least = drop, point
     assert least is not None
     raise ConfigError(
-        f"target_success_drop: {config.target_success_drop} was not met at any setting; the nearest possible is "
-        f"{least[0]:.3f}, at skip {least[1].skip}."
+        f"target_success_drop must be higher, got {config.target_success_drop}, which was not met at any setting; the "
+        f"nearest possible is {least[0]:.3f}, at skip {least[1].skip}."
     )
 
 
 def _evaluate(config: TuneConfig, out: Path, skip: float) -> Path:
-    """Measure success at a setting; the folder with its records."""
+    """Measure success at a setting, and return the folder with its records."""
     from dysl_vla.eval import evaluate
 
     evaluate(_evaluation(config, out, skip))
@@ -228,7 +246,7 @@ def _evaluation(config: TuneConfig, out: Path, skip: float) -> EvalConfig:
 
 
 def render_curve(curve: list[Point], chosen: Point | None = None) -> str:
-    """The curve as Markdown."""
+    """Return the curve as Markdown."""
     lines = ["| skip | layers | LLM ms | policy ms | action error | verified |", "|---:|---:|---:|---:|---:|---:|"]
     for point in curve:
         mark = " (chosen)" if point == chosen else ""

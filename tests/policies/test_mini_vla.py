@@ -130,6 +130,7 @@ def test_the_backbone_is_told_what_it_would_find_out_itself(tiny_policy: MiniVLA
 
 def test_every_tensor_is_made_where_the_policy_is(tiny_policy: MiniVLA) -> None:
     """On torch's device without memory, an operation with a tensor of the CPU fails."""
+    tiny_policy.backbone.set_attn_implementation("eager")  # the other reads the mask's values
     policy = tiny_policy.to("meta")
     inputs, _ = policy.collate(policy.encode(observations(2), [policy.reset()] * 2))
     assert {value.device.type for value in inputs.values()} == {"meta"}
@@ -148,9 +149,9 @@ def test_a_policy_is_loaded_with_other_numbers(tiny_policy: MiniVLA, tmp_path: P
 
 def test_a_device_that_is_not_there_is_refused(tiny_policy: MiniVLA, tmp_path: Path) -> None:
     tiny_policy.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="device: 'nowhere' cannot be used"):
+    with pytest.raises(ConfigError, match="device must be one of this machine's, got 'nowhere'"):
         load_policy(str(tmp_path), compute=ComputeConfig(device="nowhere"))
     with pytest.raises(ConfigError, match="dtype must be one of"):
         ComputeConfig(dtype="int3")
-    with pytest.raises(ConfigError, match="leave them out"):
+    with pytest.raises(ConfigError, match="must be left out"):
         load_policy("mock", compute=ComputeConfig(dtype="bfloat16"))

@@ -72,20 +72,20 @@ def test_a_mask_of_four_dimensions_belongs_to_its_rows() -> None:
 
 def test_the_layers_can_be_named_where_two_lists_are_equally_long() -> None:
     both = nn.ModuleDict({name: nn.ModuleList(nn.Linear(2, 2) for _ in range(6)) for name in ("vlm", "expert")})
-    with pytest.raises(ConfigError, match="2 lists of 6 layers"):
+    with pytest.raises(ConfigError, match="one list of 6 layers, got 2"):
         find_layers(both, 6)
     assert find_layers(both["vlm"], 6) is both["vlm"]
 
 
 def test_a_follower_of_another_depth_or_before_its_decoder_is_refused() -> None:
     layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
-    with pytest.raises(ConfigError, match="followers: one has 5 layers, the plan 6"):
+    with pytest.raises(ConfigError, match="the plan's 6 layers, and one has 5"):
         attach(layers, PLAN, followers=[nn.ModuleList(nn.Linear(2, 2) for _ in range(5))])
     follower = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
     skipper = attach(layers, PLAN, heads(), followers=[follower])
     with pytest.raises(ConfigError, match="had decided"), skipper.step(np.zeros((1, 2), np.int64)):
         follower[0](torch.randn(1, 2, WIDTH))
-    with pytest.raises(ConfigError, match="followers: is already attached"):
+    with pytest.raises(ConfigError, match="followers must not be already attached"):
         attach(nn.ModuleList(nn.Linear(2, 2) for _ in range(6)), PLAN, followers=[follower])
     skipper.detach()
     assert all("forward" not in one.__dict__ for one in (*layers, *follower))

@@ -143,7 +143,7 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(value: float) -> None
         GUIDE.observe(state, np.array([[0.0, value]]))
     with pytest.raises(ActionError, match="not finite"):
         GUIDE.update_and_check(state, np.array([[0.0, value]]), 1)
-    with pytest.raises(ActionError, match="built for 2 dimensions"):
+    with pytest.raises(ActionError, match="the 2 dimensions of the guidance"):
         GUIDE.observe(state, np.zeros((1, 3)))
     np.testing.assert_array_equal(state.recent, before.recent)
     np.testing.assert_array_equal(state.allow_points, before.allow_points)

@@ -109,9 +109,9 @@ def test_blocks_are_left_at_the_plans_exits_alone() -> None:
     assert drawn == {(1, 4), (1, None), (None, 4)}
     assert sorted(trainer._skipper.heads.adapters) == ["1", "4"]
     run(trainer, 3)
-    with pytest.raises(ConfigError, match="exits: 2 is not among"), trainer._skipper.force_exits([2, 4]):
+    with pytest.raises(ConfigError, match=r"exits must be among .* got 2"), trainer._skipper.force_exits([2, 4]):
         pass
-    with pytest.raises(ConfigError, match="leaves layer 0 alone"):
+    with pytest.raises(ConfigError, match="an exit after layer 0"):
         make(plan=SkipPlan(6, (1,)))
 
 

@@ -14,11 +14,11 @@ from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.layer_similarity import choose_static_layers, similarities
 
 
-@given(st.lists(st.floats(-1, 1), min_size=5, max_size=9), st.integers(2, 4), st.integers(0, 5))
-def test_no_other_choice_is_less_similar(values: list[float], count: int, longest: int) -> None:
+@given(st.lists(st.floats(-1, 1), min_size=5, max_size=9), st.integers(2, 4), st.none() | st.integers(1, 5))
+def test_no_other_choice_is_less_similar(values: list[float], count: int, longest: int | None) -> None:
     depth = len(values)
     similarity = np.array(values)
-    limit = longest or math.ceil((depth - count) / (count - 1))
+    limit = math.ceil((depth - count) / (count - 1)) if longest is None else longest
 
     def fits(chosen: tuple[int, ...]) -> bool:
         return all(b - a - 1 <= limit for a, b in itertools.pairwise(chosen))
@@ -55,7 +55,7 @@ def test_similarity_compares_what_a_layer_gets_with_what_it_gives() -> None:
     assert max(measured[0], measured[2]) < 0.9
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99])
+@pytest.mark.parametrize("ratio", [1.0, 0.99])
 def test_ratios_that_leave_nothing_to_skip_are_refused(ratio: float) -> None:
     with pytest.raises(ConfigError, match="static_ratio"):
         choose_static_layers(np.ones(6), ratio)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.errors import ConfigError
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.training.behaviour_cloning import SHIFT
-from dysl_vla.training.distill import DistillRunConfig, distill
 from dysl_vla.training.encoding import _shift, encode
 
 
@@ -47,8 +44,3 @@ def test_a_shift_moves_a_whole_image_and_nothing_else(seed: int, rows: int, colu
     assert moved["observation.images.top"].shape == image.shape
     assert moved["task"] == "move"
     assert moved["observation.state"] is observation["observation.state"]
-
-
-def test_a_negative_number_of_copies_is_refused(mock_demos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="augment_copies"):
-        distill(DistillRunConfig(mock_demos, tmp_path / "out", augment_copies=-1))

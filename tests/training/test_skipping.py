@@ -103,7 +103,8 @@ def test_heads_are_trained_further_from_what_they_were(
     begun = tmp_path / "begun"
     shutil.copytree(distilled, begun)
     settings = json.loads((begun / "skip.json").read_text())
-    write_json(begun / "skip.json", settings | {"importance": "continuity"})
+    write_json(begun / "skip.json", settings | {"importance": "gripper"})
+    monkeypatch.setattr("dysl_vla.training.distill.choose_importance", lambda asked, *_: asked)
     config = DistillRunConfig(mock_demos, tmp_path / "more", str(begun), frames=50, augment_copies=1, training=training)
     distill(replace(config, init_heads=True))
     before, after = (load_file(folder / "skip.safetensors") for folder in (distilled, tmp_path / "more"))
@@ -112,7 +113,7 @@ def test_heads_are_trained_further_from_what_they_were(
     [point] = [json.loads(line) for line in (tmp_path / "more/distill.jsonl").read_text().splitlines()]
     assert point["step"] == 2  # no stage 1
     first, second = (json.loads((folder / "skip.json").read_text()) for folder in (distilled, tmp_path / "more"))
-    assert (settings["importance"], second["importance"]) == ("gripper", "continuity")
+    assert (settings["importance"], second["importance"]) == ("continuity", "gripper")
     assert second["plan"] == first["plan"]
     assert second["provenance"]["init"] == first["provenance"]
     distill(replace(config, init_heads=True))  # finished: nothing to do
