@@ -91,7 +91,7 @@ def test_motors_on_a_bus_that_was_never_opened_are_not_reported(
 
     module: Any = importlib.import_module("lerobot.motors.damiao.damiao")
     monkeypatch.setattr(module.can, "interface", SimpleNamespace(Bus=refuse))
-    with pytest.raises(RobotFault, match="could not connect .*No such device"):
+    with pytest.raises(RobotFault, match=r"could not connect .*No such device"):
         openarm.connect(30.0)
     assert stop_robot(openarm).problem == ""
     assert "torque" not in capfd.readouterr().err
