@@ -32,7 +32,7 @@ from dysl_vla.deploy.lerobot_motors import (
     run_all,
     run_to_end,
 )
-from dysl_vla.deploy.robot import TimedObservation, hold_action, robots, without_motion
+from dysl_vla.deploy.robot import TimedObservation, hold_action, robots
 from dysl_vla.errors import ConfigError, RobotFault
 from dysl_vla.files import read_json
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, EmbodimentSpec, FloatArray, action_kinds
@@ -155,11 +155,7 @@ class LeRobotRobot:
 
     def hold(self, last: FloatArray | None) -> FloatArray | None:
         """See `hold_action`; before the first command, positions are where the joints are."""
-        names, latest = self.embodiment.action_names, self._latest
-        if last is not None or not set(names) <= set(latest):
-            return hold_action(self.embodiment, last)
-        # Not clipped: a joint that stands outside of its range must be found out
-        return without_motion(self.embodiment, np.array([latest[name] for name in names], np.float32))
+        return hold_action(self.embodiment, last, self._latest)
 
     def report(self) -> dict[str, Any]:
         """Nothing: LeRobot keeps no record."""
