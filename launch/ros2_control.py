@@ -103,18 +103,19 @@ class Ros2Robot:
         self._publisher.publish(self._message(data=action.astype(float).tolist()))
 
     def hold(self, last: FloatArray | None) -> FloatArray | None:
-        """See `hold_action`; a robot of torques needs a `hold` of its own."""
-        return hold_action(self.embodiment, last)
+        """See `hold_action`: before the first command, positions are where the joints are. Torques need their own."""
+        with self._lock:
+            state = self._parts[STATE_KEY][0].tolist() if STATE_KEY in self._parts else []
+        return hold_action(self.embodiment, last, dict(zip(self.embodiment.state_names, state, strict=False)))
 
     def report(self) -> dict[str, Any]:
         """Nothing: topics keep no record."""
         return {}
 
     def stop(self) -> None:
-        """Hold once more; the robot's own controller stops when no command follows."""
+        """Hold once more, if it was moved; the robot's own controller stops when no command follows."""
         try:
-            held = self.hold(self._last)
-            if held is not None:
+            if self._last is not None and (held := self.hold(self._last)) is not None:
                 self.act(held)
         except Exception as error:  # stopping must not raise
             print(f"robot: could not publish the last command ({error}).", file=sys.stderr)

@@ -18,6 +18,9 @@ HARDLY = 0.005
 NEVER = 1e-4
 """A dimension also hardly moves if its deviation is below this: training does not scale it up any further."""
 
+DIGITS = 12
+"""Digits behind the point that a bound has at most."""
+
 
 def render_info(demonstrations: Demonstrations) -> str:
     """A dataset's cameras, dimensions and ranges, and its episodes by (suite, task, seed, actor), in Markdown.
@@ -61,7 +64,7 @@ def _head(demonstrations: Demonstrations) -> Iterator[str]:
     for instruction in demonstrations.instructions:
         yield f"task     {instruction!r}"
     split = split_for(len(rows))
-    held_out = sum(map(split.is_held_out, range(len(rows))))
+    held_out = sum(split.is_held_out(row.number) for row in rows)
     yield f"held out {held_out} of {len(rows)} episodes, from training, unless --held-out says otherwise"
 
 
@@ -103,8 +106,13 @@ def _bounds(actions: FloatArray) -> Iterator[str]:
 
 
 def outwards(low: float, high: float) -> tuple[float, float]:
-    """A range with few digits that contains another and is at most a fiftieth wider."""
+    """A range with few digits that contains another and is at most a fiftieth wider.
+
+    A single value gets a range around it of at most a fiftieth of the value, which a robot's file may have.
+    """
     low, high = float(low), float(high)
-    decimals = 2 - math.floor(math.log10((high - low) or abs(high) or 1))
+    decimals = min(2 - math.floor(math.log10((high - low) or abs(high) or 1)), DIGITS)
     scale = 10.0**decimals
+    if low == high:
+        low, high = low - 0.5 / scale, high + 0.5 / scale
     return round(math.floor(low * scale) / scale, decimals), round(math.ceil(high * scale) / scale, decimals)

@@ -28,6 +28,7 @@ from dysl_vla.data.lerobot_format import (
     Episode,
     EpisodeRow,
     Origin,
+    numbered_files,
     read_declared,
     read_episodes,
     read_info,
@@ -305,7 +306,7 @@ class DemonstrationWriter:
         """Write `meta/stats.json`, which LeRobot's training reads; see `lerobot_statistics.merged`."""
         if not self.rows:
             return
-        tables = [read_table(path) for path in sorted((self._root / EPISODES).glob("*/*.parquet"))]
+        tables = [read_table(path) for path in numbered_files(self._root / EPISODES)]
         table = pa.concat_tables(tables, promote_options="permissive").sort_by("episode_index").slice(0, len(self.rows))
         episodes: dict[str, dict[str, NDArray[np.float64]]] = {}
         for name in (name for name in table.column_names if name.startswith("stats/")):

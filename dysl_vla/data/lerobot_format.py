@@ -192,7 +192,8 @@ def _names(
 ) -> tuple[tuple[str, ...], bool]:
     """The names of a vector's dimensions, and whether they are the dataset's own.
 
-    Datasets have a list, lists under some keys ("motors"), a map to positions, or no names.
+    Datasets have a list, lists under some keys ("motors"; "left", "right"), a map to positions, or no names. Names that
+    are in the lists of two keys get the keys in front: "left_j1".
     """
     if key not in features:
         raise DatasetError(f"{INFO}: there is no feature {key!r}.")
@@ -200,13 +201,20 @@ def _names(
     if len(shape) != 1 or not NUMBER.fullmatch(features[key]["dtype"]):
         raise DatasetError(f"{INFO}: {key} is {features[key]['dtype']} of shape {shape}; expected one row of numbers.")
     if isinstance(found, Mapping):
-        lists = [name for value in found.values() if isinstance(value, list) for name in value]
-        found = lists or sorted(found, key=lambda name: found[name])
+        lists = [(str(group), str(name)) for group, value in found.items() if isinstance(value, list) for name in value]
+        plain = [name for _, name in lists]
+        is_clear = len(set(plain)) == len(plain)  # the arms of a robot may have the same joints
+        named = plain if is_clear else [f"{group}_{name}" for group, name in lists]
+        found = named or sorted(found, key=lambda name: found[name])
     if found and len(found) != shape[0]:
         raise DatasetError(
             f"{INFO}: {key} has {shape[0]} dimensions and {len(found)} names ({found}); correct its names."
         )
     own = tuple(map(str, found or ()))
+    if repeated := sorted({name for name in own if own.count(name) > 1}):
+        raise DatasetError(
+            f"{INFO}: the names of {key} must differ, got {', '.join(repeated)} more than once; correct them."
+        )
     if given is None:
         return own or tuple(map(str, range(shape[0]))), bool(own)
     if own and own != tuple(given):
@@ -286,10 +294,13 @@ def read_episodes(root: Path, info: Mapping[str, Any], storage: Mapping[str, str
     optional = [f"origin/{name}" for name in Origin.__dataclass_fields__]
     optional += [f"videos/{IMAGE_PREFIX}{name}/{c}" for name in videos for c in ("chunk_index", "file_index")]
     optional += [f"videos/{IMAGE_PREFIX}{name}/from_timestamp" for name in videos]
-    tables = [read_table(path, names, optional) for path in sorted(folder.glob("*/*.parquet"))]
+    tables = [read_table(path, names, optional) for path in numbered_files(folder)]
     values = [row for table in tables for row in table.to_pylist()]
     if any(row["episode_index"] is None or row["length"] is None for row in values):
         raise DatasetError(f"{folder}: an episode has no episode_index or no length; restore the table.")
+    for place, row in enumerate(values):
+        for column in ("episode_index", "length"):
+            row[column] = _whole(folder, f"the row {place}", column, row[column])
     values = sorted(values, key=lambda row: int(row["episode_index"]))[:count]
     if len(values) != count:
         raise DatasetError(
@@ -312,26 +323,67 @@ def read_episodes(root: Path, info: Mapping[str, Any], storage: Mapping[str, str
 
 
 def _row(folder: Path, values: Mapping[str, Any], start: int, videos: Sequence[str]) -> EpisodeRow:
-    number = int(values["episode_index"])
+    number = values["episode_index"]
     files, starts = {}, {}
     for camera in videos:
-        names = ("chunk_index", "file_index", "from_timestamp")
-        chunk, file, from_s = (values.get(f"videos/{IMAGE_PREFIX}{camera}/{name}") for name in names)
-        if chunk is None or file is None or from_s is None or not math.isfinite(from_s):
+        prefix = f"videos/{IMAGE_PREFIX}{camera}/"
+        chunk, file, from_s = (values.get(prefix + name) for name in ("chunk_index", "file_index", "from_timestamp"))
+        if chunk is None or file is None or from_s is None or (isinstance(from_s, float) and not math.isfinite(from_s)):
             raise DatasetError(
                 f"{folder}: episode {number} has no video of camera {camera!r}, as after a recording that was cut "
                 "off before its videos were encoded; record it again, or choose other cameras."
             )
-        files[camera], starts[camera] = (int(chunk), int(file)), float(from_s)
+        who = f"episode {number}"
+        indices = (("chunk_index", chunk), ("file_index", file))
+        first, second = (_whole(folder, who, prefix + name, value) for name, value in indices)
+        files[camera], starts[camera] = (first, second), _number(folder, who, prefix + "from_timestamp", from_s)
     origin = {name: values.get(f"origin/{name}") for name in Origin.__dataclass_fields__}
+    if None not in origin.values():
+        for name in ("seed", "episode_index"):
+            origin[name] = _whole(folder, f"episode {number}", f"origin/{name}", origin[name])
+        for name in ("suite", "task", "actor"):
+            origin[name] = str(origin[name])
+        origin["noise"] = _number(folder, f"episode {number}", "origin/noise", origin["noise"])
     return EpisodeRow(
         number=number,
-        length=int(values["length"]),
+        length=values["length"],
         start=start,
         video_files=files,
         video_starts_s=starts,
         origin=None if None in origin.values() else Origin(**origin),  # type: ignore[arg-type]
     )
+
+
+def _number(folder: Path, who: str, column: str, value: object) -> float:
+    """A value of the table of episodes.
+
+    Raises:
+        DatasetError: It is no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DatasetError(f"{folder}: {column} of {who} must be a number, got {value!r}; restore the table.")
+    return float(value)
+
+
+def _whole(folder: Path, who: str, column: str, value: object) -> int:
+    """A whole number of the table of episodes.
+
+    Raises:
+        DatasetError: It is none.
+    """
+    if not (found := _number(folder, who, column, value)).is_integer():
+        raise DatasetError(f"{folder}: {column} of {who} must be a whole number, got {value!r}; restore the table.")
+    return int(found)
+
+
+def numbered_files(folder: Path) -> list[Path]:
+    """The Parquet files of a dataset's folder, chunk-*/file-*, in the order of their numbers.
+
+    Hidden files are left out: macOS leaves a "._file-000.parquet" beside a file on a disk of another system.
+    """
+    files = [path for path in folder.glob("*/*.parquet") if not path.name.startswith(".")]
+    numbers = re.compile(r"\d+")
+    return sorted(files, key=lambda path: ([int(n) for n in numbers.findall(f"{path.parent.name}/{path.name}")], path))
 
 
 def read_table(path: Path, names: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:

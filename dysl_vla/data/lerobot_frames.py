@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dysl_vla.data.lerobot_format import EpisodeRow, read_table
+from dysl_vla.data.lerobot_format import EpisodeRow, numbered_files, read_table
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.types import ImageArray
@@ -71,7 +71,7 @@ def locate(root: Path, rows: Sequence[EpisodeRow], rate_hz: float) -> Located:
         DatasetError: A file is damaged, frames are missing or out of order, or their times do not fit the rate.
     """
     # Find the rows of these episodes, in the order of the episodes.
-    files = sorted((root / "data").glob("*/*.parquet"))
+    files = numbered_files(root / "data")
     parts = [_bookkeeping(path) for path in files]
     number, frame, time = np.concatenate([*parts, np.empty((3, 0))], axis=1)
     kept = np.flatnonzero(np.isin(number, [row.number for row in rows]))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.split import Split
+from dysl_vla.data.lerobot_format import TASKS
+from dysl_vla.data.split import Split, split_for, trained_episodes
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
 
@@ -32,6 +35,45 @@ def demonstrations_for(root: Path, spec: PolicySpec) -> Demonstrations:
     return demonstrations
 
 
+def split_of(demonstrations: Demonstrations, record: Any = None, share: float | None = None) -> Split:
+    """The split of a dataset; see `split_for`. A dataset that seems to have lost episodes is reported on stderr.
+
+    Args:
+        demonstrations: The dataset.
+        record: Provenance of the policy that the dataset is used with.
+        share: Share of episodes to hold out.
+
+    Raises:
+        ConfigError: The share cannot be.
+    """
+    episodes, trained = len(demonstrations.rows), trained_episodes(record)
+    if trained is not None and episodes < trained:
+        print(
+            f"{demonstrations.root}: has {episodes} episodes, the policy was trained on a dataset of {trained}. If it "
+            "is that one, and LeRobot has numbered its episodes again since some were removed, episodes that count as "
+            "held out may have been trained on.",
+            file=sys.stderr,
+        )
+    return split_for(episodes, record, share)
+
+
+def check_instructions(demonstrations: Demonstrations, task_index: NDArray[np.int64]) -> None:
+    """Refuse frames without an instruction.
+
+    Args:
+        demonstrations: The dataset.
+        task_index: Which of its instructions the frames have, (frames,).
+
+    Raises:
+        DatasetError: An instruction is blank.
+    """
+    if any(not demonstrations.instructions[task].strip() for task in np.unique(task_index)):
+        raise DatasetError(
+            f"{demonstrations.root / TASKS}: a task must say what to do, got a blank one, which frames have; write the "
+            "instruction there."
+        )
+
+
 def observations(demonstrations: Demonstrations, chosen: NDArray[np.int64]) -> Iterator[tuple[int, Observation]]:
     """Read chosen frames as observations.
 
@@ -43,9 +85,10 @@ def observations(demonstrations: Demonstrations, chosen: NDArray[np.int64]) -> I
         Index and observation of each frame.
 
     Raises:
-        DatasetError: A file is damaged, or the cameras' videos are not in one order.
+        DatasetError: A file is damaged, an instruction is blank, or the cameras' videos are not in one order.
     """
     columns = demonstrations.columns()
+    check_instructions(demonstrations, columns["task_index"][chosen])
     wanted = set(chosen.tolist())
     episodes = set(columns["episode_index"][chosen].tolist())
     cameras = list(demonstrations.spec.cameras)
@@ -83,7 +126,7 @@ def choose_frames(demonstrations: Demonstrations, count: int, split: Split, *, h
     """
     if count < 1:
         raise ConfigError(f"frames must be at least 1, got {count}.")
-    kept = [row for index, row in enumerate(demonstrations.rows) if split.is_held_out(index) == held_out]
+    kept = [row for row in demonstrations.rows if split.is_held_out(row.number) == held_out]
     frames = np.concatenate([np.arange(row.start, row.start + row.length) for row in kept] or [np.empty(0, np.int64)])
     if not len(frames):
         raise DatasetError(f"{demonstrations.root}: {split.explain(len(demonstrations.rows))}.")

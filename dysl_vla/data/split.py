@@ -6,6 +6,7 @@ notes its rule in the provenance, and everything that is done with the policy af
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from dysl_vla.errors import ConfigError
 
 EVERY = 20
 """By default one episode in this many is held out, in datasets with at least as many."""
+
+NEAR = 0.06
+"""How far the share that is held out may be from the one that was asked for, as a part of that."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,11 @@ class Split:
     every: int
 
     def is_held_out(self, episode: int) -> bool:
-        """Whether an episode is kept away from training."""
+        """Whether an episode is kept away from training.
+
+        Args:
+            episode: The episode's number, `EpisodeRow.number`, which stays when others are removed from the dataset.
+        """
         return self.every > 0 and episode % self.every == self.every - 1
 
     def explain(self, episodes: int) -> str:
@@ -46,16 +54,31 @@ def split_for(episodes: int, record: Any = None, share: float | None = None) -> 
             two of fewer than twenty.
 
     Raises:
-        ConfigError: The share is out of range.
+        ConfigError: The share is out of range, or one episode in a whole number is far from it.
     """
     if share is not None:
         if not 0 <= share <= 0.5:
             raise ConfigError(f"held_out must be from 0 to 0.5, got {share}.")
-        return Split(round(1 / share) if share else 0)
+        every = round(1 / share) if share else 0
+        if abs(every * share - 1) > NEAR and share:
+            below, above = math.ceil(1 / share), math.floor(1 / share)
+            raise ConfigError(
+                f"held_out must be near 1/n, because one episode in n is held out, got {share:g}; give {1 / below:.3g} "
+                f"or {1 / above:.3g}."
+            )
+        return Split(every)
     decided = _decided(record)
     if decided is not None:
         return Split(decided)
     return Split(EVERY if episodes >= EVERY else max(2, episodes // 2))
+
+
+def trained_episodes(record: Any) -> int | None:
+    """How many episodes a policy's last training had; None when its provenance does not say."""
+    if not record:
+        return None
+    count: int | None = record.get("data", {}).get("episodes")
+    return count if count is not None else trained_episodes(record.get("init"))
 
 
 def _decided(record: Any) -> int | None:

@@ -70,7 +70,10 @@ class Client:
         self._connection: ClientConnection | None = None
         headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
         self._thread = threading.Thread(target=self._attend, args=(headers,), name="dysl client", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise RobotFault(f"thread: the client's could not be started ({error}); end other programs.") from error
         try:
             self.metadata = self._answer(None, deadline)
         except DyslError as error:
@@ -100,22 +103,30 @@ class Client:
             )
         try:
             self._check_open()
-            frame = self._packed({"reset": True, **observation} if self._begins else observation)
-            answer = self._answer(frame, deadline)
-            actions = answer.get("actions")
-            if not isinstance(actions, np.ndarray):
-                raise RobotFault(
-                    f"The server at {self._uri} answered no array of actions; check that it is a policy server."
-                )
-            if not np.isfinite(actions).all():
-                raise RobotFault(f"The server at {self._uri} answered actions that are not finite; check its policy.")
-            self._begins = False
+            begins, self._begins = self._begins, False  # a reset from now on is for the next request
+            try:
+                answer = self._ask({"reset": True, **observation} if begins else observation, deadline)
+            except BaseException:
+                self._begins |= begins
+                raise
         finally:
             self._turn.release()
         return answer
 
+    def _ask(self, observation: Mapping[str, Any], deadline: float) -> dict[str, Any]:
+        """The answer to an observation, with actions that can be used; see `infer`."""
+        answer = self._answer(self._packed(observation), deadline)
+        actions = answer.get("actions")
+        if not isinstance(actions, np.ndarray):
+            raise RobotFault(
+                f"The server at {self._uri} answered no array of actions; check that it is a policy server."
+            )
+        if not np.isfinite(actions).all():
+            raise RobotFault(f"The server at {self._uri} answered actions that are not finite; check its policy.")
+        return answer
+
     def reset(self) -> None:
-        """Begin an episode with the next observation."""
+        """Begin an episode with the next observation that is sent, also while a request is under way."""
         self._begins = True
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from dysl_vla.deploy.cycle_log import CycleLog
 from dysl_vla.deploy.limits import ActionLimiter, Limits
 from dysl_vla.deploy.loop_stats import LoopStats
 from dysl_vla.deploy.robot import Robot, TimedObservation
-from dysl_vla.deploy.stopping import ANSWER_S, CONNECT_S, WatchedRobot, handled_signals
+from dysl_vla.deploy.stopping import ANSWER_S, CONNECT_S, WatchedRobot, handled_signals, start_thread
 from dysl_vla.errors import ConfigError, DyslError, RobotFault, SafetyStop
 from dysl_vla.policies.base import Policy
 from dysl_vla.types import STATE_KEY, TASK_KEY, ActionChunk, FloatArray, Observation
@@ -168,7 +168,7 @@ class ControlLoop:
         with handled_signals(self.stop):
             try:
                 log = CycleLog(self._log_folder) if self._log_folder else None
-            except (ConfigError, OSError) as error:
+            except DyslError as error:
                 robot.fail(error)
             stopped = robot.run(lambda: self._control(seconds, log))
             self.stats.robot = stopped.report
@@ -192,7 +192,7 @@ class ControlLoop:
         self._notify("Connecting to the robot.")
         self._robot.connect(self._rate_hz)
         self._warm_up()
-        self._inference.start()
+        start_thread(self._inference)
         self._await_first_chunk()
         self._notify(f"Controlling for {seconds:g} s at {self._rate_hz:g} Hz; Ctrl-C stops the robot.")
         self._cycle(math.ceil(seconds / self._period), log)

@@ -17,6 +17,7 @@ TURN_S = 0.2
 NAP_S = 0.02
 STOPPED = "robot: it was stopped; make a new one to go on."
 TORQUE = "Torque_Enable"
+SILENT = "the motor does not answer"
 
 
 class Motors:
@@ -30,42 +31,74 @@ class Motors:
     Attributes:
         held: Names of the motors that may still have torque.
         error: Why they may still have it.
+        was_open: Whether the bus was seen open; a bus that never was has switched nothing on.
     """
 
     def __init__(self, prefix: str, owner: Any, bus: Any) -> None:
         self.owner, self.bus = owner, bus
         self._names = {prefix + motor: motor for motor in bus.motors}
         self.held = list(self._names)
-        self.error = ""
+        self.error = "its driver has not returned in time"
+        self.was_open = False
 
     def release(self) -> None:
-        """Take the torque off each motor, on a serial bus until reading it back says so, or until time is over."""
-        if not self.bus.is_connected:
-            self.held = []  # it was not opened, so nothing was switched on
-            return
+        """Take the torque off each motor until the motor confirms it, or until time is over.
+
+        On a bus that is open, all motors are asked; on one that was closed since, those that may still have torque.
+        """
+        if self.bus.is_connected or getattr(self.bus, "canbus", None) is not None:  # a CAN bus after a failed handshake
+            self.was_open, self.held = True, list(self._names)
+        elif not self.was_open:
+            self.held = []
         port = getattr(self.bus, "port_handler", None)
         until = time.perf_counter() + RELEASE_S
-        while True:
+        while self.held:
             with suppress(Exception):
                 if port is not None:
                     self._ask_all(port)
             for name in tuple(self.held):
                 try:
                     self.bus.disable_torque(self._names[name])
-                    if port is None or self.bus.read(TORQUE, self._names[name], normalize=False) == 0:
-                        self.held.remove(name)
+                    if self._is_off(self._names[name]):
+                        self.held = [other for other in self.held if other != name]
                     else:
                         self.error = "the motor takes the command, and its torque is still on"
                 except Exception as error:  # any error of a driver; the other motors must be asked, too
                     self.error = one_line(error)
-            if not self.held or time.perf_counter() > until:
+            if time.perf_counter() > until:
                 return
-            time.sleep(NAP_S)
-            if port is not None and not _is_there(port):
-                with suppress(Exception):  # the cable may have been put back
-                    port.closePort()
-                with suppress(Exception):
-                    port.openPort()
+            if self.held:
+                time.sleep(NAP_S)
+                self._reopen(port)
+
+    def _is_off(self, motor: str) -> bool:
+        """Whether a motor confirms that it has no torque. `disable_torque` alone confirms nothing on a CAN bus.
+
+        Raises:
+            Exception: The motor does not answer, or its driver cannot ask it.
+        """
+        if hasattr(self.bus, "port_handler"):
+            return bool(self.bus.read(TORQUE, motor, normalize=False) == 0)
+        if hasattr(self.bus, "_refresh_motor"):  # Damiao: the state is in the answer; 0 is off, 1 on, more a fault
+            answer = self.bus._refresh_motor(motor)
+            if answer is None:
+                raise ConnectionError(SILENT)
+            return int(answer.data[0]) >> 4 == 0
+        if hasattr(self.bus, "update_motor_state"):  # RobStride: the answer has no state, so it must be a new one
+            self.bus.flush_rx_queue()
+            return bool(self.bus.update_motor_state(motor))
+        raise ConnectionError("its driver cannot confirm that the motor has obeyed")
+
+    def _reopen(self, port: Any) -> None:
+        """Open a bus again that is closed, or whose cable may have been put back."""
+        if port is not None and not _is_there(port):
+            with suppress(Exception):
+                port.closePort()
+            with suppress(Exception):
+                port.openPort()
+        elif getattr(self.bus, "canbus", port) is None:
+            with suppress(Exception):
+                self.bus.connect(handshake=False)  # the handshake would switch motors on
 
     def _ask_all(self, port: Any) -> None:
         """Send one packet to all motors, which they obey even if their answers are lost."""

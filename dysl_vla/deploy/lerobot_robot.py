@@ -32,7 +32,7 @@ from dysl_vla.deploy.lerobot_motors import (
     run_all,
     run_to_end,
 )
-from dysl_vla.deploy.robot import TimedObservation, hold_action, robots, without_motion
+from dysl_vla.deploy.robot import TimedObservation, hold_action, robots
 from dysl_vla.errors import ConfigError, RobotFault
 from dysl_vla.files import read_json
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, EmbodimentSpec, FloatArray, action_kinds
@@ -42,6 +42,7 @@ FRAME_S = 0.5
 CLOSE_S = 1.0
 """How long LeRobot is given to disconnect, and then cameras to close; the motors are released by then."""
 POLL_S = 0.001
+UNFINISHED = "it was not stopped to the end: switch its power off."
 FLAG = "disable_torque_on_disconnect"
 
 
@@ -90,6 +91,7 @@ class LeRobotRobot:
         self._parts = _parts(robot, import_module("lerobot.robots").Robot)
         self._not_connected: type[Exception] = import_module("lerobot.utils.errors").DeviceNotConnectedError
         self._cameras = _cameras(self._parts, features)
+        self._known_motors: list[Motors] = []
         self._ports = [
             GuardedPort(each.bus.port_handler) for each in self._motors() if hasattr(each.bus, "port_handler")
         ]
@@ -97,7 +99,7 @@ class LeRobotRobot:
         self._turn = threading.Lock()  # LeRobot answers one call at a time
         self._doing = ""
         self._ending = threading.Lock()
-        self._is_used = self._is_stopped = self._is_overtaken = False
+        self._is_used = self._is_stopped = self._is_overtaken = self._has_disconnected = False
         self._problem = ""
 
     def connect(self, rate_hz: float) -> None:
@@ -108,7 +110,6 @@ class LeRobotRobot:
             )
         try:
             with self._alone("connect"):
-                self._is_used = True
                 if kept := [prefix + FLAG for prefix, part in self._parts.items() if not _releases(part)]:
                     print_line(f"{', '.join(kept)} is false: motors keep their torque when the robot is stopped.")
                 if not self._motors():
@@ -118,7 +119,10 @@ class LeRobotRobot:
                     )
                 # Calibrating would ask questions, and some robots' connect does not take the argument
                 takes_calibrate = "calibrate" in inspect.signature(self._robot.connect).parameters
+                self._is_used = True  # from here on, motors may be switched on
                 self._robot.connect(**({"calibrate": False} if takes_calibrate else {}))
+                for motors in self._motors():
+                    motors.was_open = True
                 is_calibrated = self._robot.is_calibrated is not False
         except RobotFault:
             with suppress(RobotFault):  # stop has printed its own; why the robot could not be connected is to be raised
@@ -151,11 +155,7 @@ class LeRobotRobot:
 
     def hold(self, last: FloatArray | None) -> FloatArray | None:
         """See `hold_action`; before the first command, positions are where the joints are."""
-        names, latest = self.embodiment.action_names, self._latest
-        if last is not None or not set(names) <= set(latest):
-            return hold_action(self.embodiment, last)
-        # Not clipped: a joint that stands outside of its range must be found out
-        return without_motion(self.embodiment, np.array([latest[name] for name in names], np.float32))
+        return hold_action(self.embodiment, last, self._latest)
 
     def report(self) -> dict[str, Any]:
         """Nothing: LeRobot keeps no record."""
@@ -164,26 +164,35 @@ class LeRobotRobot:
     def stop(self) -> None:
         """See `Robot.stop`: the motors are released first, then LeRobot disconnects, then cameras are closed.
 
-        Returns within some seconds. What could not be done is also printed on stderr.
+        Returns within some seconds. What could not be done is also printed on stderr. A further call tries again what
+        has failed.
 
         Raises:
             RobotFault: Motors may still hold torque; all else has been done.
         """
-        self._problem = ""
-        run_to_end(self._stop)
-        if self._problem:
-            raise RobotFault(f"robot: {self._problem}")
+        problems: list[str] = []
+        run_to_end(lambda: problems.append(self._stop()))
+        if problem := "".join(problems or [UNFINISHED]):
+            raise RobotFault(f"robot: {problem}")
 
-    def _stop(self) -> None:
+    def _stop(self) -> str:
+        """Stop, unless an earlier call has succeeded.
+
+        Returns:
+            What could not be done; empty: all was.
+        """
         with self._ending:  # a second caller waits for the first
-            if self._is_stopped:
-                return
+            if self._is_stopped and not self._problem:
+                return ""
             self._is_stopped = True
             has_turn = self._turn.acquire(timeout=TURN_S)
-            self._is_overtaken = not has_turn
-            self._release()
-            if has_turn:
-                self._turn.release()
+            self._is_overtaken |= not has_turn
+            try:
+                self._release()
+            finally:
+                if has_turn:
+                    self._turn.release()
+            return self._problem
 
     def _stop_again(self) -> None:
         with self._ending:
@@ -250,17 +259,19 @@ class LeRobotRobot:
 
     def _motors(self) -> list[Motors]:
         """The motors on LeRobot's buses, some of which are made when it connects; other drivers have no buses."""
-        return [
-            Motors(prefix, part, bus)
-            for prefix, part in self._parts.items()
-            for bus in tuple(vars(part).values())  # another thread may be connecting it
-            if hasattr(bus, "motors") and hasattr(bus, "disable_torque")
-        ]
+        known = self._known_motors  # they know which of them may still have torque
+        for prefix, part in self._parts.items():
+            for bus in tuple(vars(part).values()):  # another thread may be connecting it
+                is_bus = hasattr(bus, "motors") and hasattr(bus, "disable_torque")
+                if is_bus and not any(motors.bus is bus for motors in known):
+                    known.append(Motors(prefix, part, bus))
+        return list(known)
 
     def _release(self) -> None:
         """Release the motors first, whatever cameras and `is_connected` say. Each step has its time; none can raise."""
         if not self._is_used:
             return
+        self._problem = UNFINISHED
         # Keep calls that are under way off the ports, and cameras out of LeRobot's way
         for port in self._ports:
             port.shut()
@@ -274,16 +285,21 @@ class LeRobotRobot:
         [error] = run_all([self._robot.disconnect], CLOSE_S)
         run_all([partial(each.bus.disconnect, False) for each in motors], CLOSE_S)
         # Say what may still hold torque
+        is_disconnected = error is None or (self._has_disconnected and isinstance(error, self._not_connected))
+        self._has_disconnected |= is_disconnected
         if held := [name for each in ours for name in each.held]:
             why = next(each.error for each in ours if each.held)
             self._problem = (
                 f"{', '.join(held)} may still hold torque, which could not be taken off ({why}): switch the arm's "
                 "power off."
             )
-        elif error is not None and not ours and not isinstance(error, self._not_connected):
+        elif not ours and not is_disconnected:
+            assert error is not None
             self._problem = (
                 f"LeRobot could not disconnect ({one_line(error)}): it may still hold or move: switch its power off."
             )
+        else:
+            self._problem = ""
         if self._problem:
             print_line(self._problem)
         # Close the cameras last

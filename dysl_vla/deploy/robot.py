@@ -97,24 +97,49 @@ class Robot(Protocol):
         """
 
 
-def hold_action(embodiment: EmbodimentSpec, last: FloatArray | None) -> FloatArray | None:
+def hold_action(
+    embodiment: EmbodimentSpec, last: FloatArray | None, measured: Mapping[str, float] | None = None
+) -> FloatArray | None:
     """The action that keeps a robot where it is: deltas and velocities are 0, positions and grippers as sent last.
 
     Args:
         embodiment: The robot's specification.
         last: The action that was sent last, (action,); None: none yet.
+        measured: The state by its names; before the first action, positions that have them are where it says.
 
     Returns:
-        (action,), inside the accepted range; None: there is no last position to keep.
+        (action,), inside the accepted range, but for measured positions, which may be outside of it; None: there is no
+        position to keep.
 
     Raises:
-        ConfigError: See `without_motion`.
+        ConfigError: See `without_motion`; or the range of a delta or velocity has no 0.
     """
+    names, kinds = embodiment.action_names, embodiment.kinds
+    positions = [name for name, kind in zip(names, kinds, strict=True) if kind == "position"]
+    if last is None and measured is not None and positions and set(positions) <= set(measured):
+        # Not clipped: a joint that stands outside of its range must be found out
+        return _moving_nothing(embodiment, np.array([measured.get(name, 0.0) for name in names], np.float32))
     action = without_motion(embodiment, np.zeros(len(embodiment.action_names), np.float32) if last is None else last)
-    kept = [name for name, kind in zip(embodiment.action_names, embodiment.kinds, strict=True) if kind == "position"]
-    if last is None and not all(map(is_gripper, kept)):
+    if last is None and not all(map(is_gripper, positions)):
         return None
-    return embodiment.clip(action)
+    return _moving_nothing(embodiment, embodiment.clip(action))
+
+
+def _moving_nothing(embodiment: EmbodimentSpec, action: FloatArray) -> FloatArray:
+    """The action without motion, where the robot accepts that.
+
+    Raises:
+        ConfigError: See `hold_action`.
+    """
+    still = without_motion(embodiment, action)
+    is_moving = [kind in ("delta", "velocity") for kind in embodiment.kinds]
+    bounds = zip(embodiment.action_names, is_moving, embodiment.action_low, embodiment.action_high, strict=True)
+    if moving := [name for name, moves, low, high in bounds if moves and not low <= 0 <= high]:
+        raise ConfigError(
+            f"action_low, action_high must leave 0 for {', '.join(moving)}, because the robot could not be held "
+            "otherwise; change them, or give the robot a `hold` of its own."
+        )
+    return still
 
 
 def without_motion(embodiment: EmbodimentSpec, action: FloatArray) -> FloatArray:

@@ -53,9 +53,7 @@ def control(config: ControlConfig) -> LoopStats:
     known = policy.provenance.get("data", {}).get("instructions", [])
     if config.instruction is not None and known and config.instruction not in known:
         own = "; ".join(map(repr, known[:10]))
-        say(
-            f"The policy was not trained on instruction {config.instruction!r}, and may do anything. Its own: {own}."
-        )
+        say(f"The policy was not trained on instruction {config.instruction!r}, and may do anything. Its own: {own}.")
     robot = make_robot(config.robot, policy.spec.cameras)
     try:
         rate = policy.spec.rate_hz if config.rate is None else config.rate

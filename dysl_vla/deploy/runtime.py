@@ -184,7 +184,7 @@ class Bundle:
             }
             observation |= {STATE_KEY: example[STATE_KEY], TASK_KEY: str(example[TASK_KEY])}
             wanted = {"full": example["full"], "skipping": example["skipping"]}
-        except (OSError, KeyError, ValueError, BadZipFile) as error:
+        except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); export it again.") from error
         self.spec.check_observation(observation)
         encoded = self._encode(observation)

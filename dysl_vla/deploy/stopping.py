@@ -102,7 +102,7 @@ def stop_robot(robot: Robot) -> Stopped:
         except Exception as error:  # a driver's errors share no base
             stopped.problem = f"robot: stopping failed ({type(error).__name__}: {error}); switch it off."
         with suppress(Exception):  # a report is worth having, not worth failing for
-            stopped.report = robot.report()
+            stopped.report = dict(robot.report())
 
     thread = threading.Thread(target=work, name="robot.stop", daemon=True)
     started = clock()
@@ -230,15 +230,18 @@ class WatchedRobot:
         thread = threading.Thread(target=self._do, args=(work,), name="control", daemon=True)
         with handled_signals(self.stop):
             try:
-                thread.start()
+                start_thread(thread)
                 while thread.is_alive() and not self.is_over:
                     thread.join(POLL_S)
                     self._check_calls()
                 thread.join(GRACE_S)
+            except RobotFault as error:
+                self.fail(error)
             finally:
                 self.is_over = True
                 stopped = stop_robot(self._robot)
-        self.join(thread)
+        if thread.ident is not None:
+            self.join(thread)
         return stopped
 
     def join(self, thread: threading.Thread) -> None:
@@ -255,8 +258,12 @@ class WatchedRobot:
     def _do(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # whatever it is, the robot must stop; the caller of `run` raises it
+        except DyslError as error:
             self.fail(error)
+        except Exception as error:  # whatever it is, the robot must stop; the caller of `run` raises it
+            fault = RobotFault(f"control: {type(error).__name__}: {error}")
+            fault.__cause__ = error
+            self.fail(fault)
 
     def _check_calls(self) -> None:
         for name, (since, limit_s) in list(self._calls.items()):
@@ -278,6 +285,20 @@ class WatchedRobot:
             raise RobotFault(f"robot: {name} failed ({type(error).__name__}: {error}).") from error
         finally:
             del self._calls[name]
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread.
+
+    Raises:
+        RobotFault: The system has no thread left.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise RobotFault(
+            f"thread: {thread.name} could not be started ({error}); raise the system's limit, or end other programs."
+        ) from error
 
 
 def say(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dysl_vla.deploy.cycle_log import read_log
+from dysl_vla.deploy.cycle_log import check_number, read_log
 from dysl_vla.extras import needs_extra
 
 
@@ -29,7 +29,8 @@ def view(folder: Path, out: Path | None = None) -> Path:
     recording = rerun.new_recording("dysl control")
     names = stats.get("action_names", [])
     state_names = stats.get("state_names", [])
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
+        check_number(folder, number, line, "jitter_ms")
         rerun.set_time_seconds("control", line["due_s"], recording=recording)
 
         def scalar(path: str, value: float) -> None:
@@ -47,8 +48,8 @@ def view(folder: Path, out: Path | None = None) -> Path:
             scalar("inference/ms", inference["inference_ms"])
             if "layers" in inference:
                 scalar("inference/layers", inference["layers"])
-        if line["status"] != "on_time" or line.get("breaches"):
-            text = f"cycle {line['cycle']}: {line['status']} {' '.join(line.get('breaches', ()))}"
+        if line.get("status") != "on_time" or line.get("breaches"):
+            text = f"cycle {line.get('cycle')}: {line.get('status')} {' '.join(line.get('breaches', ()))}"
             rerun.log("events", rerun.TextLog(text), recording=recording)
     rerun.save(out, recording=recording)
     return out

@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.selection import demonstrations_for, evenly, observations
-from dysl_vla.data.split import Split, split_for
+from dysl_vla.data.lerobot import Demonstrations, EpisodeRow
+from dysl_vla.data.selection import demonstrations_for, evenly, observations, split_of
+from dysl_vla.data.split import Split
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.eval.config import EvalConfig, Variant, variants_of
 from dysl_vla.eval.offline_report import draw_actions, draw_horizon, render_offline
@@ -64,11 +65,12 @@ def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
     variants = _variants(config)
     policies = [variant.load(config.policy) for variant in variants]
     demonstrations = demonstrations_for(config.data, policies[0].spec)
-    split = _split(config, len(demonstrations.rows), policies[0])
-    held_out = [index for index in range(len(demonstrations.rows)) if split.is_held_out(index)]
+    split = _split(config, demonstrations, policies[0])
+    held_out = [row for row in demonstrations.rows if split.is_held_out(row.number)]
     if not held_out:
         raise DatasetError(f"{config.data}: {split.explain(len(demonstrations.rows))}; or evaluate on --held-out 1.")
-    episodes = [held_out[index] for index in evenly(len(held_out), config.episodes)]
+    rows = [held_out[index] for index in evenly(len(held_out), config.episodes)]
+    episodes = [row.number for row in rows]
     identity = {
         "data": str(config.data),
         "frames": demonstrations.total_frames,
@@ -81,7 +83,7 @@ def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
         if (config.out / RUN).exists():
             check_same_run(config.out / RUN, identity)
         write_json(config.out / RUN, identity)
-        _play(config.out, policies, demonstrations, episodes)
+        _play(config.out, policies, demonstrations, rows)
         # Write figures, pictures and the report of all episodes.
         names = [variant.name or "policy" for variant in variants]
         parts = {episode: _read(_part(config.out, episode)) for episode in episodes}
@@ -120,12 +122,12 @@ def _variants(config: EvalConfig) -> list[Variant]:
     return [Variant("full", 0.0, None), Variant("dysl", config.skip, None)]
 
 
-def _split(config: EvalConfig, episodes: int, policy: Policy) -> Split:
+def _split(config: EvalConfig, demonstrations: Demonstrations, policy: Policy) -> Split:
     """Which episodes are held out, with a warning when the policy may have been trained on some of them."""
-    trained = split_for(episodes, policy.provenance)
+    trained = split_of(demonstrations, policy.provenance)
     if config.held_out is None:
         return trained
-    split = Split(1) if config.held_out == 1 else split_for(episodes, share=config.held_out)
+    split = Split(1) if config.held_out == 1 else split_of(demonstrations, share=config.held_out)
     if split != trained:
         print(
             f"--held-out {config.held_out:g} takes other episodes than the policy's training held out (one in "
@@ -138,18 +140,17 @@ def _part(out: Path, episode: int) -> Path:
     return out / PARTS / f"{episode:06d}.npz"
 
 
-def _play(out: Path, policies: Sequence[Policy], demonstrations: Demonstrations, episodes: Sequence[int]) -> None:
+def _play(out: Path, policies: Sequence[Policy], demonstrations: Demonstrations, rows: Sequence[EpisodeRow]) -> None:
     """Play those episodes that have no record yet, and write each record when its episode has ended."""
     columns = demonstrations.columns()
-    todo = [episode for episode in episodes if not _part(out, episode).exists()]
+    todo = [row for row in rows if not _part(out, row.number).exists()]
     is_warm = False
-    with tqdm(total=len(episodes), initial=len(episodes) - len(todo), desc="evaluating", unit="episode") as progress:
-        for episode in todo:
-            row = demonstrations.rows[episode]
+    with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="evaluating", unit="episode") as progress:
+        for row in todo:
             demonstrated = columns["actions"][row.start : row.start + row.length]
             played = _play_episode(policies, demonstrations, row.start, demonstrated, is_warm=is_warm)
             is_warm = True
-            with atomic_write(_part(out, episode)) as temporary, temporary.open("wb") as file:
+            with atomic_write(_part(out, row.number)) as temporary, temporary.open("wb") as file:
                 np.savez(file, **vars(played))
             progress.update()
 
@@ -198,5 +199,5 @@ def _read(path: Path) -> Played:
     try:
         with np.load(path, allow_pickle=False) as file:
             return Played(**{name: file[name] for name in Played.__dataclass_fields__})
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ConfigError(f"{path}: is damaged ({error}); remove it, and run the same command again.") from error

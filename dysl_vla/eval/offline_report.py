@@ -55,7 +55,8 @@ def render_offline(result: Mapping[str, Any]) -> str:
     lines.append("|---|" + "---:|" * len(variants))
     for place in range(1, 1 + len(variants[first]["horizon"])):
         mark = " (executed)" if place <= result["execute_steps"] else ""
-        lines.append(_row(f"{place}{mark}", [f"{variant['horizon'][place - 1]:.3f}" for variant in variants.values()]))
+        errors = [variant["horizon"][place - 1] for variant in variants.values()]
+        lines.append(_row(f"{place}{mark}", ["-" if error is None else f"{error:.3f}" for error in errors]))
     return "\n".join(lines)
 
 
@@ -90,7 +91,8 @@ def draw_horizon(result: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     for name, variant in result["variants"].items():
-        axes.plot(np.arange(1, len(variant["horizon"]) + 1), variant["horizon"], marker=".", label=name)
+        errors = np.array(variant["horizon"], np.float64)  # None becomes NaN, which is not drawn
+        axes.plot(np.arange(1, len(errors) + 1), errors, marker=".", label=name)
     axes.axvspan(0.5, result["execute_steps"] + 0.5, alpha=0.15, color="tab:gray", label="executed")
     axes.set(xlabel="action of the chunk", ylabel="error, deviations", ylim=(0, None))
     axes.legend(fontsize=8)

@@ -51,9 +51,9 @@ def summarise(parts: Sequence[Played], names: Sequence[str], spec: PolicySpec) -
     Returns:
         For each variant under "variants": `error`, the mean distance of the executed actions from those demonstrated,
         in deviations of the demonstrated actions; `per_dimension`, in the embodiment's units; `horizon`, by the place
-        of the action in the chunk; layers, latencies and, except for the first, `difference`, paired by frame with the
-        first, and `distance`, of the executed actions from the first's. `repeating` is the error of repeating the last
-        demonstrated action, which is what a policy must do better than.
+        of the action in the chunk, None beyond the end of the longest episode; layers, latencies and, except for the
+        first, `difference`, paired by frame with the first, and `distance`, of the executed actions from the first's.
+        `repeating` is the error of repeating the last demonstrated action, which is what a policy must do better than.
     """
     std = np.array(spec.action_normalisation.std, np.float32)
     steps = spec.execute_steps
@@ -66,7 +66,9 @@ def summarise(parts: Sequence[Played], names: Sequence[str], spec: PolicySpec) -
         variants[name] = {
             "error": _interval(blocks[:, variant], moments),
             "per_dimension": dict(zip(spec.action_names, np.nanmean(units, axis=0).tolist(), strict=True)),
-            "horizon": np.nanmean(np.concatenate([one[variant] for one in distances]) / std, axis=(0, 2)).tolist(),
+            "horizon": [
+                _mean([one[variant, :, place] / std for one in distances]) for place in range(spec.chunk_length)
+            ],
             "layers": _mean([part.layers[variant] for part in parts]),
             "verified": _mean([part.verified[variant] for part in parts]),
             **{key: _quantiles([getattr(part, key)[variant] for part in parts]) for key in ("llm_ms", "total_ms")},

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from dysl_vla import provenance
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.selection import choose_frames, demonstrations_for
-from dysl_vla.data.split import split_for
+from dysl_vla.data.selection import choose_frames, demonstrations_for, split_of
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import atomic_write, is_unused, read_json, write_json
@@ -115,7 +114,7 @@ def with_exits(plan: SkipPlan, exits: str) -> SkipPlan:
 
 def measure(policy: SkippablePolicy, demonstrations: Demonstrations, frames: int) -> NDArray[np.float64]:
     """Measure the similarity of each layer's input and output, (layers,)."""
-    split = split_for(len(demonstrations.rows), policy.provenance)
+    split = split_of(demonstrations, policy.provenance)
     chosen = choose_frames(demonstrations, frames, split, held_out=True)
     encoded = encode(policy, demonstrations, chosen, "held-out frames")
     bar = tqdm(total=len(encoded.items), desc="measuring layers", unit="frame")

@@ -20,8 +20,7 @@ from tqdm import tqdm
 from dysl_vla import provenance
 from dysl_vla.checkpoint import MANIFEST, find_checkpoint
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.selection import choose_frames, demonstrations_for
-from dysl_vla.data.split import split_for
+from dysl_vla.data.selection import choose_frames, demonstrations_for, split_of
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
@@ -228,7 +227,7 @@ class _Run:
 
     def _train(self, seconds: float) -> float:
         config, trainer = self._config, self._trainer
-        split = split_for(len(self._demonstrations.rows), self._policy.provenance)
+        split = split_of(self._demonstrations, self._policy.provenance)
         chosen = choose_frames(self._demonstrations, config.frames, split, held_out=False)
         frames = encode(self._policy, self._demonstrations, chosen, "frames", augment_copies=config.augment_copies)
         answers: FullModelAnswer | None = None

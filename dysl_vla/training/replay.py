@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.selection import choose_frames, evenly, observations
-from dysl_vla.data.split import Split, split_for
+from dysl_vla.data.selection import choose_frames, evenly, observations, split_of
+from dysl_vla.data.split import Split
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies import SkippablePolicy
@@ -85,8 +85,8 @@ class Replay:
 
     def __init__(self, policy: SkippablePolicy, demonstrations: Demonstrations) -> None:
         self._policy = policy
-        split = split_for(len(demonstrations.rows), policy.provenance)
-        held_out = [row for index, row in enumerate(demonstrations.rows) if split.is_held_out(index)]
+        split = split_of(demonstrations, policy.provenance)
+        held_out = [row for row in demonstrations.rows if split.is_held_out(row.number)]
         rows = [held_out[index] for index in evenly(len(held_out), EPISODES)]
         if not rows:
             raise DatasetError(f"{demonstrations.root}: {split.explain(len(demonstrations.rows))}.")

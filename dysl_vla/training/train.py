@@ -24,7 +24,8 @@ from dysl_vla import provenance
 from dysl_vla.checkpoint import MANIFEST
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.options import NUMBER, PLACE, SIZE, camera_options
-from dysl_vla.data.split import Split, split_for
+from dysl_vla.data.selection import check_instructions, split_of
+from dysl_vla.data.split import Split
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
@@ -140,6 +141,7 @@ def train(config: TrainConfig) -> Path:
     # The demonstrations, and the policy that they decide.
     demonstrations = _open(config)
     columns = demonstrations.columns()
+    check_instructions(demonstrations, columns["task_index"])
     torch.manual_seed(config.optimizer.seed)
     policy, split = _beginning(config, demonstrations, columns)
     shortest_path = _shortest_path(config.plan, policy.config.num_layers)
@@ -169,7 +171,7 @@ def train(config: TrainConfig) -> Path:
                 shutil.rmtree(config.out, ignore_errors=True)
             raise
         named = {name: columns[name] for name in ("states", "actions", "episode_index", "task_index")}
-        held_out = _held_out(split, columns["episode_index"])
+        held_out = _held_out(split, demonstrations)
         arrays = TrainingArrays(images, **named, instructions=demonstrations.instructions, held_out=held_out)
         BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
         shutil.rmtree(config.out / FRAMES)
@@ -178,12 +180,12 @@ def train(config: TrainConfig) -> Path:
 
 def _beginning(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any]) -> tuple[MiniVLA, Split]:
     """Return the policy before training, and which episodes are held out."""
-    episodes = len(demonstrations.rows)
     if not config.init:
-        split = split_for(episodes, share=config.held_out)
+        split = split_of(demonstrations, share=config.held_out)
         return _new_policy(config, demonstrations, columns, split), split
     policy = _warm_start(config, demonstrations)
-    split, before = split_for(episodes, policy.provenance, config.held_out), split_for(episodes, policy.provenance)
+    before = split_of(demonstrations, policy.provenance)
+    split = before if config.held_out is None else split_of(demonstrations, share=config.held_out)
     if split != before:
         raise ConfigError(
             f"held_out must be that of {config.init}, which was trained with one episode in {before.every} held out, "
@@ -200,10 +202,17 @@ def _split_and_change(split: Split, columns: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _held_out(split: Split, episode_index: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which frames are of episodes that are held out, (frames,)."""
-    episodes = np.array([split.is_held_out(episode) for episode in range(int(episode_index.max()) + 1)])
-    return np.asarray(episodes[episode_index], np.bool_)
+def _held_out(split: Split, demonstrations: Demonstrations) -> NDArray[np.bool_]:
+    """Return which frames are of episodes that are held out, (frames,).
+
+    Raises:
+        DatasetError: All are, so that there is nothing to train on.
+    """
+    rows = demonstrations.rows
+    held_out = np.repeat([split.is_held_out(row.number) for row in rows], [row.length for row in rows])
+    if held_out.all():
+        raise DatasetError(f"{demonstrations.root}: {split.explain(len(rows))}: all are held out, none is left.")
+    return held_out
 
 
 def _open(config: TrainConfig) -> Demonstrations:
@@ -293,7 +302,7 @@ def _shortest_path(path: Path | None, depth: int) -> list[int]:
 
 def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any], split: Split) -> MiniVLA:
     spec = demonstrations.spec
-    is_trained_on = ~_held_out(split, columns["episode_index"])
+    is_trained_on = ~_held_out(split, demonstrations)
     if not spec.cameras:
         raise DatasetError(f"{demonstrations.root} has no camera (a video feature observation.images.<camera>).")
     tokenizer = train_tokenizer(demonstrations.instructions)

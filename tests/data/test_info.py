@@ -14,6 +14,7 @@ from dysl_vla.cli import main
 from dysl_vla.data.info import outwards, render_info
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.split import split_for
+from dysl_vla.deploy.lerobot_file import ordered_bounds
 from tests.data.foreign import DATA, SIDE, edit_feature, edit_info, edit_table, record
 
 
@@ -58,11 +59,21 @@ def test_the_bounds_can_be_pasted_into_a_robots_file(tmp_path: Path) -> None:
     assert pasted == {"action_low": [-20.0, -2.0], "action_high": [0.0, 0.0]}
 
 
+@pytest.mark.parametrize("value", [0.0, 7.0, -1234.5, 1e-40])
+def test_the_bounds_of_a_constant_action_can_be_pasted_too(tmp_path: Path, value: float) -> None:
+    values = pa.array(np.full(2 * 21, value, np.float32))
+    edit_table(record(tmp_path), DATA, action=pa.FixedSizeListArray.from_arrays(values, 2))
+    pasted = json.loads("{" + "".join(render_info(Demonstrations(tmp_path)).splitlines()[-2:]) + "}")
+    low, high = ordered_bounds(["a", "b"], pasted["action_low"], pasted["action_high"])
+    assert low[0] <= value <= high[0]
+
+
 @given(st.tuples(*[st.floats(-1e6, 1e6, width=32)] * 2).map(sorted))
 def test_bounds_contain_what_was_demonstrated_and_little_more(values: list[float]) -> None:
     low, high = outwards(*values)
     assert low <= values[0] <= values[1] <= high
-    spread = (values[1] - values[0]) or abs(values[1])
+    ordered_bounds(["a"], [low], [high])  # a robot's file may have them
+    spread = (values[1] - values[0]) or abs(values[1]) or 1
     assert high - low <= (values[1] - values[0]) + spread / 50 + 1e-9
     assert len(json.dumps(low).lstrip("-").replace(".", "").strip("0")) <= 10
 

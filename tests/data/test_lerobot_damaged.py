@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.lerobot import Demonstrations, Origin
 from dysl_vla.errors import DatasetError
 from tests.data.foreign import DATA, EPISODES, FROM, SIDE, TOP, VIDEO, edit_feature, edit_info, edit_table, png, record
 
@@ -76,6 +76,19 @@ STATES = [[float(i), 0.0] for i in range(21)]
         (cut(EPISODES), r"episodes/.*cannot be read"),
         (cut(DATA), r"data/.*cannot be read.*not finalized"),
         (cut(VIDEO), r"\.mp4"),
+        (table(EPISODES, length=["5", "9", "many"]), "length of the row 0 must be a number, got '5'"),
+        (table(EPISODES, length=[5, 9.5, 7]), r"length of the row 1 must be a whole number, got 9\.5"),
+        (table(EPISODES, episode_index=[[0], [1], [2]]), r"episode_index of the row 0 must be a number, got \[0\]"),
+        (table(EPISODES, **{FROM: ["a", "b", "c"]}), f"{FROM} of episode 0 must be a number, got 'a'"),
+        (
+            table(EPISODES, **{FROM.replace("from_timestamp", "file_index"): ["0", "0", "zero"]}),
+            "file_index of episode 0 must be a number",
+        ),
+        (
+            table(EPISODES, **{f"origin/{name}": ["x"] * 3 for name in Origin.__dataclass_fields__}),
+            "origin/seed of episode 0 must be a number, got 'x'",
+        ),
+        (feature("action", names=["j1", "j1"]), "the names of action must differ, got j1 more than once"),
         (table(EPISODES, length=[5, 9, 8]), "total_frames is 21, its 3 episodes have 22"),
         (table(EPISODES, length=[5, 8, 8]), "9 frames of episode 1, which has 8"),
         (table(EPISODES, length=[5, 16, 0]), "episode 2 has no frames"),

@@ -148,6 +148,16 @@ def test_episodes_may_be_taken_out_and_lie_in_any_order(tmp_path: Path) -> None:
     assert [row.number for row in demonstrations.rows] == [3, 8, 9]
 
 
+def test_files_are_read_in_the_order_of_their_numbers_and_hidden_ones_are_not(tmp_path: Path) -> None:
+    data = pq.read_table(record(tmp_path) / DATA)
+    (tmp_path / DATA).unlink()
+    for number, (first, stop) in {9: (0, 3), 10: (3, 8), 1000: (8, 21)}.items():
+        pq.write_table(data.slice(first, stop - first), tmp_path / f"data/chunk-000/file-{number:02d}.parquet")
+    for name in ("data/chunk-000/._file-09.parquet", EPISODES.replace("file", "._file")):
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07Mac OS X")  # AppleDouble
+    check_read(tmp_path)
+
+
 def test_images_are_read_from_wherever_their_rows_are(tmp_path: Path) -> None:
     record(tmp_path, (20, 21, 18), kind="image")
     data = pq.read_table(tmp_path / DATA)
@@ -277,6 +287,7 @@ def test_names_are_given_to_a_dataset_that_has_none(tmp_path: Path, option: str)
     [
         ({"motors": ["x", "y"]}, ("x", "y")),
         ({"left": ["x"], "right": ["y"]}, ("x", "y")),
+        ({"left": ["j1"], "right": ["j1"]}, ("left_j1", "right_j1")),
         ({"y": 1, "x": 0}, ("x", "y")),
         (["x", "y"], ("x", "y")),
         (None, ("0", "1")),

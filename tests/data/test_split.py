@@ -40,6 +40,21 @@ def test_what_the_policys_training_held_out_counts_also_for_policies_trained_fro
     assert split_for(10, of_before) == Split(EVERY)  # it was trained on all ten
 
 
+@pytest.mark.parametrize(("share", "words"), [(0.4, "0.4; give 0.333 or 0.5"), (0.3, "0.3; give 0.25 or 0.333")])
+def test_a_share_that_one_episode_in_a_whole_number_is_far_from_is_refused(share: float, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        split_for(10, share=share)
+
+
+@given(st.floats(0.01, 0.5))
+def test_a_share_that_is_taken_is_nearly_what_is_held_out(share: float) -> None:
+    try:
+        every = split_for(10, share=share).every
+    except ConfigError:
+        return
+    assert 1 / every == pytest.approx(share, rel=0.065)
+
+
 @pytest.mark.parametrize("share", [-0.1, 0.51, 1.0, float("nan")])
 def test_a_share_that_cannot_be_is_refused(share: float) -> None:
     with pytest.raises(ConfigError, match="held_out"):

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,20 @@ def test_the_ros_2_example_turns_topics_into_observations_and_actions_into_messa
     assert node.published == [("/act", [0.5, 0, 1]), ("/act", [0, 0, 1])]
     with pytest.raises(ConfigError, match="'wrist'"):
         module.Ros2Robot(node, messages, {"top": "/top"}, spec, ((-1.0,) * 3, (1.0,) * 3))
+
+
+def test_the_ros_2_example_holds_joints_where_they_are_before_the_first_command() -> None:
+    module, node = ros2(), Node()
+    names = ("wheel_vel", "j1", "gripper")
+    spec = replace(make_tiny_policy().spec, cameras={}, state_names=("j1", "gripper"), action_names=names)
+    messages = dict.fromkeys(("Image", "JointState"), object) | {"Float64MultiArray": types.SimpleNamespace}
+    robot = module.Ros2Robot(node, messages, {"state": "/joints", "action": "/act"}, spec, ((-1.0,) * 3, (1.0,) * 3))
+    assert robot.hold(None) is None
+    header = types.SimpleNamespace(stamp=types.SimpleNamespace(sec=time.time_ns() // 10**9, nanosec=0))
+    node.callbacks["/joints"](types.SimpleNamespace(header=header, name=["gripper", "j1"], position=[0.25, 0.5]))
+    assert robot.hold(None).tolist() == [0, 0.5, 0.25]
+    robot.stop()  # it was never moved
+    assert node.published == []
+    robot.act(np.array([0.5, 0.75, 1], np.float32))
+    robot.stop()
+    assert node.published[-1] == ("/act", [0, 0.75, 1])

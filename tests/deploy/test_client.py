@@ -181,6 +181,31 @@ def test_threads_that_share_a_client_get_their_own_answers() -> None:
     assert resets.count(True) == 1
 
 
+def test_a_reset_during_a_request_is_for_the_next_one_and_one_that_failed_is_kept() -> None:
+    def serve(connection: socket.socket) -> None:
+        greet(connection)
+        while size := connection.recv(2, socket.MSG_WAITALL)[1] & 127:
+            mask, data = connection.recv(4, socket.MSG_WAITALL), connection.recv(size, socket.MSG_WAITALL)
+            asked = unpack(bytes(byte ^ mask[index % 4] for index, byte in enumerate(data)))
+            resets.append("reset" in asked)
+            if asked["number"] == 1:
+                client.reset()
+            actions = np.array([[np.nan if asked["number"] == 0 else 1.0]])
+            connection.sendall(frame(pack({"actions": actions})))
+
+    resets: list[bool] = []
+    with peer(serve) as uri:
+        client = Client(uri)
+        with client:
+            with pytest.raises(RobotFault, match="not finite"):
+                client.infer({"number": 0})
+            with pytest.raises(ObservationError):
+                client.infer({"number": object()})
+            for number in (1, 2, 3):
+                client.infer({"number": number})
+    assert resets == [True, True, True, False]
+
+
 def test_a_thread_that_waited_in_vain_for_its_turn_does_not_end_the_connection(bundle_folder: Path) -> None:
     policy = Bundle(bundle_folder)
     with served(policy) as (_, uri), Client(uri, timeout_s=2.0) as client, ThreadPoolExecutor(1) as pool:

@@ -68,6 +68,26 @@ def test_a_held_arm_stands_still_where_it_was_sent(actions: list[tuple[str, floa
         assert hold_action(arm, None) is not None
 
 
+def test_before_the_first_command_positions_are_held_where_they_are_measured() -> None:
+    arm = embodiment(("j1", "wheel.vel", "gripper"))
+    measured = {"j1": 2.0, "wheel.vel": 0.7, "gripper": 0.5, "j2": 9.0}
+    held = hold_action(arm, None, measured)
+    assert held is not None
+    assert held.tolist() == [2.0, 0.0, 0.5]  # beyond the range, which the loop refuses
+    for name in ("j1", "gripper"):
+        assert hold_action(arm, None, {other: 0.0 for other in measured if other != name}) is None
+    held = hold_action(arm, np.full(3, 0.25, np.float32), measured)
+    assert held is not None
+    assert held.tolist() == [0.25, 0.0, 0.25]
+
+
+def test_a_velocity_whose_range_has_no_0_is_refused_and_not_held_at_its_least() -> None:
+    wheels = EmbodimentSpec({}, (), ("a.vel", "b.vel"), (0.2, -1), (1, 1), 20.0)
+    for last in (None, np.full(2, 0.5, np.float32)):
+        with pytest.raises(ConfigError, match=r"must leave 0 for a\.vel"):
+            hold_action(wheels, last)
+
+
 class TorqueArm(FakeRobot):
     """Takes torques, and has no `hold` of its own."""
 

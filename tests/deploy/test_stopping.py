@@ -210,7 +210,13 @@ def test_the_motors_are_released_whatever_goes_wrong(call: str, wrong: str, end:
     robot.test_ends.set()
     time.sleep(0.02)
     assert robot.sent == sent
-    assert robot.has_torque == ((call, wrong) in (("stop", "raises"),)) or call == "stop"
+    # A stop that hung "for ever" releases the motors late; one that raises never does
+    keeps_torque = (call, wrong) == ("stop", "raises")
+    limit = time.monotonic() + 2
+    while robot.has_torque != keeps_torque and time.monotonic() < limit:
+        time.sleep(0.005)
+    assert robot.has_torque == keeps_torque
+    assert (robot.released_at is None) == keeps_torque
     # The statistics say why
     if log is not None:
         assert json.loads((log / "stats.json").read_text())["stopped"] == loop.stats.stopped
@@ -380,6 +386,31 @@ def test_replaying_a_log_is_stopped_too_whatever_hangs(
         replay(tmp_path / "log")
     assert not robot.has_torque
     robot.test_ends.set()
+
+
+class NoThread(threading.Thread):
+    """A thread that the system does not start."""
+
+    refused = ""
+
+    def start(self) -> None:
+        if self.name == self.refused:
+            raise RuntimeError("can't start new thread")
+        super().start()
+
+
+@pytest.mark.parametrize("name", ["control", "inference", "log"])
+@pytest.mark.usefixtures("no_thread_left")
+def test_a_thread_that_cannot_be_started_is_a_fault_and_the_robot_is_stopped(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NoThread, "refused", name)
+    monkeypatch.setattr(threading, "Thread", NoThread)
+    robot = FakeRobot()
+    with pytest.raises(RobotFault, match=f"thread: {name} could not be started"):
+        ControlLoop(Counting(), robot, RATE, Limits(), CONFIG, log=tmp_path / "log").run(1)
+    assert robot.calls[-1] == "stop"
+    assert robot.sent == []
 
 
 def call_all(robot: WatchedRobot) -> list[Callable[[], object]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -17,7 +20,7 @@ from dysl_vla.deploy.export import ExportConfig, export
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.offline import evaluate_offline
-from dysl_vla.eval.offline_report import render_offline
+from dysl_vla.eval.offline_report import draw_horizon, render_offline
 from dysl_vla.eval.offline_summary import Played, summarise
 from dysl_vla.training.tune import Point, choose_by_error
 from dysl_vla.types import Normalisation
@@ -55,6 +58,36 @@ def test_figures_are_distances_from_what_was_demonstrated_at_that_very_frame() -
     assert low <= dysl["difference"]["mean"] <= high
     assert result["repeating"] == pytest.approx((3 + 4 * 9 + 6) / 6)
     assert "difference" not in full
+
+
+def test_the_horizon_ends_where_the_longest_episode_does(tmp_path: Path) -> None:
+    demonstrated = np.zeros((3, 3), np.float32)
+    result = summarise([played(np.zeros((1, 2, 4, 3), np.float32), demonstrated)], ["policy"], SPEC)
+    assert result["variants"]["policy"]["horizon"] == [0, 0, 0, None]
+    json.dumps(result, allow_nan=False)
+    draw_horizon(result, tmp_path / "horizon.png")
+    result |= {"episodes": [0], "data": "demos"}
+    assert "| 4 | - |" in render_offline(result)
+
+
+def test_episodes_are_called_by_their_numbers(mock_demos: Path, tmp_path: Path) -> None:
+    """A policy is evaluated on the episodes that its training held out, also where another one was removed since."""
+    data = shutil.copytree(mock_demos, tmp_path / "d")
+    for path in (data / "meta/episodes/chunk-000").glob("*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.filter(pc.not_equal(table["episode_index"], 4)), path)
+    info = json.loads((data / "meta/info.json").read_text())
+    gone = Demonstrations(mock_demos).rows[4].length
+    info |= {"total_episodes": info["total_episodes"] - 1, "total_frames": info["total_frames"] - gone}
+    (data / "meta/info.json").write_text(json.dumps(info))
+    make_tiny_policy().save_pretrained(tmp_path / "p")
+    asked = EvalConfig(tmp_path / "out", str(tmp_path / "p"), data=data)
+    assert evaluate_offline(asked)["episodes"] == [19]
+    part = tmp_path / "out/episodes/000019.npz"
+    for damaged in (b"", part.read_bytes()[:100]):
+        part.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"000019\.npz: is damaged .*; remove it"):
+            evaluate_offline(asked)
 
 
 def test_full_and_skipping_are_compared_on_held_out_episodes(distilled: Path, mock_demos: Path, tmp_path: Path) -> None:

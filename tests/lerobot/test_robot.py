@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -255,4 +256,22 @@ def test_a_command_that_waited_for_its_turn_is_not_sent_after_stopping(
         eventually(lambda: robot._is_stopped)
     assert stopping.end() is None
     assert acting.end() is not None
+    assert hand_made.with_name("torque").read_text() == "off"
+
+
+def test_a_plugins_robot_that_cannot_disconnect_may_hold_until_it_can(
+    make: Callable[[Path], LeRobotRobot], hand_made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    robot = make(hand_made)
+    robot.connect(10.0)
+
+    def refuse() -> None:
+        raise import_module("lerobot.utils.errors").DeviceNotConnectedError("the arm does not answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(robot._robot, "disconnect", refuse)
+        for _ in range(2):
+            with pytest.raises(RobotFault, match=r"could not disconnect \(the arm does not answer\): it may"):
+                robot.stop()
+    robot.stop()
     assert hand_made.with_name("torque").read_text() == "off"

@@ -15,6 +15,7 @@ import pytest
 
 from dysl_vla.deploy.lerobot_motors import TURN_S
 from dysl_vla.deploy.lerobot_robot import LeRobotRobot
+from dysl_vla.deploy.stopping import WatchedRobot
 from dysl_vla.errors import RobotFault
 from tests.lerobot.arms import CAMERA, NAMES, OFF, ON, STOP_S, Call, eventually, stuck, timed
 from tests.lerobot.conftest import EXAMPLE, FRONT, WRIST
@@ -45,6 +46,27 @@ def test_motors_that_do_not_answer_are_named_and_the_others_are_released(
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("robot:")]
     assert line.startswith("robot: shoulder_pan, wrist_flex may still hold torque")
     assert line.endswith("switch the arm's power off.")
+
+
+def test_stopping_again_does_not_forget_motors_that_hold_torque_and_tries_again(robot: LeRobotRobot, bus: Bus) -> None:
+    bus.registers.set_fault("mute", motors=[4])
+    for _ in range(2):
+        with pytest.raises(RobotFault, match="robot: wrist_flex may still hold torque"):
+            robot.stop()
+    bus.registers.set_fault("none")
+    robot.stop()
+    assert bus.registers.torques() == OFF
+    assert not robot._robot.bus.is_connected
+
+
+def test_a_robot_that_could_not_be_connected_is_reported_as_holding_torque(
+    make: Callable[[Path], LeRobotRobot], robot_file: Path, bus: Bus
+) -> None:
+    bus.registers.write(2, TORQUE, 1)
+    bus.registers.set_fault("mute", motors=[2])
+    watched = WatchedRobot(make(robot_file))
+    assert "shoulder_lift may still hold torque" in watched.run(lambda: watched.connect(30.0)).problem
+    assert "Missing motor IDs" in str(watched.fault)
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "late", "refuse", "ignore"])

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -31,6 +33,7 @@ from dysl_vla.training.behaviour_cloning import (
 from dysl_vla.training.train import TrainConfig, train
 from dysl_vla.types import EmbodimentSpec
 from tests.conftest import make_tiny_policy
+from tests.data.foreign import record
 
 FAST = OptimizerConfig(steps=12, batch=8, save_every=4, threads=1, warmup=2)
 
@@ -213,6 +216,15 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         train(config(mock_demos, tmp_path / "p", **changes))
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_blank_instruction_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    data = record(tmp_path / "d")
+    tasks = pa.table({"task_index": [0, 1], "task": ["", ""]})
+    pq.write_table(tasks, data / "meta/tasks.parquet")
+    with pytest.raises(DatasetError, match=r"meta/tasks\.parquet: a task must say what to do, got a blank one"):
+        train(config(data, tmp_path / "p"))
     assert not (tmp_path / "p").exists()
 
 
