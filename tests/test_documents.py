@@ -24,6 +24,7 @@ import pytest
 import tyro
 
 from dysl_vla.cli import VERBS, main
+from dysl_vla.skip_controller.guidance import continuity, importance_measures
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/your-own-vla.md")
@@ -64,6 +65,7 @@ class Parser:
 def parser(monkeypatch: pytest.MonkeyPatch) -> Parser:
     parser = Parser()
     monkeypatch.setattr(tyro, "cli", parser)
+    monkeypatch.setitem(importance_measures._parts, "vertical", continuity)  # CONTRIBUTING's example of a measure
     return parser
 
 

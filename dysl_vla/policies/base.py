@@ -180,7 +180,7 @@ def check_fingerprint(policy: Policy, name: str, expected: str) -> None:
         CheckpointError: Its fingerprint does not begin as expected.
     """
     if not policy.fingerprint.startswith(expected):
-        raise CheckpointError(f"{name} must not change while it is in use, and has changed; run again.")
+        raise CheckpointError(f"{name} was changed while it is in use; run again when it stays the same.")
 
 
 policies: Registry[PolicyClass] = Registry("policy type", "dysl_vla.policies")
