@@ -29,7 +29,7 @@ CODEBASE_VERSION = "v3.0"
 INFO = "meta/info.json"
 TASKS = "meta/tasks.parquet"
 EPISODES = "meta/episodes"
-CONVERT = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
+CONVERT = "python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id NAME --root DIR --push-to-hub=false"
 NUMBER = re.compile(r"(float|u?int)\d+|bool")
 PLACEHOLDER = re.compile(r"\{(video_key|(chunk|file)_index(:0\dd)?)\}")
 """A placeholder that a path of `meta/info.json` may have."""

@@ -13,7 +13,7 @@ from typing import Any
 from dysl_vla.errors import ConfigError
 
 EVERY = 20
-"""By default one episode in this many is held out, in datasets with at least as many."""
+"""By default one episode in this many is held out, where that makes two or more."""
 
 NEAR = 0.06
 """How far the share that is held out may be from the one that was asked for, as a part of that."""
@@ -51,7 +51,7 @@ def split_for(episodes: int, record: Any = None, share: float | None = None) -> 
         episodes: How many episodes the dataset has.
         record: Provenance of the policy that the dataset is used with, whose training may have decided the split.
         share: Share of episodes to hold out, from 0 to 0.5; None: as the policy's training did, else one in twenty, or
-            two of fewer than twenty.
+            two of fewer than forty.
 
     Raises:
         ConfigError: The share is out of range, or one episode in a whole number is far from it.
@@ -70,7 +70,7 @@ def split_for(episodes: int, record: Any = None, share: float | None = None) -> 
     decided = _decided(record)
     if decided is not None:
         return Split(decided)
-    return Split(EVERY if episodes >= EVERY else max(2, episodes // 2))
+    return Split(min(EVERY, max(2, episodes // 2)))
 
 
 def trained_episodes(record: Any) -> int | None:

@@ -84,6 +84,8 @@ class Bundle:
         self._folder = folder
         if not (folder / MANIFEST).is_file():
             raise CheckpointError(f"{folder} is no bundle (there is no {MANIFEST}); make one with dysl export.")
+        if not (folder / BACKBONE).is_file() and read_document(folder / DOCUMENT).get("policy_type") != POLICY_TYPE:
+            raise CheckpointError(f"{folder} is no bundle but a checkpoint; make a bundle of it with dysl export.")
         check_manifest(folder, FILES)
         self._digest = sha256(folder / MANIFEST)
         document = read_document(folder / DOCUMENT)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import append_line, atomic_write, read_lines, write_lines
+from dysl_vla.interrupts import deferred_interrupt
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.schedule import cosine_with_warmup
 from dysl_vla.training.optimizer_state import optimizer_tensors, restore_optimizer
@@ -226,35 +227,45 @@ class BehaviourCloning:
         board = SummaryWriter(str(self._out / "tensorboard"), purge_step=self.step + 1)
         losses: list[float] = []
         started = time.monotonic() - self._seconds
-        with tqdm(total=self._config.steps, initial=self.step, desc="training", unit="step") as progress:
+        with (
+            deferred_interrupt() as interrupt,
+            tqdm(total=self._config.steps, initial=self.step, desc="training", unit="step") as progress,
+        ):
             while self.step < self._config.steps:
                 losses.append(self._update())
                 progress.update()
                 if self.step % 50 == 0:
                     progress.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+                self._seconds = time.monotonic() - started
                 if self.step % self._config.save_every == 0 or self.step == self._config.steps:
-                    validation, short = self._validate()
-                    self._seconds = time.monotonic() - started
-                    point = {
-                        "step": self.step,
-                        "loss": float(np.mean(losses)),
-                        "validation_loss": validation,
-                        "validation_short_loss": short,
-                        "learning_rate": self._rate(self.step - 1),
-                        "seconds": round(self._seconds, 1),
-                    }
-                    losses.clear()
-                    append_line(self._out / CURVE_FILE, point)
-                    for name, value in point.items():
-                        if name != "step" and value is not None:
-                            board.add_scalar(name, value, self.step)
+                    progress.write(self._report(losses, board))
                     self._save()
-                    held_out = "" if validation is None else f", held-out {validation:.4f}"
-                    if short is not None:
-                        held_out += f", shortest path {short:.4f} from it"
-                    progress.write(f"step {self.step}: training loss {point['loss']:.4f}{held_out}")
+                    losses.clear()
+                if interrupt.is_requested:
+                    self._save()
+                    raise KeyboardInterrupt
         board.close()
         (self._out / STATE_FILE).unlink()
+
+    def _report(self, losses: Sequence[float], board: SummaryWriter) -> str:
+        """Validate, write a point of the curve, and return it as a line for people."""
+        validation, short = self._validate()
+        point = {
+            "step": self.step,
+            "loss": float(np.mean(losses)),
+            "validation_loss": validation,
+            "validation_short_loss": short,
+            "learning_rate": self._rate(self.step - 1),
+            "seconds": round(self._seconds, 1),
+        }
+        append_line(self._out / CURVE_FILE, point)
+        for name, value in point.items():
+            if name != "step" and value is not None:
+                board.add_scalar(name, value, self.step)
+        held_out = "" if validation is None else f", held-out {validation:.4f}"
+        if short is not None:
+            held_out += f", shortest path {short:.4f} from it"
+        return f"step {self.step}: training loss {point['loss']:.4f}{held_out}"
 
     def _rate(self, step: int) -> float:
         return cosine_with_warmup(self._config.learning_rate, step, self._config.steps, self._config.warmup)

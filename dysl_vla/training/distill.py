@@ -36,6 +36,7 @@ from dysl_vla.files import (
     write_json,
     write_lines,
 )
+from dysl_vla.interrupts import deferred_interrupt
 from dysl_vla.policies import ComputeConfig, SkippablePolicy, is_known_as, load_skippable_policy
 from dysl_vla.training.calibrate import calibrated_plan, read_plan
 from dysl_vla.training.encoding import Encoded, encode
@@ -235,33 +236,41 @@ class _Run:
         board = SummaryWriter(str(config.out / "tensorboard"), purge_step=trainer.step + 1)
         started = time.monotonic() - seconds
         figures: list[dict[str, float]] = []
-        with tqdm(total=config.training.steps, initial=trainer.step, desc="distilling", unit="step") as progress:
+        with (
+            deferred_interrupt() as interrupt,
+            tqdm(total=config.training.steps, initial=trainer.step, desc="distilling", unit="step") as progress,
+        ):
             while trainer.step < config.training.steps:
                 if not are_asked and not trainer.is_first_stage:
                     answers, are_asked = self._answers(frames), True
-                rng = trainer.rng()
-                rows = np.sort(rng.integers(0, len(frames.items), config.training.batch))
-                batch = self._policy.collate(frames.rows(rows))
-                if trainer.is_first_stage:
-                    answer = None
-                else:  # where items are padded, the answer depends on the batch
-                    answer = trainer.answer(batch) if answers is None else _rows(answers, rows)
-                figures.append(trainer.update(batch, answer, rng))
+                figures.append(self._update(frames, answers))
                 progress.update()
+                seconds = time.monotonic() - started
                 stage_ends = trainer.step in (config.training.adapter_steps, config.training.steps)
                 if trainer.step % REPORT_EVERY == 0 or stage_ends:
                     point = {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
                     figures.clear()
-                    seconds = time.monotonic() - started
                     append_line(config.out / CURVE_FILE, {"step": trainer.step, **point, "seconds": round(seconds, 1)})
                     for name, value in point.items():
                         board.add_scalar(name, value, trainer.step)
-                    shown = {name: f"{value:.4f}" for name, value in point.items() if "/" not in name}
-                    progress.set_postfix(shown)
-                if trainer.step % SAVE_EVERY == 0 or stage_ends:
+                    progress.set_postfix({name: f"{value:.4f}" for name, value in point.items() if "/" not in name})
+                if trainer.step % SAVE_EVERY == 0 or stage_ends or interrupt.is_requested:
                     self._save_state(seconds)
+                if interrupt.is_requested:
+                    raise KeyboardInterrupt
         board.close()
         return seconds
+
+    def _update(self, frames: Encoded, answers: FullModelAnswer | None) -> dict[str, float]:
+        """One step on a batch of frames."""
+        trainer = self._trainer
+        rng = trainer.rng()
+        rows = np.sort(rng.integers(0, len(frames.items), self._config.training.batch))
+        batch = self._policy.collate(frames.rows(rows))
+        answer: FullModelAnswer | None = None
+        if not trainer.is_first_stage:  # where items are padded, the answer depends on the batch
+            answer = trainer.answer(batch) if answers is None else _rows(answers, rows)
+        return trainer.update(batch, answer, rng)
 
     def _answers(self, frames: Encoded) -> FullModelAnswer | None:
         """Compute the full model's answer to every frame once; None where batches are padded, each in its own way."""

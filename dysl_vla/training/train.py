@@ -105,7 +105,7 @@ class TrainConfig:
     """Actions executed before the next inference."""
     held_out: float | None = None
     """Share of the episodes that are held out from training, to evaluate on (0.1: one in ten). When not given, one in
-    twenty, or two of fewer than twenty."""
+    twenty, or two of fewer than forty."""
     state_names: str | None = None
     """Comma-separated names for the state's dimensions, for a dataset that has none."""
     action_names: str | None = None
@@ -151,7 +151,7 @@ def train(config: TrainConfig) -> Path:
     settings["plan"] = shortest_path or None
     identity = {**settings, "frames": demonstrations.total_frames, "initial_weights": policy.fingerprint}
     if _is_finished(config.out, identity):
-        shutil.rmtree(config.out / FRAMES, ignore_errors=True)
+        shutil.rmtree(config.out / FRAMES, ignore_errors=True)  # a kill may have left them
         return config.out
     policy.provenance = {
         "method": "behaviour cloning",
@@ -171,8 +171,8 @@ def train(config: TrainConfig) -> Path:
                 shutil.rmtree(config.out, ignore_errors=True)
             raise
         named = {name: columns[name] for name in ("states", "actions", "episode_index", "task_index")}
-        held_out = _held_out(split, demonstrations)
-        arrays = TrainingArrays(images, **named, instructions=demonstrations.instructions, held_out=held_out)
+        named |= {"instructions": demonstrations.instructions, "held_out": _held_out(split, demonstrations)}
+        arrays = TrainingArrays(images, **named)
         BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
         shutil.rmtree(config.out / FRAMES)
     return config.out

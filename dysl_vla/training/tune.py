@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
+from dysl_vla.checkpoint import SHIPPED
 from dysl_vla.data.selection import demonstrations_for
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig
@@ -113,12 +114,20 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
         ConfigError: The policy has no adapters, or the target cannot be met; then the message says what can.
         CheckpointError: The checkpoint is damaged.
     """
+    if not config.policy.is_dir() and (SHIPPED / config.policy).is_dir():
+        raise ConfigError(
+            f"policy must be a folder, because tune changes it, and {config.policy} comes with the package; copy "
+            f"{SHIPPED / config.policy} and tune the copy."
+        )
     if not has_skips(config.policy):
         raise ConfigError(f"policy must have adapters and controllers; {config.policy} has none, so use dysl distill.")
     if config.target_success_drop is not None:  # refuse what cannot be played before minutes of measuring
         from dysl_vla.eval.runner import resolve_tasks
 
-        suite, tasks = resolve_tasks(_evaluation(config, Path(), 0), load_policy(str(config.policy)).provenance)
+        try:
+            suite, tasks = resolve_tasks(_evaluation(config, Path(), 0), load_policy(str(config.policy)).provenance)
+        except ConfigError as error:
+            raise ConfigError(f"{error} Without a simulator, give --target-action-error instead.") from error
         config = replace(config, suite=suite.name, robot=None, tasks=",".join(tasks))
     curve = measure_curve(config.policy, config.data, config.compute)
     try:
@@ -191,12 +200,13 @@ def choose_by_error(curve: list[Point], target: float) -> Point:
 
 def _within(curve: list[Point], costs: list[float], target: float, name: str, where: str) -> list[Point]:
     """Return the points that cost no more than a target."""
+    note = " Skip 0, the full model, has none at all." if name == "target_action_error" else ""
     possible = [point for point, cost in zip(curve, costs, strict=True) if cost <= target]
     if not possible:
         least, nearest = min(zip(costs, curve, strict=True), key=lambda pair: pair[0])
         raise ConfigError(
             f"{name} must be higher, got {target}, which cannot be met {where}; the nearest possible is {least:.4g}, "
-            f"at skip {nearest.skip}."
+            f"at skip {nearest.skip}.{note}"
         )
     return possible
 
