@@ -48,6 +48,8 @@ class Limits:
     limit."""
 
     def __post_init__(self) -> None:
+        if self.on_breach not in ("clamp", "refuse"):
+            raise ConfigError(f"on_breach must be clamp or refuse, got {self.on_breach!r}.")
         for name in ("low", "high", "max_change", "workspace_low", "workspace_high"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ConfigError(f"{name} must be finite, got {getattr(self, name)}.")

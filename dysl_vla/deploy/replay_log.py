@@ -89,8 +89,9 @@ def _checked(folder: Path, stats: Mapping[str, Any], lines: Sequence[Mapping[str
         check_field(f"{folder / CYCLES}: line {number}", action, "action", expected, action is None or is_action)
     if unknown := [name for name in limits if name not in Limits.__dataclass_fields__]:
         raise ConfigError(f"{path}: limits must have known names, got {', '.join(unknown)}; remove them from there.")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in limits.items()}
     try:
-        return Limits(**{name: tuple(value) if isinstance(value, list) else value for name, value in limits.items()})
+        return Limits(**values)
     except (ConfigError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: limits: {error}") from error
 

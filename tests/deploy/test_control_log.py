@@ -67,6 +67,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"limits": {"lowest": [0.0]}}, r"stats\.json: limits must have known names, got lowest"),
         ({"limits": {"low": ["a"]}}, r"stats\.json: limits: "),
         ({"limits": {"gripper_rate": "fast"}}, r"stats\.json: limits: "),
+        ({"limits": {"on_breach": "ask"}}, r"stats\.json: limits: on_breach must be clamp or refuse, got 'ask'"),
         ({"limits": None}, r"stats\.json: limits must be an object, got None"),
         ({"cameras": None}, r"stats\.json: cameras must be an object with a height and a width .*, got None"),
         ({"cameras": {"top": [32]}}, r"stats\.json: cameras must be"),
