@@ -165,17 +165,25 @@ def train(config: TrainConfig) -> Path:
     with locked_dir(config.out):
         write_json(config.out / RUN_FILE, identity)
         try:
-            images = _decode(demonstrations, policy.config, config.out)
+            arrays = _arrays(config.out, demonstrations, policy.config, split)
         except (ConfigError, DatasetError):
             if is_new:  # a damaged dataset leaves no training behind
                 shutil.rmtree(config.out, ignore_errors=True)
             raise
-        named = {name: columns[name] for name in ("states", "actions", "episode_index", "task_index")}
-        named |= {"instructions": demonstrations.instructions, "held_out": _held_out(split, demonstrations)}
-        arrays = TrainingArrays(images, **named)
         BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
         shutil.rmtree(config.out / FRAMES)
     return config.out
+
+
+def _arrays(out: Path, demonstrations: Demonstrations, config: MiniVLAConfig, split: Split) -> TrainingArrays:
+    """Return the demonstrations as training reads them; their images are decoded into files in `out`."""
+    columns = demonstrations.columns()
+    return TrainingArrays(
+        _decode(demonstrations, config, out),
+        **{name: columns[name] for name in ("states", "actions", "episode_index", "task_index")},
+        instructions=demonstrations.instructions,
+        held_out=_held_out(split, demonstrations),
+    )
 
 
 def _beginning(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any]) -> tuple[MiniVLA, Split]:
