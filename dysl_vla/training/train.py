@@ -151,9 +151,8 @@ def train(config: TrainConfig) -> Path:
             if is_new:  # a damaged dataset leaves no training behind
                 shutil.rmtree(config.out, ignore_errors=True)
             raise
-        named = {name: columns[name] for name in ("states", "actions", "episode_index", "task_index")}
         held_out = _held_out(split, demonstrations)
-        arrays = TrainingArrays(images, **named, instructions=demonstrations.instructions, held_out=held_out)
+        arrays = TrainingArrays(images, **columns, instructions=demonstrations.instructions, held_out=held_out)
         BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
         shutil.rmtree(config.out / FRAMES)
     return config.out
