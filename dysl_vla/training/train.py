@@ -177,10 +177,9 @@ def train(config: TrainConfig) -> Path:
 
 def _arrays(out: Path, demonstrations: Demonstrations, config: MiniVLAConfig, split: Split) -> TrainingArrays:
     """Return the demonstrations as training reads them; their images are decoded into files in `out`."""
-    columns = demonstrations.columns()
     return TrainingArrays(
         _decode(demonstrations, config, out),
-        **{name: columns[name] for name in ("states", "actions", "episode_index", "task_index")},
+        **demonstrations.columns(),
         instructions=demonstrations.instructions,
         held_out=_held_out(split, demonstrations),
     )

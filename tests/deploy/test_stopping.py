@@ -166,6 +166,15 @@ def ask_to_end(end: str, loop: ControlLoop) -> float:
     return asked_at
 
 
+def check_torque_in_the_end(robot: Faulty, keeps_torque: bool) -> None:
+    """A stop that hung "for ever" releases the motors late, which is waited for; one that raises never does."""
+    limit = time.monotonic() + 2
+    while robot.has_torque != keeps_torque and time.monotonic() < limit:
+        time.sleep(0.005)
+    assert robot.has_torque == keeps_torque
+    assert (robot.released_at is None) == keeps_torque
+
+
 @pytest.mark.parametrize(("call", "wrong", "end"), MATRIX, ids=["-".join(cell) for cell in MATRIX])
 @pytest.mark.usefixtures("no_thread_left")
 def test_the_motors_are_released_whatever_goes_wrong(call: str, wrong: str, end: str, tmp_path: Path) -> None:
@@ -210,13 +219,7 @@ def test_the_motors_are_released_whatever_goes_wrong(call: str, wrong: str, end:
     robot.test_ends.set()
     time.sleep(0.02)
     assert robot.sent == sent
-    # A stop that hung "for ever" releases the motors late; one that raises never does
-    keeps_torque = (call, wrong) == ("stop", "raises")
-    limit = time.monotonic() + 2
-    while robot.has_torque != keeps_torque and time.monotonic() < limit:
-        time.sleep(0.005)
-    assert robot.has_torque == keeps_torque
-    assert (robot.released_at is None) == keeps_torque
+    check_torque_in_the_end(robot, keeps_torque=(call, wrong) == ("stop", "raises"))
     # The statistics say why
     if log is not None:
         assert json.loads((log / "stats.json").read_text())["stopped"] == loop.stats.stopped
