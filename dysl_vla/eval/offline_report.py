@@ -105,5 +105,7 @@ def _row(name: str, values: Sequence[str]) -> str:
 
 
 def _with_interval(value: Mapping[str, Any], form: str) -> str:
+    if value["ci95"] is None:
+        return f"{form.format(value['mean'])} (too few moments for an interval)"
     low, high = value["ci95"]
     return f"{form.format(value['mean'])} ({form.format(low)} to {form.format(high)})"

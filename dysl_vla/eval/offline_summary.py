@@ -13,6 +13,8 @@ from dysl_vla.types import FloatArray, PolicySpec
 
 BLOCK_S = 1.0
 """Neighbouring moments are alike, so intervals are over blocks of this length, not over moments."""
+MIN_BLOCKS = 5
+"""Blocks of successive moments below which no interval is given."""
 RESAMPLES = 2000
 """Bootstrap resamples of an interval."""
 
@@ -112,15 +114,18 @@ def _blocks(values: Sequence[FloatArray], moments: int) -> tuple[FloatArray, Flo
 
 
 def _interval(values: FloatArray, moments: FloatArray) -> dict[str, Any]:
-    """Mean over moments, and its 95 % bootstrap interval over blocks.
+    """Mean over moments, and its 95 % bootstrap interval over blocks; None where they are too few to tell.
 
     It holds for moments like those of these episodes; few episodes do not show how episodes differ from each other.
     """
+    mean = float(np.average(values, weights=moments))
+    if len(values) < MIN_BLOCKS:
+        return {"mean": mean, "ci95": None}
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, len(values), (RESAMPLES, len(values)))
     means = (values[drawn] * moments[drawn]).sum(axis=1) / moments[drawn].sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
-    return {"mean": float(np.average(values, weights=moments)), "ci95": [float(low), float(high)]}
+    return {"mean": mean, "ci95": [float(low), float(high)]}
 
 
 def _mean(values: Sequence[NDArray[Any]]) -> float | None:

@@ -220,13 +220,18 @@ def test_the_motors_are_released_whatever_goes_wrong(call: str, wrong: str, end:
     time.sleep(0.02)
     assert robot.sent == sent
     check_torque_in_the_end(robot, keeps_torque=(call, wrong) == ("stop", "raises"))
-    # The statistics say why
     if log is not None:
         assert json.loads((log / "stats.json").read_text())["stopped"] == loop.stats.stopped
-    is_harmless = wrong == "late" or (call, wrong) == ("stop", "long") or (call == "hold" and wrong == "long")
-    assert loop.stats.stopped or (end == "deadline" and is_harmless), outcome
+    check_reason(loop.stats.stopped, outcome, (call, wrong, end))
+
+
+def check_reason(stopped: str, outcome: Any, cell: tuple[str, str, str]) -> None:
+    """The statistics say why the robot was stopped early, if it was."""
+    call, wrong, end = cell
+    is_harmless = wrong == "late" or (call, wrong) == ("stop", "long") or (call, wrong) == ("hold", "long")
+    assert stopped or (end == "deadline" and is_harmless), outcome
     if end != "deadline" and not isinstance(outcome, DyslError):
-        assert loop.stats.stopped.startswith((end.split(maxsplit=1)[0], "the test asks"))
+        assert stopped.startswith((end.split(maxsplit=1)[0], "the test asks"))
 
 
 @pytest.mark.parametrize("numbers", [("SIGINT",) * 3, ("SIGINT", "SIGTERM"), ("SIGHUP", "SIGQUIT", "SIGTSTP")])
