@@ -37,7 +37,7 @@ def played(predicted: Any, demonstrated: Any) -> Played:
 
 
 def test_figures_are_distances_from_what_was_demonstrated_at_that_very_frame() -> None:
-    """The second variant is off by one deviation in one of three dimensions, from the second action of each chunk on."""
+    """The second variant is off by one deviation in one of three dimensions, from each chunk's second action on."""
     demonstrated = np.arange(33, dtype=np.float32).reshape(11, 3)
     places = np.minimum(np.arange(0, 11, 2)[:, None] + np.arange(4), 10)
     right = demonstrated[places]
