@@ -133,7 +133,7 @@ class Bundle:
         return hashlib.sha256(f"{self._digest}{self.skip}".encode()).hexdigest()
 
     def set_skip(self, skip: float) -> None:
-        """Change how much to skip, for episodes that begin afterwards.
+        """Change how much to skip, from the next inference on.
 
         Raises:
             ConfigError: `skip` is below 0 or above 1.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from dysl_vla.types import ActionChunk, EpisodeState, InferenceTiming, Observati
 if TYPE_CHECKING:
     from dysl_vla.policies.base import SkippablePolicy
 
-EMBEDS, MASK = "inputs_embeds", "attention_mask"
+EMBEDS, MASK, POSITIONS = "inputs_embeds", "attention_mask", "position_ids"
 
 
 @torch.inference_mode()
@@ -87,6 +88,8 @@ class BackbonePolicy:
             for name, value in {MASK: ones, **item}.items():
                 batches.setdefault(name, []).append(self._padded(value, longest - length))
         stacked = {name: torch.stack(values) for name, values in batches.items()}
+        if POSITIONS not in stacked and POSITIONS in signature(self.backbone.forward).parameters:
+            stacked[POSITIONS] = (stacked[MASK].cumsum(dim=1) - 1).clamp_min(0)  # those that a row has alone
         return stacked, stacked[MASK]
 
     def _padded(self, value: Tensor, missing: int) -> Tensor:

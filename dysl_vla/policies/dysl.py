@@ -133,6 +133,7 @@ class DyslPolicy:
                     "mean_layers must be in the checkpoint for random exits, and is not; use dysl tune first."
                 )
             self._random = RandomExits(settings.plan, settings.mean_layers)
+        settings.statistics.point(settings.skip if skip is None else skip)  # refused before the policy is attached
         self._skipper = attach(policy.layers, settings.plan, heads, followers=policy.followers)
         self.set_skip(settings.skip if skip is None else skip)
 
@@ -167,7 +168,7 @@ class DyslPolicy:
         return digest.hexdigest()
 
     def set_skip(self, skip: float) -> None:
-        """Change how much to skip, for episodes that begin afterwards.
+        """Change how much to skip, from the next inference on.
 
         Raises:
             ConfigError: `skip` is out of range, or is not the stored setting where exits are random.

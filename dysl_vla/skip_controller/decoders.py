@@ -72,7 +72,13 @@ class WrappedLayers:
         original = self.originals[index]
         output = original(**arguments) if rows is None else run_rows(original, self._names[index][0], arguments, rows)
         if index == 0:
-            self._output_type = type(output) if isinstance(output, (tuple, list)) else None
+            is_container = isinstance(output, (tuple, list))
+            if is_container and len(output) > 2:
+                raise ConfigError(
+                    f"layers answer {len(output)} values, which a skipped layer cannot; skipping needs layers that "
+                    "answer hidden states, and attention weights or a cache at most."
+                )
+            self._output_type = type(output) if is_container else None
         return output
 
     def wrap_output(self, hidden: Tensor) -> Any:

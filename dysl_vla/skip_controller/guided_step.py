@@ -22,7 +22,6 @@ from dysl_vla.types import (
     EpisodeState,
     FloatArray,
     InferenceTiming,
-    Normalisation,
     PolicySpec,
     SkipTrace,
 )
@@ -170,7 +169,9 @@ class GuidedStep:
         """
         started = clock()
         # Take in what was executed, and move the allow points.
-        memories = [self._observe(state) for state in states]
+        memories = [self._memory(state) for state in states]
+        for memory, state in zip(memories, states, strict=True):
+            self._guidance.observe(memory, latest_executed(state, self._spec))
         if allow_points is None:
             is_guided = self._ablation.guidance
             allow_points = np.stack([memory.allow_points if is_guided else self._no_layer for memory in memories])
@@ -201,7 +202,7 @@ class GuidedStep:
         self, full: Resumed, passed: PassResult, memories: Sequence[GuidanceState], verified: Sequence[bool]
     ) -> Resumed:
         """Return what is executed of every row: the full model's actions where they were verified."""
-        self._budget.took(full.llm_s)
+        self._budget.took(full.llm_s + full.decode_s)
         actions = np.where(np.array(verified)[:, None, None], full.actions, passed.actions)
         for memory, row, is_verified in zip(memories, actions, verified, strict=True):
             if is_verified:
@@ -212,20 +213,19 @@ class GuidedStep:
         """Tell whether predicted actions are surprising; guidance remembers them."""
         return self._guidance.update_and_check(memory, actions, self._spec.execute_steps)
 
-    def _observe(self, state: EpisodeState) -> GuidanceState:
+    def _memory(self, state: EpisodeState) -> GuidanceState:
+        """Return what guidance remembers of an episode."""
         memory = state.guidance
-        if not isinstance(memory, GuidanceState):
+        if not isinstance(memory, GuidanceState) or memory.allow_points.shape != self._no_layer.shape:
             raise TypeError("states must be made by this policy's reset().")
-        self._guidance.observe(
-            memory, latest_executed(state, self._spec.action_normalisation, len(self._spec.action_names))
-        )
         return memory
 
 
-def latest_executed(state: EpisodeState, normalisation: Normalisation, action_dim: int) -> FloatArray:
+def latest_executed(state: EpisodeState, spec: PolicySpec) -> FloatArray:
     """Return the executed actions that guidance looks back on, normalised, (at most WINDOW + 1, action)."""
     actions = list(state.executed)[-WINDOW - 1 :]
-    return normalisation.apply(np.array(actions, np.float32) if actions else np.empty((0, action_dim), np.float32))
+    nothing = np.empty((0, len(spec.action_names)), np.float32)
+    return spec.action_normalisation.apply(np.array(actions, np.float32) if actions else nothing)
 
 
 def _traces(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.guided_step import PassResult, Resumed
 from dysl_vla.skip_controller.skipping import Skipper
 from dysl_vla.skip_controller.step import ForcedExits, Step
@@ -39,10 +40,20 @@ class Forward:
         """Return which rows of the batch ran a layer of the decoder in its first forward, (batch,); None: all did.
 
         A policy that reads keys and values of each layer itself needs it; a row that skipped did not write any.
+
+        Raises:
+            ConfigError: The decoder has not run yet.
         """
-        if self._step is None:
+        step = self._step
+        if step is None:
             return None
-        ran = self._step.layers_run[..., layer]
+        if (isinstance(step, Step) and not step.is_decided) or (isinstance(step, ForcedExits) and step.is_first):
+            raise ConfigError("forward.rows_that_ran: call it when the decoder has run, which it has not yet.")
+        if isinstance(step, ForcedExits):  # all rows alike
+            if step.layers_run[layer]:
+                return None
+            return np.zeros(len(next(iter(step.outputs.values()))), np.bool_)
+        ran = step.layers_run[:, layer]
         return None if ran.all() else ran
 
     def decoder_is_done(self) -> None:

@@ -32,7 +32,7 @@ names = st.text("abcdef", min_size=1, max_size=3)
 def test_where_lerobot_is_not_installed_the_error_says_how_to(tmp_path: Path) -> None:
     path = tmp_path / "arm.json"
     path.write_text(json.dumps(DOCUMENT))
-    with pytest.raises(MissingExtraError, match=r"pip install 'lerobot\[feetech\]' .*Python 3\.12"):
+    with pytest.raises(MissingExtraError, match=r"launch/lerobot_env\.sh .*Python 3\.12"):
         make_robot(f"lerobot:{path}", {})
 
 

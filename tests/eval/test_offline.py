@@ -22,6 +22,7 @@ from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.offline import evaluate_offline
 from dysl_vla.eval.offline_report import draw_horizon, render_offline
 from dysl_vla.eval.offline_summary import Played, summarise
+from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.training.tune import Point, choose_by_error
 from dysl_vla.types import Normalisation
 from tests.conftest import make_tiny_policy
@@ -34,6 +35,13 @@ def played(predicted: Any, demonstrated: Any) -> Played:
     shape = np.shape(predicted)[:2]
     nothing = np.zeros(shape, np.float32)
     return Played(frames, demonstrated, predicted, nothing, nothing, nothing * np.nan, nothing.astype(bool))
+
+
+def trained() -> MiniVLA:
+    """A policy whose training held out one episode in twenty."""
+    policy = make_tiny_policy()
+    policy.provenance = {"data": {"held_out_every": 20}}
+    return policy
 
 
 def test_figures_are_distances_from_what_was_demonstrated_at_that_very_frame() -> None:
@@ -82,7 +90,7 @@ def test_episodes_are_called_by_their_numbers(mock_demos: Path, tmp_path: Path) 
     gone = Demonstrations(mock_demos).rows[4].length
     info |= {"total_episodes": info["total_episodes"] - 1, "total_frames": info["total_frames"] - gone}
     (data / "meta/info.json").write_text(json.dumps(info))
-    make_tiny_policy().save_pretrained(tmp_path / "p")
+    trained().save_pretrained(tmp_path / "p")
     asked = EvalConfig(tmp_path / "out", str(tmp_path / "p"), data=data)
     assert evaluate_offline(asked)["episodes"] == [19]
     part = tmp_path / "out/episodes/000019.npz"
@@ -96,9 +104,9 @@ def test_full_and_skipping_are_compared_on_held_out_episodes(distilled: Path, mo
     out = tmp_path / "out"
     result = evaluate_offline(EvalConfig(out, str(distilled), data=mock_demos))
     assert list(result["variants"]) == ["full", "dysl"]
-    assert result["episodes"] == [19]
-    length = Demonstrations(mock_demos).rows[19].length
-    assert result["moments"] == -(-length // 2)
+    assert result["episodes"] == [11, 23]
+    lengths = [Demonstrations(mock_demos).rows[number].length for number in (11, 23)]
+    assert result["moments"] == sum(-(-length // 2) for length in lengths)
     full, dysl = result["variants"]["full"], result["variants"]["dysl"]
     assert full["layers"] is None
     assert dysl["layers"] < 6
@@ -106,7 +114,7 @@ def test_full_and_skipping_are_compared_on_held_out_episodes(distilled: Path, mo
     assert dysl["distance"] > 0
     assert json.loads((out / "result.json").read_text()) == result
     assert (out / "report.md").read_text() == render_offline(result) + "\n"
-    for picture in ("episode-019.png", "horizon.png"):
+    for picture in ("episode-011.png", "episode-023.png", "horizon.png"):
         assert Image.open(out / picture).size[0] > 300
     again = evaluate_offline(EvalConfig(out, str(distilled), data=mock_demos))
     assert again["variants"] == result["variants"]  # nothing was played again
@@ -115,7 +123,7 @@ def test_full_and_skipping_are_compared_on_held_out_episodes(distilled: Path, mo
 
 
 def test_the_full_model_is_as_far_off_as_its_own_inferences_say(mock_demos: Path, tmp_path: Path) -> None:
-    policy = make_tiny_policy()
+    policy = trained()
     policy.save_pretrained(tmp_path / "p")
     result = evaluate_offline(EvalConfig(tmp_path / "out", str(tmp_path / "p"), data=mock_demos))
     assert list(result["variants"]) == ["policy"]

@@ -19,9 +19,10 @@ from dysl_vla.eval import evaluate
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.policies import load_policy
 from dysl_vla.policies.dysl import DyslPolicy, SkipSettings
-from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan
+from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach
 from dysl_vla.skip_controller.heads_trainer import DistillConfig
 from dysl_vla.skip_controller.operating import SkipStatistics
+from dysl_vla.skip_controller.torch_backend import Forward
 from dysl_vla.training.calibrate import CalibrateConfig, calibrate, read_plan
 from dysl_vla.training.check_policy import check_policy, check_saved
 from dysl_vla.training.distill import DistillRunConfig, distill
@@ -240,3 +241,42 @@ def test_a_policy_with_a_template_takes_the_listed_instructions_alone(
     assert bundle._tokens("go").tolist() == [[1, 2]]
     with pytest.raises(ObservationError, match=r"task must be one of this bundle's instructions .* got 'stop'"):
         bundle._tokens("stop")
+
+
+def test_a_setting_that_cannot_be_leaves_the_policy_as_it_was() -> None:
+    policy = OftLike.make()
+    with pytest.raises(ConfigError, match="skip"):
+        dysl(policy, 1.5)
+    dysl(policy, 0.5).close()
+
+
+def test_which_rows_ran_is_known_behind_the_decoder_and_for_every_row() -> None:
+    policy = OftLike.make()
+    seen: list[Any] = []
+
+    def act(inputs: Any, forward: Forward) -> Tensor:
+        with pytest.raises(ConfigError, match="has not yet"):
+            forward.rows_that_ran(1)
+        actions = OftLike.act(policy, inputs, forward)
+        seen.append((forward.rows_that_ran(0), forward.rows_that_ran(1)))
+        return actions
+
+    inputs, mask = policy.collate(policy.encode([observe(1), observe(2)], []))
+    torch.manual_seed(0)
+    skipper = attach(policy.layers, PLAN, SkipHeads(PLAN, HeadsConfig(WIDTH, adapter_size=4, controller_size=4)))
+    with torch.no_grad(), skipper.step(np.array([[0, 9], [9, 9]]), mask=mask, force_skip=True) as step:
+        act(inputs, Forward(step))
+    with torch.no_grad(), skipper.force_exits([1, None], mask=mask) as forced:
+        act(inputs, Forward(forced))
+    assert [first for first, _ in seen] == [None, None]
+    assert [second.tolist() for _, second in seen] == [[False, True], [False, False]]
+
+
+def test_states_of_another_policy_are_refused_before_any_is_moved() -> None:
+    policy = dysl(OftLike.make(), 0.5)
+    mine, foreign = policy.reset(), policy.reset()
+    foreign.guidance.allow_points = np.zeros(7, np.int64)
+    mine.executed.extend(np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32))
+    with pytest.raises(TypeError, match="reset"):
+        policy.infer([observe(1), observe(2)], [mine, foreign])
+    assert len(mine.guidance.recent) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ from dysl_vla.training.distill import DistillRunConfig, distill
 from dysl_vla.training.train import train
 from tests.conftest import TRAINING
 from tests.training.test_behaviour_cloning import FAST, config
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """As in a terminal: what runs in the background may ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def press_ctrl_c_at(step: int, kind: type[Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
