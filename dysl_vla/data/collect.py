@@ -48,13 +48,13 @@ class CollectConfig:
 
     out: Path
     """Folder of the dataset; an existing one is continued."""
-    suite: str = ""
-    """Suite whose tasks are demonstrated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all. When empty, the
-    suite that `--policy` was trained in; without a policy metaworld-mt10."""
-    robot: str = ""
+    suite: str | None = None
+    """Suite whose tasks are demonstrated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all. When not
+    given, the suite that `--policy` was trained in; without a policy metaworld-mt10."""
+    robot: str | None = None
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
-    tasks: str = ""
-    """Comma-separated tasks of the suite; all of them when empty."""
+    tasks: str | None = None
+    """Comma-separated tasks of the suite. When not given, all of them, or those that `--policy` was trained in."""
     episodes: int = 100
     """Successful episodes of each task that the dataset shall have of this seed and actor in the end."""
     seed: int = 0
@@ -63,10 +63,21 @@ class CollectConfig:
     """Strength of the noise on the expert's executed actions; 0 for none. The suite's own when not given."""
     policy: str | None = None
     """Let this policy act and the expert correct it (a round of DAgger): a checkpoint's name or folder."""
-    cameras: str = ""
-    """Camera sizes, "corner2=144x144,gripperPOV=72x72"; the suite's own when empty."""
+    cameras: str | None = None
+    """Camera sizes, "corner2=144x144,gripperPOV=72x72". The suite's own when not given."""
     workers: int = 1
     """Processes that simulate side by side."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < FIRST_EVALUATION_SEED:
+            raise ConfigError(
+                f"seed must be from 0 to {FIRST_EVALUATION_SEED - 1}, got {self.seed}; seeds above are for evaluation."
+            )
+        for name in ("episodes", "workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.noise is not None and not 0 <= self.noise < math.inf:
+            raise ConfigError(f"noise must be 0 or above and finite, got {self.noise}.")
 
 
 def collect(config: CollectConfig) -> Demonstrations:
@@ -79,9 +90,8 @@ def collect(config: CollectConfig) -> Demonstrations:
         ConfigError: A value cannot work; nothing was written.
         DatasetError: The folder is of another world, or the expert fails too often.
     """
-    _check(config)
     policy = load_policy(config.policy) if config.policy is not None else None
-    suite_name, task_names = config.suite or DEFAULT_SUITE, config.tasks or None
+    suite_name, task_names = config.suite or DEFAULT_SUITE, config.tasks
     if policy is not None:
         suite_name, task_names = provenance.training_suite(policy.provenance, config.suite, config.tasks)
     suite = get_suite(with_robot(suite_name, config.robot))
@@ -93,7 +103,7 @@ def collect(config: CollectConfig) -> Demonstrations:
         raise ConfigError(
             f"tasks: {suite.robot} has no scripted expert for {', '.join(lacking)}; {fix}, or import demonstrations."
         )
-    sizes = camera_options("cameras", config.cameras, SIZE, "144x144")
+    sizes = camera_options("cameras", config.cameras or "", SIZE, "144x144")
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
     actor = EXPERT
     with closing(suite.make(tasks[0], cameras)) as env:
@@ -112,18 +122,6 @@ def collect(config: CollectConfig) -> Demonstrations:
         finally:
             writer.close()
     return Demonstrations(config.out)
-
-
-def _check(config: CollectConfig) -> None:
-    if not 0 <= config.seed < FIRST_EVALUATION_SEED:
-        raise ConfigError(
-            f"seed must be from 0 to {FIRST_EVALUATION_SEED - 1}, got {config.seed}; seeds above are for evaluation."
-        )
-    for name in ("episodes", "workers"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}.")
-    if config.noise is not None and not 0 <= config.noise < math.inf:
-        raise ConfigError(f"noise must be 0 or above and finite, got {config.noise}.")
 
 
 def _collect_task(

@@ -54,10 +54,14 @@ class ImportConfig:
     """HDF5 file that was recorded with robosuite 1.5, such as robomimic's demo_v15.hdf5; its states are rendered."""
     out: Path
     """Folder of the dataset; an existing one of the same world is continued."""
-    episodes: int = 0
-    """Demonstrations that are imported at most; 0: all."""
-    cameras: str = ""
-    """Camera sizes, "agentview=128x128,robot0_eye_in_hand=96x96"; the suite's own when empty."""
+    episodes: int | None = None
+    """Demonstrations that are imported at most. All when not given."""
+    cameras: str | None = None
+    """Camera sizes, "agentview=128x128,robot0_eye_in_hand=96x96"; the suite's own when not given."""
+
+    def __post_init__(self) -> None:
+        if self.episodes is not None and self.episodes < 1:
+            raise ConfigError(f"episodes must be at least 1, got {self.episodes}; leave it out to import all.")
 
 
 def import_robomimic(config: ImportConfig) -> Demonstrations:
@@ -70,9 +74,7 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
         ConfigError: A value of the configuration is wrong.
         DatasetError: The file has another format, or is of another robot, controller or version.
     """
-    if config.episodes < 0:
-        raise ConfigError(f"episodes must be 0 (all) or more, got {config.episodes}.")
-    sizes = camera_options("cameras", config.cameras, SIZE, "128x128")
+    sizes = camera_options("cameras", config.cameras or "", SIZE, "128x128")
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
     with _recorded(config.file) as data:
         # Find out which demonstrations of which world the file holds.
@@ -80,7 +82,7 @@ def import_robomimic(config: ImportConfig) -> Demonstrations:
         suite = get_suite(with_robot("robosuite-5" if task in FIVE else "robosuite-all", robot)).name
         first = Origin(suite, task, NO_SEED, 0, f"{HUMAN}@{sha256(config.file)[:12]}", 0.0)
         numbers = sorted(int(found[1]) for name in data if (found := re.fullmatch(r"demo_(\d+)", name)))
-        numbers = numbers[: config.episodes or None]
+        numbers = numbers[: config.episodes]
         if not numbers:
             raise DatasetError(f"{config.file}: holds no demonstrations (groups data/demo_0 and so on).")
         with closing(RobosuiteEnv(task, cameras, robot=robot)) as env:

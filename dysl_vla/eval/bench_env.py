@@ -22,10 +22,10 @@ class EnvBenchConfig:
 
     suite: str = "metaworld-mt10"
     """Suite that is measured: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, mock."""
-    robot: str = ""
+    robot: str | None = None
     """Another robot than the suite's own."""
-    tasks: str = ""
-    """Comma-separated tasks of the suite; all of them when empty."""
+    tasks: str | None = None
+    """Comma-separated tasks of the suite. All of them when not given."""
     steps: int = 100
     """Steps of each task."""
 
