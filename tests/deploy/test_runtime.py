@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dysl_vla.checkpoint import add_to_manifest
 from dysl_vla.deploy.export import ExportConfig, export, robot_to_try
 from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.errors import CheckpointError, ConfigError
@@ -24,6 +25,20 @@ from tests.policies.test_dysl import observe, play
 @pytest.fixture
 def copied(bundle_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle_folder, tmp_path / "b"))
+
+
+def test_a_bundle_of_format_2_is_read(copied: Path) -> None:
+    """It has other names for settings of skipping, and does not say whether it takes other instructions."""
+    now = Bundle(copied).infer([observe(1)], [Bundle(copied).reset()])
+    document = json.loads((copied / "config.json").read_text()) | {"format": 2}
+    skipping = document["skipping"]
+    skipping |= {"foresight": skipping.pop("lookahead"), "signal": skipping.pop("importance")}
+    skipping["statistics"]["falls"] = skipping["statistics"].pop("drops")
+    del document["takes_other_instructions"]
+    (copied / "config.json").write_text(json.dumps(document))
+    add_to_manifest(copied, ("config.json",))
+    before = Bundle(copied)
+    np.testing.assert_array_equal(before.infer([observe(1)], [before.reset()])[0].actions, now[0].actions)
 
 
 @pytest.mark.parametrize("skip", [0.0, 0.3, 0.6, 1.0])

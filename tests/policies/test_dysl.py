@@ -10,8 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from dysl_vla.checkpoint import add_to_manifest
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.policies import ComputeConfig, load_policy
 from dysl_vla.policies.dysl import DyslPolicy, SkipSettings, load_dysl, save_operating_point, save_skips
@@ -236,3 +239,23 @@ def test_heads_follow_their_policy_to_other_numbers(checkpoint: Path) -> None:
     before, after = play(load_policy(str(checkpoint), skip=1), range(3)), play(policy, range(3))
     for one, other in zip(before, after, strict=True):
         np.testing.assert_allclose(one.actions, other.actions, atol=0.1)
+
+
+def test_a_checkpoint_of_version_0_1_skips_as_it_did(checkpoint: Path) -> None:
+    """It has other names, and knows its policy by the fingerprint of before."""
+    now = play(load_policy(str(checkpoint), skip=0.9), range(6))
+    former = MiniVLA.from_pretrained(str(checkpoint)).former_fingerprint
+    path = checkpoint / "skip.json"
+    document = json.loads(path.read_text()) | {"teacher": former}
+    document |= {"foresight": document.pop("lookahead"), "signal": document.pop("importance")}
+    document["statistics"]["falls"] = document["statistics"].pop("drops")
+    path.write_text(json.dumps(document))
+    with safe_open(checkpoint / "skip.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # it is no mapping
+    made_for = json.loads(metadata["made_for"]) | {"teacher": former}
+    save_file(tensors, checkpoint / "skip.safetensors", metadata=metadata | {"made_for": json.dumps(made_for)})
+    add_to_manifest(checkpoint, ("skip.safetensors",))
+    for one, other in zip(now, play(load_policy(str(checkpoint), skip=0.9), range(6)), strict=True):
+        np.testing.assert_array_equal(one.actions, other.actions)
+        assert one.skips.skips == other.skips.skips

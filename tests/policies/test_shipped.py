@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import closing
 from pathlib import Path
@@ -51,3 +52,21 @@ def test_it_has_seen_no_evaluation_seed(folder: Path) -> None:
     seeds = {origin["seed"] for origin in origins(load_policy(folder.name).provenance)}
     assert seeds
     assert max(seeds) < FIRST_EVALUATION_SEED
+
+
+def test_it_acts_as_it_did_when_it_was_first_shipped(folder: Path) -> None:
+    """shipped_actions.json was written by version 0.1, before names and fingerprints changed."""
+    expected = json.loads(Path(__file__).with_name("shipped_actions.json").read_text())[folder.name]
+    policy = load_policy(folder.name)
+    state, rng = policy.reset(), np.random.default_rng(0)
+    instruction = policy.provenance["data"]["instructions"][0]
+    for moment in expected:
+        observation = policy.spec.blank_observation(instruction)
+        for key in sorted(observation):
+            if key.startswith("observation.images."):
+                observation[key] = rng.integers(0, 256, observation[key].shape, dtype=np.uint8)
+        [chunk] = policy.infer([observation], [state])
+        state.executed.extend(chunk.actions[: policy.spec.execute_steps])
+        np.testing.assert_allclose(chunk.actions[0], moment["action"], atol=1e-3)
+        assert chunk.skips is not None
+        assert chunk.skips.layers == moment["layers"]
