@@ -173,8 +173,7 @@ class GuidedStep:
         for memory, state in zip(memories, states, strict=True):
             self._guidance.observe(memory, latest_executed(state, self._spec))
         if allow_points is None:
-            is_guided = self._ablation.guidance
-            allow_points = np.stack([memory.allow_points if is_guided else self._no_layer for memory in memories])
+            allow_points = np.stack([self._points(memory) for memory in memories])
         # Run, skipping as far as the controllers and allow points let it.
         passed = backend.run(inputs, allow_points)
         # Check which rows' actions are surprising, and for which of them there is time to verify.
@@ -212,6 +211,10 @@ class GuidedStep:
     def _check(self, memory: GuidanceState, actions: FloatArray) -> bool:
         """Tell whether predicted actions are surprising; guidance remembers them."""
         return self._guidance.update_and_check(memory, actions, self._spec.execute_steps)
+
+    def _points(self, memory: GuidanceState) -> NDArray[np.int64]:
+        """Return the allow points of an episode, (blocks,)."""
+        return memory.allow_points if self._ablation.guidance else self._no_layer
 
     def _memory(self, state: EpisodeState) -> GuidanceState:
         """Return what guidance remembers of an episode."""
