@@ -174,15 +174,17 @@ class ControlLoop:
             self.stats.robot = stopped.report
             if self._inference.is_alive():
                 robot.join(self._inference)
-            fault = robot.fault or (RobotFault(stopped.problem) if stopped.problem else None)
+            fault = robot.fault
+            if stopped.problem:  # above all, whatever else went wrong
+                cause = f" It was to be stopped for {type(fault).__name__}: {fault}" if fault else ""
+                fault = RobotFault(stopped.problem + cause)
             reasons = [f"{type(fault).__name__}: {fault}" if fault else robot.reason]
-            reasons += [stopped.problem] if stopped.problem and robot.fault else []
             reasons += [f"robot: {name} has still not returned." for name in robot.hanging]
             self.stats.stopped = " ".join(filter(None, reasons))
             if log is not None:
                 log.close({**self.stats.summary(), **self._description()})
         if fault is not None:
-            raise fault
+            raise fault from (robot.fault if robot.fault is not fault else None)
         return self.stats
 
     def _control(self, seconds: float, log: CycleLog | None) -> None:
