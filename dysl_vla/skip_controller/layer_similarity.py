@@ -72,9 +72,13 @@ def choose_static_layers(
         Indices of the static layers, rising.
 
     Raises:
-        ConfigError: So few static layers make longer blocks, or no layer is left to skip.
+        ConfigError: The ratio is out of range, so few static layers make longer blocks, or no layer is left to skip.
     """
     depth = len(similarity)
+    if not 0 < ratio < 1:
+        raise ConfigError(f"static_ratio must be above 0 and below 1, got {ratio}.")
+    if longest_block is not None and longest_block < 1:
+        raise ConfigError(f"longest_block must be at least 1, got {longest_block}.")
     count = max(2, round(ratio * depth))
     if depth < 3 or count >= depth:
         raise ConfigError(f"static_ratio must leave layers to skip, got {ratio} of {depth} layers.")

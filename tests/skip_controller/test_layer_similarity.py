@@ -55,7 +55,7 @@ def test_similarity_compares_what_a_layer_gets_with_what_it_gives() -> None:
     assert max(measured[0], measured[2]) < 0.9
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.99])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99])
 def test_ratios_that_leave_nothing_to_skip_are_refused(ratio: float) -> None:
     with pytest.raises(ConfigError, match="static_ratio"):
         choose_static_layers(np.ones(6), ratio)
