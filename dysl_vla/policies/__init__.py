@@ -18,6 +18,7 @@ from dysl_vla.policies.base import (
     check_fingerprint,
     is_known_as,
     names_of,
+    original_fingerprint,
     policies,
 )
 from dysl_vla.policies.compute import ComputeConfig
@@ -33,6 +34,7 @@ __all__ = [
     "is_known_as",
     "load_policy",
     "load_skippable_policy",
+    "original_fingerprint",
     "policies",
     "select_action",
 ]

@@ -67,13 +67,9 @@ class BackbonePolicy:
         config: Any = self.backbone.config
         return int(config.get_text_config().hidden_size)
 
-    def encode(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[Any]:
-        """Compute everything before the decoder; see `SkippablePolicy.encode`."""
-        raise NotImplementedError
-
     def decode(self, hidden: Tensor) -> Tensor:
         """Map the decoder's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define decode, or an act of its own.")
 
     def collate(self, items: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
         """Combine items into one batch of the decoder's arguments; see `SkippablePolicy.collate`."""

@@ -154,6 +154,12 @@ class ExportablePolicy(SkippablePolicy, Protocol):
         """Return an instruction's token ids, of one length for all instructions."""
 
 
+def original_fingerprint(policy: Policy) -> str:
+    """Return the fingerprint of a policy's checkpoint, also where the policy was brought to other numbers since."""
+    known_as: tuple[str, ...] = getattr(policy, "known_as", ())
+    return known_as[0] if known_as else policy.fingerprint
+
+
 def names_of(policy: Policy) -> tuple[str, ...]:
     """Return the fingerprints that heads may name: the policy's own, that of version 0.1, and those before a cast."""
     former = getattr(policy, "former_fingerprint", None)

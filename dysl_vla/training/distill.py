@@ -37,7 +37,7 @@ from dysl_vla.files import (
     write_lines,
 )
 from dysl_vla.interrupts import deferred_interrupt
-from dysl_vla.policies import ComputeConfig, SkippablePolicy, is_known_as, load_skippable_policy
+from dysl_vla.policies import ComputeConfig, SkippablePolicy, is_known_as, load_skippable_policy, original_fingerprint
 from dysl_vla.training.calibrate import calibrated_plan, read_plan
 from dysl_vla.training.encoding import Encoded, encode
 from dysl_vla.training.importance import choose_importance
@@ -156,7 +156,8 @@ def distill(config: DistillRunConfig) -> Path:
     with locked_dir(config.out):
         write_json(config.out / RUN_FILE, identity)
         if not (config.out / MANIFEST).exists():
-            check_saved(policy, config.out)
+            # What is kept is the policy as it came, not as it was cast for this training.
+            check_saved(load_skippable_policy(config.policy) if config.compute.dtype else policy, config.out)
         run.run()
     return config.out
 
@@ -307,7 +308,7 @@ class _Run:
         settings = SkipSettings(
             plan=self._heads.plan,
             heads=self._heads.config,
-            teacher=self._policy.fingerprint,
+            teacher=original_fingerprint(self._policy),
             action_dim=len(spec.action_names),
             statistics=statistics,
             lookahead=lookahead,

@@ -106,9 +106,10 @@ def _encoded(
     """Yield frames and their copies, some at a time, as indices and items."""
     walk = _Walk(policy, demonstrations, chosen) if policy.has_memory else None
     pending: list[tuple[int, Observation]] = []
-    read = 0
+    read, state = 0, policy.reset()
     for index, observation in observations(demonstrations, chosen if walk is None else walk.needed):
-        state = policy.reset() if walk is None else walk.state_at(index)
+        if walk is not None:
+            state = walk.state_at(index)
         if walk is None or index in walk.chosen:
             if index != chosen[read]:
                 raise DatasetError(f"{demonstrations.root} has frame {index} out of order in its videos.")
@@ -122,7 +123,7 @@ def _encoded(
         if walk is not None:
             walk.act(observation, state)
     if pending:
-        yield _flushed(policy, pending, policy.reset())
+        yield _flushed(policy, pending, state)
 
 
 def _flushed(

@@ -17,7 +17,7 @@ from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.errors import ConfigError, ObservationError
 from dysl_vla.eval import evaluate
 from dysl_vla.eval.config import EvalConfig
-from dysl_vla.policies import load_policy
+from dysl_vla.policies import ComputeConfig, load_policy
 from dysl_vla.policies.dysl import DyslPolicy, SkipSettings
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach
 from dysl_vla.skip_controller.heads_trainer import DistillConfig
@@ -231,6 +231,18 @@ def test_half_precision_is_distilled_and_evaluated(mock_demos: Path, tmp_path: P
     with closing(load_policy(str(fast))) as policy:  # type: ignore[type-var]
         assert next(policy.heads.parameters()).dtype == torch.bfloat16
         assert all(np.isfinite(chunk.actions).all() for chunk in play(policy, range(3)))
+
+
+def test_heads_that_are_trained_beside_a_cast_policy_are_the_uncast_ones(mock_demos: Path, tmp_path: Path) -> None:
+    OftLike.make().save_pretrained(tmp_path / "teacher")
+    teacher = str(tmp_path / "teacher")
+    compute = ComputeConfig(dtype="bfloat16")
+    asked = DistillRunConfig(mock_demos, tmp_path / "fast", teacher, frames=20, training=BRIEF, compute=compute)
+    fast = distill(asked)
+    assert load_policy(str(fast), skip=0).fingerprint == load_policy(teacher, skip=0).fingerprint
+    for options in ({}, {"compute": compute}):
+        with closing(load_policy(str(fast), **options)) as policy:  # type: ignore[type-var]
+            assert all(np.isfinite(chunk.actions).all() for chunk in play(policy, range(2)))
 
 
 def test_a_policy_with_a_template_takes_the_listed_instructions_alone(
