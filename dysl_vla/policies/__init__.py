@@ -5,6 +5,7 @@ Importing this subpackage imports no torch; `load_policy` does, for the policies
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,7 @@ from dysl_vla.policies.base import (
     original_fingerprint,
     policies,
 )
-from dysl_vla.policies.compute import ComputeConfig
+from dysl_vla.policies.compute import ComputeConfig, place
 from dysl_vla.policies.execution import select_action
 from dysl_vla.skip_controller.operating import Ablation
 
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 
+OURS = {"mini-vla": "dysl_vla.policies.mini_vla", "openvla-oft": "dysl_vla.policies.openvla_oft"}
+"""Type of a policy of this package to the module that registers it."""
 PARTS = ("layers", "width", "followers", "has_memory", "encode", "collate", "act", "remember", "save_pretrained")
 """Attributes of a `SkippablePolicy` beyond those of a `Policy`."""
 
@@ -57,10 +60,10 @@ def load_policy(
         name: A shipped name ("metaworld-mini"), a checkpoint's folder, a Hugging Face hub id, or "mock".
         skip: How much to skip, from 0, which is exactly the full model, to 1; None: the checkpoint's operating point.
         ablation: The parts of the method that are on; None: all.
-        compute: Device and type of numbers; None: the CPU, and the checkpoint's type.
+        compute: Device, type of numbers and the like; None: its defaults.
 
     Raises:
-        ConfigError: No policy has that name, or it cannot skip.
+        ConfigError: No policy has that name, it cannot skip, or this machine cannot run it so.
         CheckpointError: The checkpoint is damaged, foreign or edited.
         MissingExtraError: torch or transformers are not installed.
     """
@@ -69,10 +72,9 @@ def load_policy(
 
         _check_full(name, skip, ablation)
         mock = MockPolicy()
-        _move(name, mock, compute or ComputeConfig())
+        place(name, mock, compute or ComputeConfig())
         return mock
-    policy, folder = _load(name)
-    _move(name, policy, compute or ComputeConfig())
+    policy, folder = _load(name, compute or ComputeConfig())
     if hasattr(policy, "set_skip"):  # a bundle, which skips by itself
         if ablation not in (None, Ablation()):
             raise ConfigError(
@@ -101,22 +103,6 @@ def load_skippable_policy(name: str, compute: ComputeConfig | None = None) -> Sk
     return _skippable(name, load_policy(name, skip=0, compute=compute))
 
 
-def _move(name: str, policy: Policy, compute: ComputeConfig) -> None:
-    """Bring a policy to a device and a type of numbers."""
-    if compute == ComputeConfig():
-        return
-    import torch
-
-    if not isinstance(policy, torch.nn.Module):
-        raise ConfigError(f"device and dtype must be left out for {name!r}, which runs on the CPU without torch.")
-    known_as = names_of(policy)  # heads were trained for the weights as the checkpoint has them
-    try:
-        policy.to(device=compute.device, dtype=getattr(torch, compute.dtype) if compute.dtype else None)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device must be one of this machine's, got {compute.device!r} ({error}).") from error
-    policy.known_as = known_as  # type: ignore[assignment] # modules' attributes may be anything
-
-
 def _check_full(name: str, skip: float | None, ablation: Ablation | None) -> None:
     if skip or ablation is not None:
         raise ConfigError(
@@ -133,12 +119,22 @@ def _skippable(name: str, policy: Policy) -> SkippablePolicy:
     return cast("SkippablePolicy", policy)
 
 
-def _load(name: str) -> tuple[Policy, Path]:
+def _load(name: str, compute: ComputeConfig) -> tuple[Policy, Path]:
+    """Load the full policy of a checkpoint, where `compute` wants it; return it with the checkpoint's folder."""
     folder = find_checkpoint(name)
     policy_type = read_policy_type(folder)
-    with needs_extra("policy"):
-        import dysl_vla.policies.mini_vla  # noqa: F401 # it registers itself
+    if policy_type in OURS:
+        with needs_extra("policy"):
+            import_module(OURS[policy_type])  # it registers itself
     if policy_type not in policies.names():
-        known = ", ".join(policies.names())
-        raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' must be one of {known}, got {policy_type!r}.")
-    return policies.get(policy_type).from_pretrained(str(folder)), folder
+        known = ", ".join(sorted({*OURS, *policies.names()}))
+        raise CheckpointError(f"{folder / CONFIG}: the type of policy must be one of {known}, got {policy_type!r}.")
+    kind = policies.get(policy_type)
+    if getattr(kind, "takes_compute", False):
+        return kind.from_pretrained(name, compute), folder  # type: ignore[call-arg]
+    policy = kind.from_pretrained(str(folder))
+    known_as = names_of(policy)  # heads were trained for the weights as the checkpoint has them
+    place(name, policy, compute)
+    if compute != ComputeConfig():
+        policy.known_as = known_as  # type: ignore[attr-defined] # modules' attributes may be anything
+    return policy, folder
