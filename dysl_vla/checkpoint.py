@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 PROVENANCE, MANIFEST = "provenance.json", "manifest.json"
+SKIP_SETTINGS = "skip.json"
 SHIPPED = Path(__file__).parent / "policies" / "shipped"
 
 
@@ -94,14 +95,27 @@ def read_policy_type(folder: Path) -> str:
     Raises:
         CheckpointError: The file is missing or damaged, or names no type.
     """
+    return FOREIGN_TYPES.get(found := read_type_field(folder)[1], found)
+
+
+def read_type_field(folder: Path) -> tuple[str, str]:
+    """Return the field of config.json that names the type of a checkpoint's policy, and its value.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or names no type.
+    """
     document = read_document(folder / CONFIG)
     for field in ("policy_type", "type", "model_type"):  # ours, LeRobot's, and that of transformers
-        found = document.get(field)
-        if isinstance(found, str):
-            return FOREIGN_TYPES.get(found, found)
+        if isinstance(document.get(field), str):
+            return field, document[field]
     raise CheckpointError(
         f"{folder / CONFIG}: field 'policy_type' is missing, and so are 'type' and 'model_type'; this is no policy."
     )
+
+
+def has_skips(folder: Path) -> bool:
+    """Tell whether a checkpoint holds adapters and controllers."""
+    return (folder / SKIP_SETTINGS).exists()
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -5,11 +5,14 @@ Importing this subpackage imports no torch; `load_policy` does, for the policies
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_policy_type
+from dysl_vla.checkpoint import CONFIG, find_checkpoint, has_skips, read_policy_type, read_type_field
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies.base import (
@@ -31,10 +34,12 @@ __all__ = [
     "ExportablePolicy",
     "Policy",
     "SkippablePolicy",
+    "can_skip",
     "check_fingerprint",
     "is_known_as",
     "load_policy",
     "load_skippable_policy",
+    "load_variants",
     "original_fingerprint",
     "policies",
     "select_action",
@@ -67,30 +72,24 @@ def load_policy(
         CheckpointError: The checkpoint is damaged, foreign or edited.
         MissingExtraError: torch or transformers are not installed.
     """
-    if name == "mock":
-        from dysl_vla.policies.mock import MockPolicy
+    [policy] = load_variants(name, [(skip, ablation)], compute)
+    return policy
 
-        _check_full(name, skip, ablation)
-        mock = MockPolicy()
-        place(name, mock, compute or ComputeConfig())
-        return mock
-    policy, folder = _load(name, compute or ComputeConfig())
-    if hasattr(policy, "set_skip"):  # a bundle, which skips by itself
-        if ablation not in (None, Ablation()):
-            raise ConfigError(
-                f"variants must be full and dysl for a bundle; for others, take what {name!r} was made from."
-            )
-        if skip is not None:
-            policy.set_skip(skip)
-        return policy
-    if skip == 0:
-        return policy
-    from dysl_vla.policies.dysl import has_skips, load_dysl
 
-    if not has_skips(folder):
-        _check_full(name, skip, ablation)
-        return policy
-    return load_dysl(_skippable(name, policy), folder, skip, ablation)
+def load_variants(
+    name: str, variants: Sequence[tuple[float | None, Ablation | None]], compute: ComputeConfig | None = None
+) -> list[Policy]:
+    """Load a policy as several variants, which share one copy of its weights where it is computed by torch.
+
+    Args:
+        name: See `load_policy`.
+        variants: For each variant `skip` and `ablation` of `load_policy`.
+        compute: See `load_policy`.
+    """
+    compute = compute or ComputeConfig()
+    full = _load_full(name, compute)
+    others = [_sharing_weights(full) or _load_full(name, compute) for _ in variants[1:]]
+    return [_as_variant(name, one, *variant) for one, variant in zip([full, *others], variants, strict=True)]
 
 
 def load_skippable_policy(name: str, compute: ComputeConfig | None = None) -> SkippablePolicy:
@@ -103,13 +102,6 @@ def load_skippable_policy(name: str, compute: ComputeConfig | None = None) -> Sk
     return _skippable(name, load_policy(name, skip=0, compute=compute))
 
 
-def _check_full(name: str, skip: float | None, ablation: Ablation | None) -> None:
-    if skip or ablation is not None:
-        raise ConfigError(
-            f"skip must be 0 for {name!r}, which has no adapters and controllers; train them with dysl distill."
-        )
-
-
 def _skippable(name: str, policy: Policy) -> SkippablePolicy:
     missing = [part for part in PARTS if not hasattr(policy, part)]
     if missing:
@@ -119,22 +111,81 @@ def _skippable(name: str, policy: Policy) -> SkippablePolicy:
     return cast("SkippablePolicy", policy)
 
 
-def _load(name: str, compute: ComputeConfig) -> tuple[Policy, Path]:
-    """Load the full policy of a checkpoint, where `compute` wants it; return it with the checkpoint's folder."""
+def can_skip(name: str) -> bool:
+    """Tell whether a policy's checkpoint has adapters and controllers, or it is a bundle, which has them.
+
+    Raises:
+        ConfigError: No policy has that name.
+        CheckpointError: The checkpoint is damaged or foreign.
+    """
+    if name == "mock":
+        return False
     folder = find_checkpoint(name)
+    return has_skips(folder) or hasattr(_class_of(folder), "set_skip")
+
+
+def _class_of(folder: Path) -> type[Any]:
+    """Return the class of a checkpoint's policy."""
     policy_type = read_policy_type(folder)
     if policy_type in OURS:
         with needs_extra("policy"):
             import_module(OURS[policy_type])  # it registers itself
     if policy_type not in policies.names():
         known = ", ".join(sorted({*OURS, *policies.names()}))
-        raise CheckpointError(f"{folder / CONFIG}: the type of policy must be one of {known}, got {policy_type!r}.")
-    kind = policies.get(policy_type)
+        field, found = read_type_field(folder)
+        raise CheckpointError(f"{folder / CONFIG}: field {field!r} must be one of {known}, got {found!r}.")
+    return cast("type[Any]", policies.get(policy_type))
+
+
+def _load_full(name: str, compute: ComputeConfig) -> Policy:
+    """Load a policy without skipping, where `compute` wants it."""
+    if name == "mock":
+        from dysl_vla.policies.mock import MockPolicy
+
+        mock = MockPolicy()
+        place(name, mock, compute)
+        return mock
+    folder = find_checkpoint(name)
+    kind = _class_of(folder)
     if getattr(kind, "takes_compute", False):
-        return kind.from_pretrained(name, compute), folder  # type: ignore[call-arg]
-    policy = kind.from_pretrained(str(folder))
-    known_as = names_of(policy)  # heads were trained for the weights as the checkpoint has them
-    place(name, policy, compute)
+        return cast("Policy", kind.from_pretrained(name, compute))
+    policy: Policy = kind.from_pretrained(str(folder))
     if compute != ComputeConfig():
+        known_as = names_of(policy)  # heads were trained for the weights as the checkpoint has them
+        place(name, policy, compute)
         policy.known_as = known_as  # type: ignore[attr-defined] # modules' attributes may be anything
-    return policy, folder
+    return policy
+
+
+def _sharing_weights(policy: Policy) -> Policy | None:
+    """Return a copy whose tensors are the policy's own; None where it has none, or cannot be copied."""
+    if "torch" not in sys.modules or not isinstance(policy, sys.modules["torch"].nn.Module):
+        return None
+    module: Any = policy
+    try:
+        return cast("Policy", deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())}))
+    except TypeError:  # something in it cannot be copied
+        return None
+
+
+def _as_variant(name: str, policy: Policy, skip: float | None, ablation: Ablation | None) -> Policy:
+    """Give a full policy the skipping of its checkpoint, as far as it is wanted."""
+    if hasattr(policy, "set_skip"):  # a bundle, which skips by itself
+        if ablation not in (None, Ablation()):
+            raise ConfigError(
+                f"variants must be full and dysl for a bundle; for others, take what {name!r} was made from."
+            )
+        if skip is not None:
+            policy.set_skip(skip)
+        return policy
+    if name == "mock" or not has_skips(find_checkpoint(name)):
+        if skip or ablation is not None:
+            raise ConfigError(
+                f"skip must be 0 for {name!r}, which has no adapters and controllers; train them with dysl distill."
+            )
+        return policy
+    if skip == 0:
+        return policy
+    from dysl_vla.policies.dysl import load_dysl
+
+    return load_dysl(_skippable(name, policy), find_checkpoint(name), skip, ablation)

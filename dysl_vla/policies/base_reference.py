@@ -1,8 +1,8 @@
 """Checkpoints of policies too large to copy: heads and settings beside a reference to the base that they belong to.
 
-    config.json        type of the policy, and its base: name, revision, fingerprint, options
-    provenance.json    how the base came here
-    manifest.json      SHA-256 of the other files
+config.json        type of the policy, and its base: name, revision, fingerprint, options
+provenance.json    how the base came here
+manifest.json      SHA-256 of the other files
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ Most commands share these options. Nothing here imports torch before it is neede
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from multiprocessing import current_process
 from typing import TYPE_CHECKING, Any
 
 from dysl_vla.errors import ConfigError
@@ -70,7 +72,7 @@ class ComputeConfig:
             import torch
         wanted = self.device or (AUTO if is_large else "cpu")
         if wanted == AUTO:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return torch.device(f"cuda:{_turn() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(wanted)
             torch.empty(1, device=device)
@@ -79,7 +81,7 @@ class ComputeConfig:
             there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
             reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"device must be one that PyTorch finds on this machine ({there}), got {wanted!r} ({reason}); leave it "
+                f"device must be one of this machine's, got {wanted!r}; PyTorch finds {there} ({reason}). Leave it "
                 "out, or install a PyTorch and a driver that find it."
             ) from error
         return device
@@ -92,6 +94,13 @@ class ComputeConfig:
             import torch
         dtype: torch.dtype = getattr(torch, str(self.dtype))
         return dtype
+
+
+def _turn() -> int:
+    """Return this process's number among those of a command, which share the GPUs in turns."""
+    if "LOCAL_RANK" in os.environ:  # set by accelerate and torchrun
+        return int(os.environ["LOCAL_RANK"])
+    return max(getattr(current_process(), "_identity", (1,)) or (1,)) - 1  # a worker's number, from 1
 
 
 def place(name: str, policy: Any, compute: ComputeConfig) -> None:
@@ -134,7 +143,9 @@ def set_attention(name: str, policy: Any, attention: str) -> None:
             model.set_attn_implementation(attention)
     except (ValueError, ImportError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"attention must be one that transformers offers here, got {attention!r} ({reason}).") from error
+        raise ConfigError(
+            f"attention must be one that transformers offers here, got {attention!r} ({reason})."
+        ) from error
 
 
 def check_device_memory(device: torch.device, needed: int, what: str, fix: str) -> None:
@@ -157,5 +168,3 @@ def check_device_memory(device: torch.device, needed: int, what: str, fix: str) 
         free, _ = torch.cuda.mem_get_info(device)
         if needed > free:
             raise ConfigError(f"memory: {what} need {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} free; {fix}.")
-
-
