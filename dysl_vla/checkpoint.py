@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 PROVENANCE, MANIFEST = "provenance.json", "manifest.json"
+SKIP_SETTINGS = "skip.json"
 SHIPPED = Path(__file__).parent / "policies" / "shipped"
 
 
@@ -49,11 +50,18 @@ class Checkpoint:
     provenance: dict[str, Any]
 
 
-def find_checkpoint(name: str) -> Path:
+HUB_FILES = ("*.json", "*.safetensors", "*_checkpoint.pt")
+"""Files of a hub repository that are downloaded: weights without pickle, and OpenVLA-OFT's heads, read without it."""
+FOREIGN_TYPES = {"openvla": "openvla-oft"}
+"""What the config.json of others calls a type of policy, to its name here."""
+
+
+def find_checkpoint(name: str, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint.
 
     Args:
         name: A shipped name ("metaworld-mini"), a folder, or a Hugging Face hub id ("owner/name"), which is downloaded.
+        revision: Commit of a hub id; None: the newest.
 
     Raises:
         ConfigError: No checkpoint has that name.
@@ -68,7 +76,11 @@ def find_checkpoint(name: str) -> Path:
         with needs_extra("policy"):
             from huggingface_hub import snapshot_download
         try:
-            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+            return Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=["lora_adapter/*"]
+                )
+            )
         except Exception as error:  # the hub client's errors are many, and all mean the same here
             raise CheckpointError(
                 f"{name}: is no folder here, and could not be downloaded from the hub ({error})."
@@ -78,11 +90,32 @@ def find_checkpoint(name: str) -> Path:
 
 
 def read_policy_type(folder: Path) -> str:
-    """Read the type of a checkpoint's policy from its config.json."""
-    policy_type = read_document(folder / CONFIG).get("policy_type")
-    if not isinstance(policy_type, str):
-        raise CheckpointError(f"{folder / CONFIG}: field 'policy_type' is missing; this is a foreign checkpoint.")
-    return policy_type
+    """Return the type of a checkpoint's policy from its config.json: our name where we know another's.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or names no type.
+    """
+    return FOREIGN_TYPES.get(found := read_type_field(folder)[1], found)
+
+
+def read_type_field(folder: Path) -> tuple[str, str]:
+    """Return the field of config.json that names the type of a checkpoint's policy, and its value.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or names no type.
+    """
+    document = read_document(folder / CONFIG)
+    for field in ("policy_type", "type", "model_type"):  # ours, LeRobot's, and that of transformers
+        if isinstance(document.get(field), str):
+            return field, document[field]
+    raise CheckpointError(
+        f"{folder / CONFIG}: field 'policy_type' is missing, and so are 'type' and 'model_type'; this is no policy."
+    )
+
+
+def has_skips(folder: Path) -> bool:
+    """Tell whether a checkpoint holds adapters and controllers."""
+    return (folder / SKIP_SETTINGS).exists()
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

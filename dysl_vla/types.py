@@ -121,16 +121,26 @@ class EmbodimentSpec:
 class Normalisation:
     """Mean and standard deviation of the training data, a value for each dimension.
 
+    Attributes:
+        mean: Mean of each dimension.
+        std: Standard deviation of each dimension.
+        signs: Dimensions that take only the values -1 and 1, as a gripper that opens or closes: `undo` returns the sign
+            of their value.
+
     Raises:
-        ConfigError: They differ in length, are not finite, or a deviation is not above zero.
+        ConfigError: They differ in length, are not finite, a deviation is not above zero, or a sign's dimension is not
+            there.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    signs: tuple[int, ...] = field(default=(), repr=False)  # not in version 0.1, whose fingerprints hash the repr
 
     def __post_init__(self) -> None:
+        if unknown := sorted(set(self.signs) - set(range(len(self.mean)))):
+            raise ConfigError(f"normalisation: signs must be among {len(self.mean)} dimensions, got {unknown[0]}.")
         if len(self.mean) != len(self.std):
             raise ConfigError(
                 f"normalisation: mean and std must be of one length, got {len(self.mean)} and {len(self.std)}."
@@ -146,7 +156,11 @@ class Normalisation:
     def undo(self, values: FloatArray) -> FloatArray:
         """Convert normalised values, (..., dimension), back to their units."""
         mean, std = self._arrays
-        return values * std + mean
+        restored: FloatArray = values * std + mean
+        if self.signs:
+            columns = list(self.signs)
+            restored[..., columns] = np.sign(restored[..., columns])
+        return restored
 
     @cached_property
     def _arrays(self) -> tuple[FloatArray, FloatArray]:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from dysl_vla.data.options import SIZE, camera_options
 from dysl_vla.envs import FIRST_EVALUATION_SEED, ManipulationEnv, TaskEnvs, episode_rng, get_suite, with_robot
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.files import locked_dir
-from dysl_vla.policies import Policy, load_policy, select_action
+from dysl_vla.policies import ComputeConfig, Policy, load_policy, select_action
 from dysl_vla.policies.worker import worker_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray
 from dysl_vla.workers import worker_pool
@@ -67,6 +67,7 @@ class CollectConfig:
     """Camera sizes, "corner2=144x144,gripperPOV=72x72". The suite's own when not given."""
     workers: int = 1
     """Processes that simulate side by side."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < FIRST_EVALUATION_SEED:
@@ -90,7 +91,7 @@ def collect(config: CollectConfig) -> Demonstrations:
         ConfigError: A value cannot work; nothing was written.
         DatasetError: The folder is of another world, or the expert fails too often.
     """
-    policy = load_policy(config.policy) if config.policy is not None else None
+    policy = load_policy(config.policy, compute=config.compute) if config.policy is not None else None
     suite_name, task_names = config.suite or DEFAULT_SUITE, config.tasks
     if policy is not None:
         suite_name, task_names = provenance.training_suite(policy.provenance, config.suite, config.tasks)
@@ -144,7 +145,7 @@ def _collect_task(
         while have < config.episodes:
             while len(ahead) <= config.workers:
                 origin = replace(first, episode_index=next_index)
-                ahead.append(pool.submit(_demonstrate, origin, cameras, config.policy))
+                ahead.append(pool.submit(_demonstrate, origin, cameras, config.policy, config.compute))
                 next_index += 1
             episode = ahead.popleft().result()
             if episode is None:
@@ -167,10 +168,13 @@ def _envs(suite: str, cameras: tuple[tuple[str, tuple[int, int]], ...]) -> TaskE
     return TaskEnvs(get_suite(suite), dict(cameras))
 
 
-def _demonstrate(origin: Origin, cameras: Mapping[str, tuple[int, int]], policy: str | None) -> Episode | None:
+def _demonstrate(
+    origin: Origin, cameras: Mapping[str, tuple[int, int]], name: str | None, compute: ComputeConfig
+) -> Episode | None:
     """Simulate an episode in a worker, which keeps the policy and the last task's environment."""
     env = _envs(origin.suite, tuple(cameras.items())).env(origin.task)
-    return demonstrate(env, origin, worker_policy(policy, origin.actor.rpartition("@")[2]) if policy else None)
+    policy = worker_policy(name, origin.actor.rpartition("@")[2], compute=compute) if name else None
+    return demonstrate(env, origin, policy)
 
 
 def demonstrate(env: ManipulationEnv, origin: Origin, policy: Policy | None) -> Episode | None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dysl_vla import provenance
 from dysl_vla.checkpoint import CONFIG as DOCUMENT
-from dysl_vla.checkpoint import MANIFEST, TOKENIZER, find_checkpoint
+from dysl_vla.checkpoint import MANIFEST, TOKENIZER, find_checkpoint, has_skips
 from dysl_vla.deploy.runtime import (
     BACKBONE,
     ENCODER,
@@ -45,7 +45,7 @@ with needs_extra("policy"):
     import torch
     from torch import Tensor, nn
 
-    from dysl_vla.policies.dysl import SkipSettings, has_skips, load_dysl, read_skips
+    from dysl_vla.policies.dysl import SkipSettings, load_dysl, read_skips
     from dysl_vla.skip_controller.conditional import ConditionalDecoder
     from dysl_vla.skip_controller.heads import SkipHeads
     from dysl_vla.skip_controller.plan import SkipPlan

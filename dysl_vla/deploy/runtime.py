@@ -306,7 +306,7 @@ def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
 
 def _spec(values: Mapping[str, Any]) -> PolicySpec:
     normalisations = {
-        name: Normalisation(tuple(values[name]["mean"]), tuple(values[name]["std"]))
+        name: Normalisation(*(tuple(values[name].get(part, ())) for part in ("mean", "std", "signs")))
         for name in ("state_normalisation", "action_normalisation")
     }
     names = {name: tuple(values[name]) for name in ("state_names", "action_names")}

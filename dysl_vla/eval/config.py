@@ -5,11 +5,12 @@ Needs no simulator, so that an evaluation on demonstrations does without one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.policies import ComputeConfig, Policy, load_policy
+from dysl_vla.policies import ComputeConfig, Policy, load_variants
 from dysl_vla.provenance import FIRST_EVALUATION_SEED
 from dysl_vla.skip_controller.operating import ABLATIONS, Ablation
 
@@ -84,21 +85,20 @@ class Variant:
         name: Its name, which is also its folder's; empty for the only one of a run.
         skip: How much it skips; None: the operating point of its checkpoint.
         ablation: Parts of the method that are switched off; None for the full method and the full model.
-        compute: Device and type of numbers.
     """
 
     name: str
     skip: float | None
     ablation: Ablation | None
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-
-    def load(self, policy: str) -> Policy:
-        """Load a policy, by name or folder, as this variant of it."""
-        return load_policy(policy, skip=self.skip, ablation=self.ablation, compute=self.compute)
 
     def folder(self, out: Path) -> Path:
         """The folder of its records, in the run's folder `out`."""
         return out / self.name
+
+
+def load_all(config: EvalConfig, variants: Sequence[Variant]) -> list[Policy]:
+    """Load the policy as each of its variants."""
+    return load_variants(config.policy, [(variant.skip, variant.ablation) for variant in variants], config.compute)
 
 
 def variants_of(config: EvalConfig) -> list[Variant]:
@@ -108,13 +108,13 @@ def variants_of(config: EvalConfig) -> list[Variant]:
         ConfigError: A name is unknown or given twice, or `skip` is 0 for a variant that skips.
     """
     if config.variants is None:
-        return [Variant("", config.skip, None, config.compute)]
+        return [Variant("", config.skip, None)]
     variants = []
     for name in map(str.strip, config.variants.split(",")):
         if name != "full" and name not in ABLATIONS:
             raise ConfigError(f"variants must be of full, {', '.join(ABLATIONS)}, got {name!r}.")
         skip, ablation = (0.0, None) if name == "full" else (config.skip, ABLATIONS[name])
-        variants.append(Variant(name, skip, ablation, config.compute))
+        variants.append(Variant(name, skip, ablation))
     if config.skip == 0 and any(variant.name != "full" for variant in variants):
         raise ConfigError(
             f"skip must be above 0 with variants {config.variants!r}, got 0, which is the full model; leave one out."

@@ -26,11 +26,11 @@ from dysl_vla.data.lerobot import Demonstrations, EpisodeRow
 from dysl_vla.data.selection import demonstrations_for, evenly, observations, split_of
 from dysl_vla.data.split import Split
 from dysl_vla.errors import ConfigError, DatasetError
-from dysl_vla.eval.config import EvalConfig, Variant, variants_of
+from dysl_vla.eval.config import EvalConfig, Variant, load_all, variants_of
 from dysl_vla.eval.offline_report import draw_actions, draw_horizon, render_offline
 from dysl_vla.eval.offline_summary import Played, summarise
 from dysl_vla.files import atomic_write, check_same_run, is_unused, locked_dir, write_json, write_text
-from dysl_vla.policies import Policy
+from dysl_vla.policies import Policy, can_skip
 from dysl_vla.types import ActionChunk, FloatArray, PolicySpec, check_actions
 from dysl_vla.workers import use_one_inference_thread
 
@@ -63,7 +63,7 @@ def evaluate_offline(config: EvalConfig) -> dict[str, Any]:
             f"out: {config.out} is not empty and holds no evaluation on demonstrations; give a new folder."
         )
     variants = _variants(config)
-    policies = [variant.load(config.policy) for variant in variants]
+    policies = load_all(config, variants)
     demonstrations = demonstrations_for(config.data, policies[0].spec)
     split = _split(config, demonstrations, policies[0])
     held_out = [row for row in demonstrations.rows if split.is_held_out(row.number)]
@@ -116,9 +116,8 @@ def _variants(config: EvalConfig) -> list[Variant]:
     """The variants that were asked for; by default the full model and, if there is one, the model that skips layers."""
     if config.variants or config.skip == 0:
         return variants_of(config)
-    [variant] = variants_of(config)
-    if not hasattr(variant.load(config.policy), "set_skip"):
-        return [variant]
+    if not can_skip(config.policy):
+        return variants_of(config)
     return [Variant("full", 0.0, None), Variant("dysl", config.skip, None)]
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dysl_vla import provenance
 from dysl_vla.envs import Suite, TaskEnvs, get_suite, with_robot
 from dysl_vla.errors import ConfigError
-from dysl_vla.eval.config import EvalConfig, Variant, variants_of
+from dysl_vla.eval.config import EvalConfig, Variant, load_all, variants_of
 from dysl_vla.eval.records import RUN, RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
 from dysl_vla.eval.rollout import EpisodeKey, run_episode, warm_up
@@ -36,7 +36,7 @@ def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
     # Load the variants, and decide on suite and tasks.
     if config.suite is not None:  # an unknown one is found before policies are loaded, which takes longer
         resolve_tasks(config, None)
-    policies = [variant.load(config.policy) for variant in variants]
+    policies = load_all(config, variants)
     record = max((policy.provenance for policy in policies), key=len)  # that of a variant with heads says more
     suite, tasks = resolve_tasks(config, record)
     config = replace(config, suite=suite.name, robot=None, tasks=",".join(tasks))
@@ -242,6 +242,6 @@ def _run_in_worker(
 ) -> dict[str, Any]:
     assert config.suite is not None
     policy = worker_policy(
-        config.policy, fingerprint, skip=variant.skip, ablation=variant.ablation, compute=variant.compute
+        config.policy, fingerprint, skip=variant.skip, ablation=variant.ablation, compute=config.compute
     )
     return _worker_runner(config.suite).run(policy, folder, key, video=key.index < config.video)

@@ -172,7 +172,12 @@ def is_known_as(policy: Policy, fingerprint: str) -> bool:
 
 
 class PolicyClass(Protocol):
-    """The class of a policy, which loads checkpoints of its type."""
+    """The class of a policy, which loads checkpoints of its type.
+
+    A policy is brought to its device and type of numbers when it is loaded. A class with `takes_compute = True` does
+    that itself as it loads, so that billions of weights are never in memory twice: its `from_pretrained` gets a
+    `ComputeConfig` as second argument, with the options of policies whose checkpoints do not say everything.
+    """
 
     @classmethod
     def from_pretrained(cls, name: str) -> Policy:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dysl_vla.checkpoint import add_to_manifest, add_weights, canonical, read_document, validated
+from dysl_vla.checkpoint import SKIP_SETTINGS, add_to_manifest, add_weights, canonical, read_document, validated
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import atomic_write, write_json
 from dysl_vla.policies.base import SkippablePolicy, is_known_as
@@ -40,7 +40,7 @@ from dysl_vla.types import (
     gripper_columns,
 )
 
-SETTINGS, HEADS = "skip.json", "skip.safetensors"
+HEADS = "skip.safetensors"
 LOOKAHEAD = 4
 """Number of planned actions that continuity looks ahead."""
 
@@ -245,18 +245,13 @@ def _tensors(value: Any) -> list[Tensor]:
     return [one for part in value for one in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
-def has_skips(folder: Path) -> bool:
-    """Tell whether a checkpoint holds adapters and controllers."""
-    return (folder / SETTINGS).exists()
-
-
 def save_skips(folder: Path, heads: SkipHeads, settings: SkipSettings, provenance: Mapping[str, Any]) -> None:
     """Add adapters, controllers and their settings to the checkpoint of a policy."""
     made_for = {"plan": asdict(settings.plan), "heads": asdict(settings.heads), "teacher": settings.teacher}
     tensors = {name: value.detach().half().contiguous() for name, value in heads.state_dict().items()}
     with atomic_write(folder / HEADS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "made_for": json.dumps(made_for)})
-    write_json(folder / SETTINGS, {**asdict(settings), "provenance": dict(provenance)})
+    write_json(folder / SKIP_SETTINGS, {**asdict(settings), "provenance": dict(provenance)})
     add_to_manifest(folder, (HEADS,))  # the settings are checked against the heads' metadata
 
 
@@ -272,7 +267,8 @@ def save_operating_point(folder: Path, skip: float, mean_layers: float, measured
     settings, document = read_skips(folder)
     provenance = {**document["provenance"], "operating_point": dict(measured)}
     write_json(
-        folder / SETTINGS, {**asdict(replace(settings, skip=skip, mean_layers=mean_layers)), "provenance": provenance}
+        folder / SKIP_SETTINGS,
+        {**asdict(replace(settings, skip=skip, mean_layers=mean_layers)), "provenance": provenance},
     )
 
 
@@ -282,9 +278,9 @@ def read_skips(folder: Path) -> tuple[SkipSettings, dict[str, Any]]:
     Raises:
         CheckpointError: A field does not fit; the message names it.
     """
-    document = read_document(folder / SETTINGS)
+    document = read_document(folder / SKIP_SETTINGS)
     values = {key: value for key, value in document.items() if key != "provenance"}
-    settings = validated(SkipSettings, with_present_names(values), folder / SETTINGS)
+    settings = validated(SkipSettings, with_present_names(values), folder / SKIP_SETTINGS)
     return settings, document
 
 
@@ -306,7 +302,7 @@ def load_heads(folder: Path) -> tuple[SkipHeads, SkipSettings, dict[str, Any]]:
     for name in ("plan", "heads", "teacher"):
         if made_for.get(name) != document.get(name):
             raise CheckpointError(
-                f"{folder / SETTINGS}: field {name!r} must be what the heads were trained for; distill it again."
+                f"{folder / SKIP_SETTINGS}: field {name!r} must be what the heads were trained for; distill it again."
             )
     for name, value in expected.items():
         if name not in tensors or tensors[name].shape != value.shape:

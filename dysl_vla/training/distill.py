@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.checkpoint import MANIFEST, find_checkpoint
+from dysl_vla.checkpoint import MANIFEST, find_checkpoint, has_skips
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.selection import choose_frames, demonstrations_for, split_of
 from dysl_vla.errors import CheckpointError, ConfigError
@@ -50,7 +50,7 @@ with needs_extra("policy"):
     from safetensors.torch import save_file
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, has_skips, load_heads, save_skips
+    from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, load_heads, save_skips
     from dysl_vla.skip_controller.guidance import importance_measures
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.heads_trainer import DistillConfig, FullModelAnswer, HeadsTrainer, mixed_precision

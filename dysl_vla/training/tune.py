@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.checkpoint import SHIPPED
+from dysl_vla.checkpoint import SHIPPED, has_skips
 from dysl_vla.data.selection import demonstrations_for
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig
@@ -22,7 +22,7 @@ from dysl_vla.training.replay import Replay, Replayed
 from dysl_vla.workers import use_one_inference_thread
 
 with needs_extra("policy"):
-    from dysl_vla.policies.dysl import has_skips, load_dysl, save_operating_point
+    from dysl_vla.policies.dysl import load_dysl, save_operating_point
 
 SETTINGS = (1.0, 0.999, 0.998, 0.997, 0.995, 0.99, 0.98, 0.96, 0.94, 0.9, 0.85, 0.8, 0.7, 0.5, 0.3, 0.1)
 """The settings that are measured, from the fastest to the most careful."""
@@ -125,7 +125,9 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
         from dysl_vla.eval.runner import resolve_tasks
 
         try:
-            suite, tasks = resolve_tasks(_evaluation(config, Path(), 0), load_policy(str(config.policy)).provenance)
+            suite, tasks = resolve_tasks(
+                _evaluation(config, Path(), 0), load_policy(str(config.policy), compute=config.compute).provenance
+            )
         except ConfigError as error:
             raise ConfigError(f"{error} Without a simulator, give --target-action-error instead.") from error
         config = replace(config, suite=suite.name, robot=None, tasks=",".join(tasks))
