@@ -127,7 +127,7 @@ def _forward(x: Integers, bits: int) -> Integers:
     z5 = (d3 + d1 + d2 + d0) * 9633
     z3, z4 = z3 + z5, z4 + z5
     sums = [e0 + e1, e0 - e1]
-    first, fourth = ([value << bits for value in sums] if bits > 0 else [scaled(value, -bits) for value in sums])
+    first, fourth = [value << bits for value in sums] if bits > 0 else [scaled(value, -bits) for value in sums]
     products = [
         d0 * 12299 + z1 + z4,
         even + e3 * 6270,
@@ -200,8 +200,27 @@ def _kernel(x: FloatArray) -> FloatArray:
 
 
 def _sine(x: FloatArray) -> FloatArray:
-    """Return the sine in single precision, correctly rounded, as the C library has it; NumPy's own is not."""
-    return np.sin(x.astype(np.float64)).astype(np.float32)
+    """Return the sine of values from 0 on, rounded as the GNU C library's `sinf` does, which TensorFlow calls.
+
+    It is a polynomial in double precision between two multiples of half of pi. NumPy's own differs by a last bit, and
+    a pixel in 100,000 with it.
+    """
+    wide = x.astype(np.float64)
+    quarter = np.floor(wide * (2 / math.pi) + 0.5).astype(np.int64)
+    rest = wide - quarter * (math.pi / 2)
+    square = rest * rest
+    cube = rest * square
+    odd = rest + cube * float.fromhex("-0x1.555545995a603p-3")
+    odd = odd + cube * square * (
+        float.fromhex("0x1.1107605230bc4p-7") + square * float.fromhex("-0x1.994eb3774cf24p-13")
+    )
+    fourth = square * square
+    even = 1 + square * float.fromhex("-0x1.ffffffd0c621cp-2") + fourth * float.fromhex("0x1.55553e1068f19p-5")
+    even = even + fourth * square * (
+        float.fromhex("-0x1.6c087e89a359dp-10") + square * float.fromhex("0x1.99343027bf8c3p-16")
+    )
+    values = np.where(quarter % 2 == 0, odd, even)
+    return np.where(quarter % 4 < 2, values, -values).astype(np.float32)
 
 
 def _centre_cropped(image: ImageArray) -> ImageArray:
