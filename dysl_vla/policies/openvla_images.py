@@ -70,7 +70,8 @@ def _halved(plane: Integers) -> Integers:
     height, width = plane.shape
     even = np.pad(plane, ((0, height % 2), (0, -width % 16)), mode="edge")
     sums = even[::2, ::2] + even[::2, 1::2] + even[1::2, ::2] + even[1::2, 1::2]
-    return (sums + 1 + np.arange(sums.shape[1]) % 2) >> 2
+    means: Integers = (sums + 1 + np.arange(sums.shape[1], dtype=np.int32) % 2) >> 2
+    return means
 
 
 def _doubled(plane: Integers) -> Integers:
@@ -80,7 +81,8 @@ def _doubled(plane: Integers) -> Integers:
     rows = np.stack([middle + padded[:-2], middle + padded[2:]], axis=1).reshape(-1, padded.shape[1])
     centre = 3 * rows[:, 1:-1]
     pairs = [(centre + rows[:, :-2] + 8) >> 4, (centre + rows[:, 2:] + 7) >> 4]
-    return np.stack(pairs, axis=2).reshape(len(rows), -1)
+    doubled: Integers = np.stack(pairs, axis=2).reshape(len(rows), -1)
+    return doubled
 
 
 def _coded(plane: Integers, table: int) -> Integers:
@@ -93,7 +95,7 @@ def _coded(plane: Integers, table: int) -> Integers:
     found = _forward(_forward(blocks.swapaxes(0, 1), 2).swapaxes(0, 1), -2)
     levels = np.sign(found) * ((np.abs(found) + (divisor >> 1)) // divisor)
     scale = np.array([1.0] + [math.sqrt(2) * math.cos(k * math.pi / 16) for k in range(1, 8)])
-    factors = (quantum * np.round(16384 * np.outer(scale, scale)).astype(np.int32) + 2048) >> 12
+    factors = (quantum * np.round(2**14 * np.outer(scale, scale)).astype(np.int32) + 2**11) >> 12
     values = _inverse(_inverse(levels * factors[..., None, None]).swapaxes(0, 1)).swapaxes(0, 1) >> 5
     decoded = (values + 128).clip(0, 255).transpose(2, 0, 3, 1).reshape(padded.shape)
     return decoded[:height, :width]
@@ -115,10 +117,6 @@ def _forward(x: Integers, bits: int) -> Integers:
         x: (8, ...).
         bits: Bits of fraction that the result has more than `x`.
     """
-
-    def scaled(value: Integers, shift: int) -> Integers:
-        return (value + (1 << shift >> 1)) >> shift
-
     s0, s1, s2, s3 = x[0] + x[7], x[1] + x[6], x[2] + x[5], x[3] + x[4]
     d0, d1, d2, d3 = x[0] - x[7], x[1] - x[6], x[2] - x[5], x[3] - x[4]
     e0, e1, e2, e3 = s0 + s3, s1 + s2, s1 - s2, s0 - s3
@@ -126,18 +124,19 @@ def _forward(x: Integers, bits: int) -> Integers:
     z1, z2, z3, z4 = (d3 + d0) * -7373, (d2 + d1) * -20995, (d3 + d1) * -16069, (d2 + d0) * -3196
     z5 = (d3 + d1 + d2 + d0) * 9633
     z3, z4 = z3 + z5, z4 + z5
-    sums = [e0 + e1, e0 - e1]
-    first, fourth = [value << bits for value in sums] if bits > 0 else [scaled(value, -bits) for value in sums]
     products = [
+        (e0 + e1) << 13,
         d0 * 12299 + z1 + z4,
         even + e3 * 6270,
         d1 * 25172 + z2 + z3,
+        (e0 - e1) << 13,
         d2 * 16819 + z2 + z4,
         even - e2 * 15137,
         d3 * 2446 + z1 + z3,
     ]
-    a, b, c, d, e, f = (scaled(value, 13 - bits) for value in products)
-    return np.stack([first, a, b, c, fourth, d, e, f])
+    shift = 13 - bits
+    result: Integers = (np.stack(products) + (1 << shift >> 1)) >> shift
+    return result
 
 
 def _inverse(x: Integers) -> Integers:
@@ -158,7 +157,8 @@ def _resized(image: ImageArray, size: int) -> ImageArray:
     """Resize an image by a Lanczos kernel that is as wide as the sampling needs (antialiasing)."""
     rows = _along_first_axis(image.astype(np.float32), size)
     values = _along_first_axis(rows.swapaxes(0, 1), size).swapaxes(0, 1)
-    return np.clip(np.round(values), 0, 255).astype(np.uint8)
+    pixels: ImageArray = np.clip(np.round(values), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _along_first_axis(values: FloatArray, size: int) -> FloatArray:
@@ -196,7 +196,7 @@ def _kernel(x: FloatArray) -> FloatArray:
     values = radius * _sine(pi * safe) * _sine(pi * safe / radius) / (pi * pi * safe * safe)
     values[x <= np.float32(1e-3)] = 1
     values[x > radius] = 0
-    return values
+    return values  # type: ignore[no-any-return]
 
 
 def _sine(x: FloatArray) -> FloatArray:
@@ -231,7 +231,8 @@ def _centre_cropped(image: ImageArray) -> ImageArray:
     first, last, across = _sampled(image.shape[1])
     top, bottom = (row[:, first] + (row[:, last] - row[:, first]) * across[:, None] for row in rows)
     cropped = top + (bottom - top) * share[:, None, None]
-    return (np.clip(cropped, 0, 1) * np.float32(255.5)).astype(np.uint8)
+    pixels: ImageArray = (np.clip(cropped, 0, 1) * np.float32(255.5)).astype(np.uint8)
+    return pixels
 
 
 @lru_cache(maxsize=16)

@@ -1,131 +1,43 @@
-"""OpenVLA-OFT (Kim et al. 2025, "Fine-Tuning Vision-Language-Action Models"), read from the checkpoints on the hub.
+"""OpenVLA-OFT (Kim et al. 2025, "Fine-Tuning Vision-Language-Action Models"), for the authors' public checkpoints.
 
-Two vision transformers encode each camera's image, a projector makes 256 tokens of it, and one more token is
+Two vision transformers encode each camera's image, and a projector makes one token of each patch; one more token is
 proprioception. An unmodified Hugging Face `LlamaModel` with attention in both directions reads them, the instruction
 and one empty placeholder for each number of the chunk; a head maps the placeholders' hidden states to the actions.
-
-A checkpoint is a folder as the authors publish it:
-
-    config.json, model-*.safetensors, model.safetensors.index.json
-    action_head--N_checkpoint.pt, proprio_projector--N_checkpoint.pt   of training step N
-    dataset_statistics.json                                           quantiles of states and actions
-    preprocessor_config.json, tokenizer.json
-
-What it stores nowhere is an option with LIBERO's value as its default; see `OpenVLAOptions`.
+`openvla_images` prepares the images, and `openvla_checkpoint` reads the files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from dysl_vla.checkpoint import CONFIG, TOKENIZER, WEIGHTS, canonical, read_document
-from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.checkpoint import CONFIG, canonical, read_document
+from dysl_vla.errors import CheckpointError
 from dysl_vla.policies.backbone import EMBEDS, BackbonePolicy
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.base_reference import Base, find_base, save_reference
 from dysl_vla.policies.compute import ComputeConfig, check_device_memory
+from dysl_vla.policies.openvla_checkpoint import OpenVLAFiles, OpenVLAOptions, read_spec
 from dysl_vla.policies.openvla_images import prepared
-from dysl_vla.policies.vit import VisionShape, VisionTransformer, count_layers
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, EpisodeState, Normalisation, Observation, PolicySpec
+from dysl_vla.policies.vit import VisionShape, VisionTransformer
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, EpisodeState, Observation, PolicySpec
 
 POLICY_TYPE = "openvla-oft"
-INDEX, STATISTICS, PREPROCESSOR = (
-    "model.safetensors.index.json",
-    "dataset_statistics.json",
-    "preprocessor_config.json",
-)
 PROMPT = "In: What action should the robot take to {}?\nOut:"
 BEGIN, END, EMPTY = 1, 2, 29871
 """Tokens of Llama 2: the first of a prompt, the last of a sequence, and "▁", which ends every prompt."""
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
-ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 VISION_HEADS = {"vit_large_patch14_reg4_dinov2": 16, "vit_so400m_patch14_siglip_224": 16}
 """Name of a vision transformer in timm to its number of attention heads, which its tensors do not tell."""
-
-
-@dataclass(frozen=True)
-class OpenVLAOptions:
-    """What a checkpoint of OpenVLA-OFT stores nowhere. The defaults are those of the authors' evaluation in LIBERO.
-
-    Raises:
-        ConfigError: A value is out of range; the message names the option.
-    """
-
-    chunk_length: int = 8
-    """Number of actions that an inference predicts."""
-    num_images: int = 2
-    """Number of cameras."""
-    cameras: str = ""
-    """Names of the cameras, separated by commas, the first one being outside of the robot."""
-    image_size: int = 256
-    """Pixels on each side of a camera's image, as the environment renders it."""
-    norm_stats: str = ""
-    """Data set, by its key in dataset_statistics.json, whose states and actions the robot has."""
-    use_proprio: bool = True
-    """Whether the policy was trained with proprioception."""
-    execute_steps: int = 8
-    """Number of actions that are executed before the next inference."""
-    rate_hz: float = 20.0
-    """Actions a second."""
-
-    def __post_init__(self) -> None:
-        for name in ("chunk_length", "num_images", "image_size", "execute_steps", "rate_hz"):
-            if not 0 < getattr(self, name) < 10_000:
-                raise ConfigError(f"{name} must be from 1 to 9999, got {getattr(self, name)}.")
-        if self.execute_steps > self.chunk_length:
-            raise ConfigError(
-                f"execute_steps must be at most the chunk_length of {self.chunk_length}, got {self.execute_steps}."
-            )
-        if len(set(self.camera_names)) != self.num_images:
-            raise ConfigError(
-                f"num_images must be the number of cameras ({', '.join(self.camera_names)}), got {self.num_images}; "
-                "name them by the option cameras=NAME,NAME."
-            )
-
-    @property
-    def camera_names(self) -> tuple[str, ...]:
-        """Return the names of the cameras, in the order in which the policy was trained on them."""
-        return tuple(self.cameras.split(",")) if self.cameras else CAMERAS[: self.num_images]
-
-    @classmethod
-    def parse(cls, options: Mapping[str, str]) -> OpenVLAOptions:
-        """Make options from texts.
-
-        Raises:
-            ConfigError: A name is unknown, or a value is out of range; the message names it.
-        """
-        kinds = {field.name: type(field.default) for field in fields(cls)}
-        values: dict[str, Any] = {}
-        for name, text in options.items():
-            if name not in kinds:
-                raise ConfigError(f"policy_options must be among {', '.join(kinds)} and base, got {name!r}.")
-            kind = kinds[name]
-            if kind is bool and text not in ("true", "false"):
-                raise ConfigError(f"{name} must be true or false, got {text!r}.")
-            try:
-                values[name] = text == "true" if kind is bool else kind(text)
-            except ValueError as error:
-                wanted = "an integer" if kind is int else "a number"
-                raise ConfigError(f"{name} must be {wanted}, got {text!r}.") from error
-        if "chunk_length" in values and "execute_steps" not in values:
-            values["execute_steps"] = min(values["chunk_length"], cls.execute_steps)
-        return cls(**values)
 
 
 class Perceptron(nn.Module):
@@ -265,7 +177,7 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         return self._token_ids[instruction]
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """Map the backbone's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action), in float32.
+        """Map the backbone's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action).
 
         The reference was trained to read each number one token before its placeholder, from the prompt's last token on.
         The head's gripper is 1 to open and 0 to close; LIBERO's is -1 and 1.
@@ -309,15 +221,15 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         folder, base = find_base(name, compute.options)
         options = OpenVLAOptions.parse(base.options)
         device = compute.torch_device(is_large=True)
-        files = _Files(folder, device, use_proprio=options.use_proprio)
+        files = OpenVLAFiles(folder, device, use_proprio=options.use_proprio)
         dtype = compute.torch_dtype() or files.dtype
+        # The modules are made without memory and take the files' tensors, so that the weights exist once.
         with torch.device("meta"):
-            policy = _build(cls, files, options, compute.attention)
-        policy.to(dtype)
+            policy = cls._of_sizes(files, options, compute.attention).to(dtype)
         expected = policy.state_dict()
         files.check(expected)
         size = sum(value.nbytes for value in expected.values())
-        check_device_memory(device, size, "the policy's weights", "give --dtype bfloat16, or a larger device")
+        check_device_memory(device, size, "the policy's weights", "give --dtype bfloat16, or another --device")
         if device.type != "meta":
             policy.load_state_dict(dict(files.weights(expected.keys(), dtype)), assign=True)
         with device:
@@ -325,197 +237,43 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         policy.base, policy.files_dtype = base, files.dtype
         return policy.eval()
 
+    @classmethod
+    def _of_sizes(cls, files: OpenVLAFiles, options: OpenVLAOptions, attention: str | None) -> OpenVLAOFT:
+        """Make a policy of the sizes that config.json has, for the decoder, and the tensors, for the rest."""
+        path = files.folder / CONFIG
+        config = read_document(path)
+        try:
+            llama = LlamaConfig(**{**config["text_config"], "is_causal": False, "use_cache": False})
+            llama._attn_implementation = attention or "sdpa"
+            vision = [
+                _vision_shape(files, f"vision.{index}.", config["timm_model_ids"][index], config["image_sizes"][index])
+                for index in (0, 1)
+            ]
+            if vision[0].image_size != vision[1].image_size:
+                raise ValueError("image_sizes must be the same for both vision transformers")
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not describe an OpenVLA-OFT ({error!r}); get it again.") from error
+        means, deviations = files.pixel_statistics()
+        return cls(
+            vision,
+            llama,
+            (files.shape("head.fc1.bias")[0], files.count("head.mlp_resnet_blocks.")),
+            read_spec(files.folder, options),
+            use_proprio=options.use_proprio,
+            pixel_means=means,
+            pixel_deviations=deviations,
+            tokenizer=files.tokenizer(),
+        )
+
 
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:
     """Return a value for each colour as a tensor that fits (images, 3, height, width)."""
     return torch.tensor(values, device=like.device)[:, None, None]
 
 
-class _Files:
-    """The files of a checkpoint: the shapes of all tensors at once, the weights as they are asked for.
-
-    Args:
-        folder: The folder.
-        device: Where the weights go.
-        use_proprio: Whether the projector of proprioception belongs to it.
-
-    Raises:
-        CheckpointError: A file is missing or damaged, or the checkpoint is of a kind that is not supported.
-    """
-
-    UNUSED = re.compile(r"^vision\.\d\.(norm|attn_pool)\.|^language_model\.lm_head\.|rotary_emb\.inv_freq$")
-
-    def __init__(self, folder: Path, device: torch.device, *, use_proprio: bool) -> None:
-        self.folder, self.device = folder, device
-        self._check_kind()
-        self.loose = self._loose("action_head", "head.", "model.")
-        if any(name.startswith("head.noise_predictor.") for name in self.loose):
-            raise CheckpointError(f"{folder}: its action head is a diffusion model, which is not supported.")
-        if use_proprio:
-            self.loose |= self._loose("proprio_projector", "proprio_projector.", "")
-        self.shards: dict[str, tuple[Path, str]] = {}
-        self.shapes = {name: tuple(value.shape) for name, value in self.loose.items()}
-        for path in self._shard_paths():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for key in file.keys():  # noqa: SIM118 # it is no mapping
-                        name = _renamed(key)
-                        self.shards[name] = (path, key)
-                        self.shapes[name] = tuple(file.get_slice(key).get_shape())
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path}: is missing or damaged ({error}); get it again.") from error
-        if film := [name for name in self.shapes if re.match(r"vision.*\.(scale|shift)\.", name)]:
-            raise CheckpointError(f"{folder}: has FiLM layers ({film[0]}), which are not supported.")
-
-    def _check_kind(self) -> None:
-        """Refuse, by name, what the authors' code can train but this policy is not."""
-        for pattern, what in (
-            ("vision_backbone--*", "is a checkpoint with FiLM, language in the vision transformers"),
-            ("noisy_action_projector--*", "is a checkpoint with a diffusion head"),
-        ):
-            if found := sorted(self.folder.glob(pattern)):
-                raise CheckpointError(f"{self.folder}: {what} ({found[0].name}), which is not supported.")
-
-    def _loose(self, part: str, prefix: str, old_prefix: str) -> dict[str, Tensor]:
-        """Read a part that is kept beside the shards, by its tensors' names in the policy."""
-        found = sorted(self.folder.glob(f"{part}--*_checkpoint.pt"))
-        if not found:
-            what = {
-                "action_head": "which maps hidden states to continuous actions; the original OpenVLA, whose actions are "
-                "tokens, has none and is not supported. Get the file, or take a checkpoint of OpenVLA-OFT",
-                "proprio_projector": "which makes a token of the robot's state. Get the file, or, if the policy was "
-                "trained without, give --policy-options use_proprio=false",
-            }[part]
-            raise CheckpointError(f"{self.folder}: there is no {part}--N_checkpoint.pt, {what}.")
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise CheckpointError(
-                f"{self.folder}: must have one {part}, got {names}; keep the one of the shards' step."
-            )
-        try:
-            tensors = torch.load(found[0], map_location=self.device, weights_only=True)
-            values = {key.removeprefix("module.").removeprefix(old_prefix): value for key, value in tensors.items()}
-            if not all(isinstance(value, Tensor) for value in values.values()):
-                raise ValueError("it holds other things than tensors")
-        except UnpicklingError as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{found[0]}: needs pickle, which could run any program and is never used; save its state_dict ({reason})."
-            ) from error
-        except Exception as error:  # torch's errors for a damaged file are many
-            raise CheckpointError(f"{found[0]}: is damaged ({str(error).splitlines()[0]}); get it again.") from error
-        return {prefix + key: value for key, value in values.items()}
-
-    def _shard_paths(self) -> list[Path]:
-        if not (self.folder / INDEX).is_file():
-            return [self.folder / WEIGHTS]
-        places = read_document(self.folder / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise CheckpointError(f"{self.folder / INDEX}: field 'weight_map' is missing; get the checkpoint again.")
-        return [self.folder / name for name in sorted(set(places.values()))]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the type of numbers of the files."""
-        path, key = self.shards[self.required("backbone.norm.weight")]
-        with safe_open(path, framework="pt") as file:
-            dtype: torch.dtype = file.get_tensor(key).dtype
-        return dtype
-
-    def required(self, name: str) -> str:
-        """Return a tensor's name, which must be there.
-
-        Raises:
-            CheckpointError: It is missing.
-        """
-        if name not in self.shapes:
-            raise CheckpointError(f"{self.folder}: there is no tensor {name!r}; get the checkpoint again.")
-        return name
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape.
-
-        Raises:
-            CheckpointError: It is missing.
-        """
-        return self.shapes[self.required(name)]
-
-    def check(self, expected: Mapping[str, Tensor]) -> None:
-        """Compare the files' tensors with those of the policy.
-
-        Raises:
-            CheckpointError: One is missing, unknown, or of another shape.
-        """
-        for name, value in expected.items():
-            if self.shapes[self.required(name)] != tuple(value.shape):
-                raise CheckpointError(
-                    f"{self.folder}: {name} must be {tuple(value.shape)} as in config.json, got {self.shapes[name]}."
-                )
-        for name in self.shapes:
-            if name not in expected and not self._is_unused(name):
-                raise CheckpointError(f"{self.folder}: has an unknown tensor {name!r}; take another checkpoint.")
-
-    def _is_unused(self, name: str) -> bool:
-        """Tell whether a tensor belongs to the part of a model that the policy does not need."""
-        if match := re.match(r"(vision\.\d\.)blocks\.(\d+)\.", name):
-            return (
-                int(match[2]) == count_layers(self.shapes, match[1]) - 1
-            )  # the states before the last layer are taken
-        return bool(self.UNUSED.search(name))
-
-    def weights(self, names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors, one after the other, on the device and as a type of numbers."""
-        for name in list(self.loose):
-            yield name, self.loose.pop(name).to(self.device, dtype)
-        for path in sorted({path for path, _ in self.shards.values()}):
-            with safe_open(path, framework="pt") as file:
-                for name, (place, key) in self.shards.items():
-                    if place == path and name in names:
-                        yield name, file.get_tensor(key).to(self.device, dtype)
-
-
-def _renamed(key: str) -> str:
-    """Return a shard's tensor's name in the policy."""
-    for old, new in (("featurizer", "vision.0"), ("fused_featurizer", "vision.1")):
-        key = key.replace(f"vision_backbone.{old}.", f"{new}.")
-    return key.replace("language_model.model.", "backbone.")
-
-
-def _build(cls: type[OpenVLAOFT], files: _Files, options: OpenVLAOptions, attention: str | None) -> OpenVLAOFT:
-    """Make a policy of a checkpoint's sizes: those of the decoder stand in config.json, the others in the tensors."""
-    path = files.folder / CONFIG
-    config = read_document(path)
-    blocks = re.compile(r"head\.mlp_resnet_blocks\.(\d+)\.")
-    found = [int(match[1]) for match in map(blocks.match, files.shapes) if match]
-    head = (files.shape("head.fc1.bias")[0], 1 + max(found, default=-1))
-    means, deviations = _pixel_statistics(files.folder)
-    try:
-        text = {**config["text_config"], "is_causal": False, "use_cache": False}
-        llama = LlamaConfig(**text, attn_implementation=attention or "sdpa")
-        ids, sizes = config["timm_model_ids"], config["image_sizes"]
-        vision = [
-            _vision_shape(files, f"vision.{index}.", *pair) for index, pair in enumerate(zip(ids, sizes, strict=True))
-        ]
-        tokenizer = Tokenizer.from_file(str(files.folder / TOKENIZER))
-    except KeyError as error:
-        raise CheckpointError(f"{path}: field {error} is missing; get the checkpoint again.") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return cls(
-        vision,
-        llama,
-        head,
-        _spec(files.folder, config, options),
-        use_proprio=options.use_proprio,
-        pixel_means=means,
-        pixel_deviations=deviations,
-        tokenizer=tokenizer,
-    )
-
-
-def _vision_shape(files: _Files, prefix: str, name: str, image_size: int) -> VisionShape:
-    """Return the sizes of a vision transformer, of which all but the last layer is computed."""
-    short = name.split(".")[0]
+def _vision_shape(files: OpenVLAFiles, prefix: str, name: str, image_size: int) -> VisionShape:
+    """Return the sizes of a vision transformer; the states before its last layer are taken."""
+    short = name.partition(".")[0]
     if short not in VISION_HEADS:
         raise CheckpointError(
             f"{files.folder / CONFIG}: timm_model_ids must be among {', '.join(VISION_HEADS)}, got {name!r}."
@@ -526,74 +284,12 @@ def _vision_shape(files: _Files, prefix: str, name: str, image_size: int) -> Vis
         image_size=image_size,
         patch_size=patch_size,
         width=width,
-        layers=count_layers(files.shapes, prefix) - 1,
+        layers=files.count(f"{prefix}blocks.") - 1,
         heads=VISION_HEADS[short],
         hidden=files.shape(f"{prefix}blocks.0.mlp.fc1.bias")[0],
         registers=files.shape(registers)[1] if registers in files.shapes else None,
         is_scaled=f"{prefix}blocks.0.ls1.scale_factor" in files.shapes,
     )
-
-
-def _pixel_statistics(folder: Path) -> tuple[list[list[float]], list[list[float]]]:
-    """Return mean and deviation of the colours for each vision transformer, as they were rounded in training."""
-    document = read_document(folder / PREPROCESSOR)
-    try:
-        if rounded := document.get("tvf_normalize_params"):
-            return [entry["mean"] for entry in rounded], [entry["std"] for entry in rounded]
-        return document["means"], document["stds"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / PREPROCESSOR}: field {error} is missing; get the checkpoint again."
-        ) from error
-
-
-def _spec(folder: Path, config: Mapping[str, Any], options: OpenVLAOptions) -> PolicySpec:
-    """Return what the policy expects and predicts. Quantiles of the training data are -1 and 1 when normalised.
-
-    Raises:
-        ConfigError: The option `norm_stats` names no data set of the checkpoint.
-        CheckpointError: The statistics are missing or damaged.
-    """
-    path = folder / (STATISTICS if (folder / STATISTICS).is_file() else CONFIG)
-    every = read_document(path) if path.name == STATISTICS else config.get("norm_stats")
-    if not isinstance(every, dict) or not every:
-        raise CheckpointError(f"{folder}: there is no {STATISTICS}; get the checkpoint again.")
-    key = options.norm_stats or (next(iter(every)) if len(every) == 1 else "")
-    if key not in every:
-        raise ConfigError(
-            f"norm_stats must be one of {', '.join(every)}, got {key!r}; give --policy-options norm_stats=KEY."
-        )
-    try:
-        state = _normalisation(every[key]["proprio"], len(STATE_NAMES))
-        action = _normalisation(every[key]["action"], len(ACTION_NAMES))
-        # `decode` returns the gripper, g, as 1 - 2 g: LIBERO's is 1 - 2 (s g + m), of which the sign is taken
-        mean, std = action.mean[-1], action.std[-1]
-        action = Normalisation((*action.mean[:-1], 1 - std - 2 * mean), action.std, signs=(len(ACTION_NAMES) - 1,))
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CheckpointError(
-            f"{path}: {key} must have quantiles of {len(STATE_NAMES)} states and {len(ACTION_NAMES)} actions ({error!r})."
-        ) from error
-    return PolicySpec(
-        cameras=dict.fromkeys(options.camera_names, (options.image_size, options.image_size)),
-        state_names=STATE_NAMES,
-        action_names=ACTION_NAMES,
-        rate_hz=options.rate_hz,
-        chunk_length=options.chunk_length,
-        execute_steps=options.execute_steps,
-        state_normalisation=state,
-        action_normalisation=action,
-    )
-
-
-def _normalisation(statistics: Mapping[str, Any], size: int) -> Normalisation:
-    """Return the map of the quantiles to -1 and 1; dimensions that are masked out are left alone."""
-    low, high = (np.array(statistics[name], np.float64) for name in ("q01", "q99"))
-    mask = np.array(statistics.get("mask", [True] * size), bool)
-    if not low.shape == high.shape == mask.shape == (size,):
-        raise ValueError(f"got {low.size} of {size} dimensions")
-    half = (high - low + 1e-8) / 2
-    mean, std = np.where(mask, half + low, 0), np.where(mask, half, 1)
-    return Normalisation(tuple(map(float, mean)), tuple(map(float, std)))
 
 
 policies.register(POLICY_TYPE)(OpenVLAOFT)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +37,6 @@ class VisionShape:
     def patches(self) -> int:
         """Number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
-
-
-def count_layers(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    """Return the number of layers whose tensors' names begin with a prefix."""
-    found = (re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", name) for name in shapes)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
 class Attention(nn.Module):

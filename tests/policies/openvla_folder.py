@@ -1,7 +1,7 @@
 """Writes a tiny OpenVLA-OFT checkpoint with random weights, in exactly the layout of the public ones.
 
-Weights and observations come from the raw bits of NumPy's PCG64, which stay the same in all versions of NumPy and torch,
-so that the reference and this package can compute from the same numbers.
+Weights and observations come from the raw bits of NumPy's PCG64, which stay the same in all versions of NumPy and
+torch, so that the reference and this package can compute from the same numbers.
 """
 
 from __future__ import annotations

@@ -1,0 +1,335 @@
+"""Reads the checkpoints of OpenVLA-OFT as their authors publish them, and refuses what is not one.
+
+    config.json, model-*.safetensors, model.safetensors.index.json
+    action_head--N_checkpoint.pt, proprio_projector--N_checkpoint.pt   of training step N
+    dataset_statistics.json                                           quantiles of states and actions
+    preprocessor_config.json, tokenizer.json
+
+What a checkpoint stores nowhere is an option with LIBERO's value as its default.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dysl_vla.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_document
+from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.types import Normalisation, PolicySpec
+
+INDEX, STATISTICS, PREPROCESSOR = "model.safetensors.index.json", "dataset_statistics.json", "preprocessor_config.json"
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
+ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+RENAMED = (
+    ("vision_backbone.featurizer.", "vision.0."),
+    ("vision_backbone.fused_featurizer.", "vision.1."),
+    ("language_model.model.", "backbone."),
+)
+"""Beginnings of the shards' tensors' names, and of the policy's."""
+UNUSED = re.compile(r"vision\.\d\.(norm|attn_pool)\.|language_model\.lm_head\.|.*rotary_emb\.inv_freq$")
+"""Tensors that a checkpoint has and the policy does not need."""
+FILM = re.compile(r"(vision|vision_backbone)\..*\.(scale|shift)\.(weight|bias)$")
+NEEDS = {
+    "action_head": "which maps hidden states to actions; the original OpenVLA, whose actions are tokens, has none and "
+    "is not supported. Get the file, or take a checkpoint of OpenVLA-OFT",
+    "proprio_projector": "which makes a token of the robot's state. Get the file, or, where the policy was trained "
+    "without it, give --policy-options use_proprio=false",
+}
+"""Parts that are kept beside the shards, and what to do where one is missing."""
+
+
+@dataclass(frozen=True)
+class OpenVLAOptions:
+    """What a checkpoint of OpenVLA-OFT stores nowhere. The defaults are those of the authors' evaluation in LIBERO.
+
+    Raises:
+        ConfigError: A value is out of range; the message names the option.
+    """
+
+    chunk_length: int = 8
+    """Number of actions that an inference predicts."""
+    num_images: int = 2
+    """Number of cameras."""
+    cameras: str = ""
+    """Names of the cameras, separated by commas, in the order of the training: first the one beside the robot."""
+    image_size: int = 256
+    """Pixels on each side of a camera's image, as the environment renders it."""
+    norm_stats: str = ""
+    """Data set of the states and actions, by its key in dataset_statistics.json; it may be left out if there is one."""
+    use_proprio: bool = True
+    """Whether the policy was trained with proprioception."""
+    execute_steps: int = 8
+    """Number of actions that are executed before the next inference."""
+    rate_hz: float = 20.0
+    """Actions a second."""
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_length", "num_images", "image_size", "execute_steps", "rate_hz"):
+            if not 0 < getattr(self, name) < 10_000:
+                raise ConfigError(f"{name} must be above 0 and below 10000, got {getattr(self, name)}.")
+        if self.execute_steps > self.chunk_length:
+            raise ConfigError(
+                f"execute_steps must be at most the chunk_length of {self.chunk_length}, got {self.execute_steps}."
+            )
+        if len(set(self.camera_names)) != self.num_images:
+            raise ConfigError(
+                f"num_images must be the number of cameras ({', '.join(self.camera_names)}), got {self.num_images}; "
+                "name others by the option cameras=NAME,NAME."
+            )
+
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        """Return the names of the cameras, in the order of the training."""
+        return tuple(self.cameras.split(",")) if self.cameras else CAMERAS[: self.num_images]
+
+    @classmethod
+    def parse(cls, options: Mapping[str, str]) -> OpenVLAOptions:
+        """Make options from texts.
+
+        Raises:
+            ConfigError: A name is unknown, or a value is out of range; the message names it.
+        """
+        kinds: dict[str, type[Any]] = {field.name: type(field.default) for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, text in options.items():
+            if name not in kinds:
+                raise ConfigError(f"policy_options must be among {', '.join(kinds)} and base, got {name!r}.")
+            kind = kinds[name]
+            if kind is bool and text not in ("true", "false"):
+                raise ConfigError(f"{name} must be true or false, got {text!r}.")
+            try:
+                values[name] = text == "true" if kind is bool else kind(text)
+            except ValueError as error:
+                wanted = "an integer" if kind is int else "a number"
+                raise ConfigError(f"{name} must be {wanted}, got {text!r}.") from error
+        if "chunk_length" in values:
+            values.setdefault("execute_steps", min(values["chunk_length"], cls.execute_steps))
+        if "cameras" in values:
+            values.setdefault("num_images", len(values["cameras"].split(",")))
+        return cls(**values)
+
+
+class OpenVLAFiles:
+    """The files of a checkpoint: the shapes of all tensors at once, the weights as they are asked for.
+
+    Args:
+        folder: The folder.
+        device: Where the weights go; on "meta" they are not read.
+        use_proprio: Whether a projector of proprioception belongs to the checkpoint.
+
+    Attributes:
+        shapes: Name of a tensor in the policy to its shape.
+        dtype: Type of numbers of the decoder's weights.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the checkpoint is of a kind that is not supported.
+    """
+
+    dtype: torch.dtype
+
+    def __init__(self, folder: Path, device: torch.device, *, use_proprio: bool) -> None:
+        self.folder, self._device = folder, device
+        for pattern, what in (
+            ("vision_backbone--*", "FiLM, which changes the vision transformers by the instruction"),
+            ("noisy_action_projector--*", "a diffusion head"),
+        ):
+            if found := sorted(folder.glob(pattern)):
+                raise CheckpointError(f"{folder} has {what} ({found[0].name}), and is not supported.")
+        self._loose = self._read_part("action_head", "head.", "model.")
+        if diffusion := [name for name in self._loose if name.startswith("head.noise_predictor.")]:
+            raise CheckpointError(f"{folder} has a diffusion head ({diffusion[0]}), and is not supported.")
+        if use_proprio:
+            self._loose |= self._read_part("proprio_projector", "proprio_projector.", "")
+        self.shapes = {name: tuple(value.shape) for name, value in self._loose.items()}
+        self._places: dict[str, tuple[Path, str]] = {}
+        for path in self._shards():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._add_shard(path, file)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{path} is missing or damaged ({error}); get it again.") from error
+        if film := [name for name in self.shapes if FILM.match(name)]:
+            raise CheckpointError(
+                f"{folder} has FiLM, which changes the vision transformers by the instruction ({film[0]}), and is not "
+                "supported."
+            )
+
+    def _read_part(self, part: str, prefix: str, old_prefix: str) -> dict[str, Tensor]:
+        """Read a part that is kept beside the shards, by its tensors' names in the policy."""
+        found = sorted(self.folder.glob(f"{part}--*_checkpoint.pt"))
+        if not found:
+            raise CheckpointError(f"{self.folder} has no {part}--N_checkpoint.pt, {NEEDS[part]}.")
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise CheckpointError(f"{self.folder} must have one {part}, got {names}; keep that of the shards' step.")
+        try:
+            tensors = torch.load(found[0], map_location=self._device, weights_only=True)
+            values = {key.removeprefix("module.").removeprefix(old_prefix): value for key, value in tensors.items()}
+            if not all(isinstance(value, Tensor) for value in values.values()):
+                raise ValueError("it holds other things than tensors")
+        except UnpicklingError as error:
+            raise CheckpointError(
+                f"{found[0]} needs pickle, which could run any program and is never used "
+                f"({str(error).splitlines()[0]}); save the module's state_dict."
+            ) from error
+        except Exception as error:  # torch's errors for a damaged file are many
+            raise CheckpointError(f"{found[0]} is damaged ({str(error).splitlines()[0]}); get it again.") from error
+        return {prefix + key: value for key, value in values.items()}
+
+    def _shards(self) -> list[Path]:
+        """Return the paths of the safetensors files."""
+        if not (self.folder / INDEX).is_file():
+            return [self.folder / WEIGHTS]
+        places = read_document(self.folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise CheckpointError(f"{self.folder / INDEX}: field 'weight_map' is missing; get the checkpoint again.")
+        return [self.folder / name for name in sorted(set(places.values()))]
+
+    def _add_shard(self, path: Path, file: Any) -> None:
+        """Note a shard's tensors by their names in the policy."""
+        for key in file.keys():  # noqa: SIM118 # it is no mapping
+            name = key
+            for old, new in RENAMED:
+                name = new + name.removeprefix(old) if name.startswith(old) else name
+            self._places[name] = (path, key)
+            self.shapes[name] = tuple(file.get_slice(key).get_shape())
+            if name == "backbone.norm.weight":
+                self.dtype = file.get_tensor(key).dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape.
+
+        Raises:
+            CheckpointError: It is missing.
+        """
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.folder} must have a tensor {name!r}; get the checkpoint again.")
+        return self.shapes[name]
+
+    def count(self, prefix: str) -> int:
+        """Return how many modules of a list there are, whose tensors' names begin with the prefix and a number."""
+        found = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in self.shapes)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    def check(self, expected: Mapping[str, Tensor]) -> None:
+        """Compare the tensors with those of the policy.
+
+        Raises:
+            CheckpointError: One is missing, unknown, or of another shape.
+        """
+        for name, value in expected.items():
+            if self.shape(name) != tuple(value.shape):
+                raise CheckpointError(
+                    f"{self.folder}: {name} must be {tuple(value.shape)}, as the other tensors and config.json have "
+                    f"it, got {self.shapes[name]}; get the checkpoint again."
+                )
+        last = tuple(f"vision.{index}.blocks.{self.count(f'vision.{index}.blocks.') - 1}." for index in (0, 1))
+        for name in self.shapes:
+            if name not in expected and not name.startswith(last) and not UNUSED.match(name):
+                raise CheckpointError(f"{self.folder} has an unknown tensor {name!r}; take another checkpoint.")
+
+    def weights(self, names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors, one after the other, on the device and as a type of numbers."""
+        for name in list(self._loose):
+            yield name, self._loose.pop(name).to(self._device, dtype)
+        for path in sorted({path for path, _ in self._places.values()}):
+            with safe_open(path, framework="pt") as file:
+                for name, (place, key) in self._places.items():
+                    if place == path and name in names:
+                        yield name, file.get_tensor(key).to(self._device, dtype)
+
+    def tokenizer(self) -> Tokenizer:
+        """Read the tokenizer of instructions.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        path = self.folder / TOKENIZER
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no others
+            raise CheckpointError(f"{path} is missing or damaged ({error}); get it again.") from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    def pixel_statistics(self) -> tuple[list[list[float]], list[list[float]]]:
+        """Return mean and deviation of the colours for each vision transformer, as they were rounded in training.
+
+        Raises:
+            CheckpointError: They are missing or damaged.
+        """
+        path = self.folder / PREPROCESSOR
+        document = read_document(path)
+        try:
+            if rounded := document.get("tvf_normalize_params"):
+                means, deviations = [entry["mean"] for entry in rounded], [entry["std"] for entry in rounded]
+            else:
+                means, deviations = document["means"], document["stds"]
+            if np.array(means, float).shape != (2, 3) or np.array(deviations, float).shape != (2, 3):
+                raise ValueError("there must be three numbers for each of the two vision transformers")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: the pixels' normalisation is damaged ({error!r}); get it again.") from error
+        return means, deviations
+
+
+def read_spec(folder: Path, options: OpenVLAOptions) -> PolicySpec:
+    """Read what the policy expects and predicts.
+
+    Raises:
+        ConfigError: The option `norm_stats` names no data set of the checkpoint.
+        CheckpointError: The statistics are missing or damaged.
+    """
+    path = folder / (STATISTICS if (folder / STATISTICS).is_file() else CONFIG)
+    document = read_document(path)
+    every = document if path.name == STATISTICS else document.get("norm_stats")
+    if not isinstance(every, dict) or not every:
+        raise CheckpointError(f"{folder} has no {STATISTICS}; get the checkpoint again.")
+    key = options.norm_stats or (next(iter(every)) if len(every) == 1 else "")
+    if key not in every:
+        raise ConfigError(f"norm_stats must be one of {', '.join(every)}, got {key!r}.")
+    try:
+        state = Normalisation((0.0,) * len(STATE_NAMES), (1.0,) * len(STATE_NAMES))
+        if options.use_proprio:
+            state = _normalisation(every[key]["proprio"], len(STATE_NAMES))
+        action = _normalisation(every[key]["action"], len(ACTION_NAMES))
+        # The head's gripper, g, is 1 to open; `decode` returns 1 - 2 g; LIBERO's is the sign of 1 - 2 (std g + mean).
+        mean, std = action.mean[-1], action.std[-1]
+        action = Normalisation((*action.mean[:-1], 1 - std - 2 * mean), action.std, signs=(len(ACTION_NAMES) - 1,))
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path}: {key} must have q01 and q99 of {len(STATE_NAMES)} states and {len(ACTION_NAMES)} actions "
+            f"({error!r})."
+        ) from error
+    return PolicySpec(
+        cameras=dict.fromkeys(options.camera_names, (options.image_size, options.image_size)),
+        state_names=STATE_NAMES,
+        action_names=ACTION_NAMES,
+        rate_hz=options.rate_hz,
+        chunk_length=options.chunk_length,
+        execute_steps=options.execute_steps,
+        state_normalisation=state,
+        action_normalisation=action,
+    )
+
+
+def _normalisation(statistics: Mapping[str, Any], size: int) -> Normalisation:
+    """Return the map of the quantiles to -1 and 1; dimensions that are masked out are left alone."""
+    low, high = (np.array(statistics[name], np.float64) for name in ("q01", "q99"))
+    mask = np.array(statistics.get("mask", [True] * size), bool)
+    if not low.shape == high.shape == mask.shape == (size,):
+        raise ValueError(f"got {low.size} of {size} dimensions")
+    half = (high - low + 1e-8) / 2
+    mean, std = np.where(mask, half + low, 0), np.where(mask, half, 1)
+    return Normalisation(tuple(map(float, mean)), tuple(map(float, std)))
