@@ -5,6 +5,7 @@ The decoder has random weights, so that any size can be measured; full and skipp
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -150,7 +151,9 @@ def _kinds(config: BackboneBenchConfig) -> tuple[list[Callable[[], tuple[int, fl
     model = _decoder(config, dtype)
     depth = len(find_all_layers(model))
     hidden = int(model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
-    static = choose_static_layers(np.ones(depth), max(0.17, (3 if depth > 4 else 2) / depth), max(2, depth // 3))
+    static = choose_static_layers(
+        np.ones(depth), max(0.17, (3 if depth > 4 else 2) / depth), max(2, math.ceil(depth / 3))
+    )
     plan = SkipPlan(depth, static)
     weights = sum(p.numel() for p in model.parameters())
     size = default_adapter_size(hidden, weights, len(plan.dynamic_layers))
