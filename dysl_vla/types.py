@@ -36,6 +36,8 @@ TASK_KEY = "task"
 
 RELATIVE = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
 """Names of action dimensions that are displacements of the end effector, so that zero holds it."""
+LIBERO_STATE = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
+"""Names of LIBERO's state: the end effector's position in metres and rotation vector, the fingers' joint positions."""
 ACTION_KINDS = ("position", "velocity", "torque", "delta")
 """What an action can be: a position to go to, a velocity to move at, a torque (or effort, or current) to apply, or a
 change of position."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,9 @@ class RobosuiteEnv(ManipulationEnv):
         RenderingError: This machine has no OpenGL.
     """
 
+    state_names: ClassVar[tuple[str, ...]] = STATE_NAMES
+    default_cameras: ClassVar[Mapping[str, tuple[int, int]]] = DEFAULT_CAMERAS
+
     def __init__(
         self,
         task: str,
@@ -95,7 +98,7 @@ class RobosuiteEnv(ManipulationEnv):
             raise ConfigError(f"task: robosuite's {task!r} is not offered; there are: {', '.join(INSTRUCTIONS)}.")
         if robot not in ROBOTS:
             raise ConfigError(f"robot: robosuite's {robot!r} is not offered; there are: {', '.join(ROBOTS)}.")
-        sizes = dict(cameras or DEFAULT_CAMERAS)
+        sizes = dict(cameras or self.default_cameras)
         check_cameras(sizes, CAMERAS)
         robosuite = load_robosuite()
         from dysl_vla.envs.robosuite_experts import experts
@@ -120,7 +123,7 @@ class RobosuiteEnv(ManipulationEnv):
         self._is_recorded = False
         spec = EmbodimentSpec(
             cameras=sizes,
-            state_names=STATE_NAMES,
+            state_names=self.state_names,
             action_names=ACTION_NAMES,
             action_low=(-1.0,) * len(ACTION_NAMES),
             action_high=(1.0,) * len(ACTION_NAMES),

@@ -20,6 +20,7 @@ from dysl_vla.envs.rendering import load_mujoco
 from dysl_vla.envs.robosuite import EXPERT_ROBOTS, FIVE, ROBOTS, RobosuiteEnv, load_robosuite
 from dysl_vla.envs.robosuite import HORIZON as ROBOSUITE_HORIZON
 from dysl_vla.envs.robosuite import INSTRUCTIONS as ROBOSUITE_INSTRUCTIONS
+from dysl_vla.envs.robosuite_libero import RobosuiteAsLibero
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.registry import Registry
@@ -150,7 +151,7 @@ def metaworld_mt50() -> Suite:
     return _metaworld("metaworld-mt50", tuple(INSTRUCTIONS))
 
 
-def _robosuite(name: str, tasks: tuple[str, ...]) -> Suite:
+def _robosuite(name: str, tasks: tuple[str, ...], make: type[RobosuiteEnv] = RobosuiteEnv) -> Suite:
     load_robosuite()
 
     def with_arm(robot: str) -> Suite:
@@ -158,7 +159,7 @@ def _robosuite(name: str, tasks: tuple[str, ...]) -> Suite:
             with_robot(name, robot if robot != ROBOTS[0] else ""),
             tasks,
             ROBOSUITE_HORIZON,
-            partial(RobosuiteEnv, robot=robot),
+            partial(make, robot=robot),
             robot,
             without_expert=frozenset(task for task in tasks if robot not in EXPERT_ROBOTS.get(task, ())),
             noise=0.4,
@@ -178,6 +179,12 @@ def robosuite_5() -> Suite:
 def robosuite_all() -> Suite:
     """All tasks of robosuite's for one arm."""
     return _robosuite("robosuite-all", tuple(ROBOSUITE_INSTRUCTIONS))
+
+
+@suites.register("robosuite-5-libero")
+def robosuite_5_libero() -> Suite:
+    """robosuite-5's tasks, observed as LIBERO's are."""
+    return _robosuite("robosuite-5-libero", FIVE, RobosuiteAsLibero)
 
 
 @suites.register("mock")

@@ -5,6 +5,7 @@ The decoder has random weights, so that any size can be measured; full and skipp
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -34,6 +35,7 @@ with needs_extra("policy"):
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Shares of the layers that are skipped, a kind of pass each."""
+OPENVLA_OFT, OPENVLA_OFT_TOKENS = "openvla-oft", 600
 Points = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 
@@ -46,10 +48,12 @@ class BackboneBenchConfig:
     """
 
     config: str = "24x2048"
-    """LAYERSxWIDTH of a Llama, a policy (its backbone is measured), or the folder or hub id of a Hugging Face decoder's
-    configuration."""
-    tokens: int = 64
-    """Tokens of a pass."""
+    """LAYERSxWIDTH of a Llama, openvla-oft (its Llama at true width, with 4 layers unless --layers says otherwise), a
+    policy (its backbone is measured), or the folder or hub id of a Hugging Face decoder's configuration."""
+    layers: int | None = None
+    """Layers of a decoder with random weights, in place of its configuration's."""
+    tokens: int | None = None
+    """Tokens of a pass. When not given, 600 for openvla-oft (two images of 256 patches, text and actions), else 64."""
     rounds: int = 10
     """Passes of each kind."""
     threads: int | None = None
@@ -58,12 +62,14 @@ class BackboneBenchConfig:
     """float32 or bfloat16."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("rounds", 2), ("threads", 1)):
+        for name, least in (("layers", 4), ("tokens", 1), ("rounds", 2), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype must be float32 or bfloat16, got {self.dtype!r}.")
+        if self.tokens is None:
+            object.__setattr__(self, "tokens", OPENVLA_OFT_TOKENS if self.config == OPENVLA_OFT else 64)
         size = _size(self.config)
         if size is not None and (size[0] < 4 or size[1] < 128 or size[1] % 128):
             raise ConfigError(
@@ -142,14 +148,18 @@ def _kinds(config: BackboneBenchConfig) -> tuple[list[Callable[[], tuple[int, fl
     controller.
     """
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    model = _decoder(config.config, dtype)
+    model = _decoder(config, dtype)
     depth = len(find_all_layers(model))
     hidden = int(model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
-    plan = SkipPlan(depth, choose_static_layers(np.ones(depth), max(0.17, 3 / depth), max(2, depth // 3)))
+    static = choose_static_layers(
+        np.ones(depth), max(0.17, (3 if depth > 4 else 2) / depth), max(2, math.ceil(depth / 3))
+    )
+    plan = SkipPlan(depth, static)
     weights = sum(p.numel() for p in model.parameters())
     size = default_adapter_size(hidden, weights, len(plan.dynamic_layers))
     heads = SkipHeads(plan, HeadsConfig(hidden, size)).to(dtype).eval()
     skipper = attach(model, plan, heads)
+    assert config.tokens is not None  # the configuration has set it
     embeds = torch.randn(1, config.tokens, hidden, dtype=dtype)
 
     def full() -> tuple[int, float]:
@@ -162,7 +172,8 @@ def _kinds(config: BackboneBenchConfig) -> tuple[list[Callable[[], tuple[int, fl
         heads_s = step.adapters_s / len(step.targets[0]) + step.controllers_s / len(step.outputs[0])
         return int(step.layers_run.sum()), heads_s
 
-    skips = [partial(skipping, _points(plan, max(1, round(share * depth)))) for share in SHARES]
+    counts = sorted({min(max(1, round(share * depth)), len(plan.dynamic_layers)) for share in SHARES})
+    skips = [partial(skipping, _points(plan, count)) for count in counts]
     return [full, *skips], depth
 
 
@@ -176,12 +187,18 @@ def _points(plan: SkipPlan, skipped: int) -> Points:
     return np.array([points], np.int64)
 
 
-def _decoder(text: str, dtype: torch.dtype) -> torch.nn.Module:
+def _decoder(config: BackboneBenchConfig, dtype: torch.dtype) -> torch.nn.Module:
+    text = config.config
     if (Path(text) / CONFIG).is_file() or (SHIPPED / text / CONFIG).is_file():
         folder = find_checkpoint(text)
         if "policy_type" in read_json(folder / CONFIG):
+            if config.layers is not None:
+                raise ConfigError(f"layers must be left out for {text!r}, whose weights are trained.")
             return _backbone_of(text).to(dtype)
-    model: torch.nn.Module = AutoModel.from_config(_architecture(text), dtype=dtype)  # type: ignore[no-untyped-call]
+    architecture = _architecture(text)
+    if config.layers is not None:
+        architecture.num_hidden_layers = config.layers
+    model: torch.nn.Module = AutoModel.from_config(architecture, dtype=dtype)  # type: ignore[no-untyped-call]
     return model.eval()
 
 
@@ -199,6 +216,10 @@ def _backbone_of(name: str) -> torch.nn.Module:
 
 
 def _architecture(text: str) -> PretrainedConfig:
+    if text == OPENVLA_OFT:
+        llama = LlamaConfig(vocab_size=32064, num_hidden_layers=4)  # its other sizes are Llama 2's of 7 B
+        llama.is_causal = False
+        return llama
     size = _size(text)
     if size is not None:
         layers, width = size

@@ -36,8 +36,8 @@ class EvalConfig:
     """With `--data`: the share of its episodes that is held out. When not given, the split of the policy's training
     applies; 1 takes all of them, for demonstrations that the policy was not trained on."""
     suite: str | None = None
-    """Suite to evaluate on: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all or mock. When not given, it is
-    the suite that the policy was trained in."""
+    """Suite to evaluate on: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, robosuite-5-libero (with
+    LIBERO's observations) or mock. When not given, it is the suite that the policy was trained in."""
     robot: str | None = None
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str | None = None

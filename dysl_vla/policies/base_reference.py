@@ -134,6 +134,8 @@ def _parts(path: Path) -> Iterator[bytes]:
     elif path.suffix == ".safetensors":
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
             header = file.read(length)
             yield header
             tensors = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}

@@ -44,7 +44,7 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, AUTO, *DTYPES):
-            raise ConfigError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+            raise ConfigError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}.")
         self.options  # noqa: B018 # refuses what is no name=value
 
     @property

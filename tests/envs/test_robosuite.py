@@ -12,7 +12,9 @@ from scipy.spatial.transform import Rotation
 
 from dysl_vla.envs import get_suite
 from dysl_vla.envs.robosuite import ARM_ACTIONS, FIVE, INSTRUCTIONS, ROBOTS, STATE_NAMES, RobosuiteEnv
+from dysl_vla.envs.robosuite_libero import RobosuiteAsLibero, rotation_vector
 from dysl_vla.errors import ConfigError
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY
 
 SMALL = {"agentview": (32, 32), "robot0_eye_in_hand": (32, 32)}
 
@@ -132,3 +134,33 @@ def test_tasks_and_robots_may_be_named_as_robosuite_does() -> None:
     assert get_suite("robosuite-5@ur5e").name == "robosuite-5@UR5e"
     assert get_suite("robosuite-5@panda").name == "robosuite-5"
     assert get_suite("robosuite-5").choose("PickPlaceCan, Lift") == ("lift", "pick-place-can")
+
+
+def test_observed_as_libero_is_the_same_world(lift: RobosuiteEnv) -> None:
+    with closing(get_suite("robosuite-5-libero").make("lift", SMALL)) as env:
+        assert isinstance(env, RobosuiteAsLibero)
+        for seed in (1, 2):
+            ours, _ = lift.reset(seed=seed)
+            theirs, _ = env.reset(seed=seed)
+            for _ in range(4):
+                for name in SMALL:  # upside down, as LIBERO renders them, turned by 180 degrees
+                    image = ours[IMAGE_PREFIX + name]
+                    np.testing.assert_array_equal(theirs[IMAGE_PREFIX + name], image[::-1][::-1, ::-1])
+                state = theirs[STATE_KEY]
+                np.testing.assert_array_equal(state[:3], ours[STATE_KEY][:3])
+                reference = env._world._get_observations(force_update=True)
+                np.testing.assert_allclose(
+                    Rotation.from_rotvec(state[3:6]).as_matrix(),
+                    Rotation.from_quat(reference["robot0_eef_quat"]).as_matrix(),
+                    atol=1e-6,
+                )
+                np.testing.assert_allclose(state[6:], reference["robot0_gripper_qpos"], atol=1e-7)
+                action = np.array([0.3, -0.2, 0.1, 0.2, 0.1, -0.3, 1], np.float32)
+                ours, theirs = lift.step(action)[0], env.step(action)[0]
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-9, 0.5, np.pi, 4.0, 2 * np.pi - 1e-3])
+def test_a_rotation_vector_keeps_the_side_of_its_quaternion(angle: float) -> None:
+    axis = np.array([2.0, -1.0, 2.0]) / 3
+    vector = rotation_vector(float(np.cos(angle / 2)), np.sin(angle / 2) * axis)
+    np.testing.assert_allclose(vector, angle * axis, atol=1e-6)
