@@ -38,6 +38,8 @@ RELATIVE = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
 """Names of action dimensions that are displacements of the end effector, so that zero holds it."""
 LIBERO_STATE = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
 """Names of LIBERO's state: the end effector's position in metres and rotation vector, the fingers' joint positions."""
+LIBERO_ACTIONS = (*RELATIVE, "gripper")
+"""Names of LIBERO's actions; its gripper is -1 to open and 1 to close."""
 ACTION_KINDS = ("position", "velocity", "torque", "delta")
 """What an action can be: a position to go to, a velocity to move at, a torque (or effort, or current) to apply, or a
 change of position."""

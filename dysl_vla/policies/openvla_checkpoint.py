@@ -19,18 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from dysl_vla.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_document
 from dysl_vla.errors import CheckpointError, ConfigError
-from dysl_vla.types import Normalisation, PolicySpec
+from dysl_vla.types import LIBERO_ACTIONS, LIBERO_STATE, Normalisation, PolicySpec, is_gripper
 
 INDEX, STATISTICS, PREPROCESSOR = "model.safetensors.index.json", "dataset_statistics.json", "preprocessor_config.json"
 CAMERAS = ("agentview", "robot0_eye_in_hand")
-STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
-ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+LIMITS = {"quantiles": ("q01", "q99"), "range": ("min", "max")}
+"""Kind of normalisation to the statistics that are mapped to -1 and 1."""
 RENAMED = (
     ("vision_backbone.featurizer.", "vision.0."),
     ("vision_backbone.fused_featurizer.", "vision.1."),
@@ -65,6 +66,14 @@ class OpenVLAOptions:
     """Names of the cameras, separated by commas, in the order of the training: first the one beside the robot."""
     image_size: int = 256
     """Pixels on each side of a camera's image, as the environment renders it."""
+    state_names: str = ",".join(LIBERO_STATE)
+    """Names of the state's dimensions, separated by commas, as the embodiment calls them."""
+    action_names: str = ",".join(LIBERO_ACTIONS)
+    """Names of the action's dimensions, separated by commas. Where the last one is a gripper that the checkpoint leaves
+    out of its normalisation, it is -1 to open and 1 to close, as in LIBERO."""
+    normalisation: str = "quantiles"
+    """What is mapped to -1 and 1: "quantiles", the data set's q01 and q99, or "range", its minimum and maximum, as for
+    ALOHA."""
     norm_stats: str = ""
     """Data set of the states and actions, by its key in dataset_statistics.json; it may be left out if there is one."""
     use_proprio: bool = True
@@ -78,6 +87,12 @@ class OpenVLAOptions:
         for name in ("chunk_length", "num_images", "image_size", "execute_steps", "rate_hz"):
             if not 0 < getattr(self, name) < 10_000:
                 raise ConfigError(f"{name} must be above 0 and below 10000, got {getattr(self, name)}.")
+        if self.normalisation not in LIMITS:
+            raise ConfigError(f"normalisation must be one of {', '.join(LIMITS)}, got {self.normalisation!r}.")
+        for name in ("state_names", "action_names"):
+            names = getattr(self, name).split(",")
+            if len({*names, ""}) <= len(names):
+                raise ConfigError(f"{name} must be different names, separated by commas, got {getattr(self, name)!r}.")
         if self.execute_steps > self.chunk_length:
             raise ConfigError(
                 f"execute_steps must be at most the chunk_length of {self.chunk_length}, got {self.execute_steps}."
@@ -299,23 +314,24 @@ def read_spec(folder: Path, options: OpenVLAOptions) -> PolicySpec:
     key = options.norm_stats or (next(iter(every)) if len(every) == 1 else "")
     if key not in every:
         raise ConfigError(f"norm_stats must be one of {', '.join(every)}, got {key!r}.")
+    states, actions = tuple(options.state_names.split(",")), tuple(options.action_names.split(","))
+    limits = LIMITS[options.normalisation]
     try:
-        state = Normalisation((0.0,) * len(STATE_NAMES), (1.0,) * len(STATE_NAMES))
+        state = Normalisation((0.0,) * len(states), (1.0,) * len(states))
         if options.use_proprio:
-            state = _normalisation(every[key]["proprio"], len(STATE_NAMES))
-        action = _normalisation(every[key]["action"], len(ACTION_NAMES))
-        # The head's gripper, g, is 1 to open; `decode` returns 1 - 2 g; LIBERO's is the sign of 1 - 2 (std g + mean).
-        mean, std = action.mean[-1], action.std[-1]
-        action = Normalisation((*action.mean[:-1], 1 - std - 2 * mean), action.std, signs=(len(ACTION_NAMES) - 1,))
+            state, _ = _normalisation(every[key]["proprio"], limits, len(states))
+        action, mask = _normalisation(every[key]["action"], limits, len(actions))
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(
-            f"{path}: {key} must have q01 and q99 of {len(STATE_NAMES)} states and {len(ACTION_NAMES)} actions "
-            f"({error!r})."
+            f"{path}: {key} must have {' and '.join(limits)} of {len(states)} states and {len(actions)} actions "
+            f"({error!r}); other robots' are named by --policy-options state_names=... action_names=..."
         ) from error
+    if is_gripper(actions[-1]) and not mask[-1]:
+        action = Normalisation((*action.mean[:-1], 0.0), action.std, signs=(len(actions) - 1,))
     return PolicySpec(
         cameras=dict.fromkeys(options.camera_names, (options.image_size, options.image_size)),
-        state_names=STATE_NAMES,
-        action_names=ACTION_NAMES,
+        state_names=states,
+        action_names=actions,
         rate_hz=options.rate_hz,
         chunk_length=options.chunk_length,
         execute_steps=options.execute_steps,
@@ -324,12 +340,14 @@ def read_spec(folder: Path, options: OpenVLAOptions) -> PolicySpec:
     )
 
 
-def _normalisation(statistics: Mapping[str, Any], size: int) -> Normalisation:
-    """Return the map of the quantiles to -1 and 1; dimensions that are masked out are left alone."""
-    low, high = (np.array(statistics[name], np.float64) for name in ("q01", "q99"))
+def _normalisation(
+    statistics: Mapping[str, Any], limits: tuple[str, str], size: int
+) -> tuple[Normalisation, NDArray[np.bool_]]:
+    """Return the map of the limits to -1 and 1, and which dimensions it changes."""
+    low, high = (np.array(statistics[name], np.float64) for name in limits)
     mask = np.array(statistics.get("mask", [True] * size), bool)
     if not low.shape == high.shape == mask.shape == (size,):
         raise ValueError(f"got {low.size} of {size} dimensions")
     half = (high - low + 1e-8) / 2
     mean, std = np.where(mask, half + low, 0), np.where(mask, half, 1)
-    return Normalisation(tuple(map(float, mean)), tuple(map(float, std)))
+    return Normalisation(tuple(map(float, mean)), tuple(map(float, std))), mask

@@ -180,11 +180,13 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         """Map the backbone's output, (batch, tokens, hidden), to normalised actions, (batch, chunk, action).
 
         The reference was trained to read each number one token before its placeholder, from the prompt's last token on.
-        The head's gripper is 1 to open and 0 to close; LIBERO's is -1 and 1.
+        Where the gripper is a sign, the head's is 1 to open and 0 to close, and LIBERO's is -1 and 1.
         """
         count = self.spec.chunk_length * self.actions
         read = hidden[:, -count - 2 : -2].reshape(len(hidden), self.spec.chunk_length, -1)
-        actions = self.head(read).float()
+        actions: Tensor = self.head(read).float()
+        if not self.spec.action_normalisation.signs:
+            return actions
         return torch.cat([actions[..., :-1], 1 - 2 * actions[..., -1:]], dim=-1)
 
     @property

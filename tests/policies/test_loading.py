@@ -178,7 +178,7 @@ def test_a_reference_leads_to_its_base_wherever_that_is(tmp_path: Path) -> None:
         find_base(str(tmp_path / "fast"), {})
     assert find_base(str(tmp_path / "fast"), {"base": str(moved)})[0] == moved
     (moved / "config.json").write_text(json.dumps({"model_type": "openvla", "changed": True}))
-    with pytest.raises(CheckpointError, match="the base was changed since the heads in .* were trained"):
+    with pytest.raises(CheckpointError, match=r"the base was changed since the heads in .* were trained"):
         find_base(str(tmp_path / "fast"), {"base": str(moved)})
 
 
