@@ -51,8 +51,10 @@ def check_policy(policy: SkippablePolicy, demonstrations: Demonstrations) -> Non
         _check_shape(policy, together, len(seen))
         _compare(policy, "act: the actions of a row", together, [_act(policy, [item])[0] for item in items])
         answered = [policy.infer([one], [policy.reset()])[0].actions for one in seen]
-        normalised = [policy.spec.action_normalisation.apply(actions) for actions in answered]
-        _compare(policy, "infer: its actions", together, normalised)
+        normalisation = policy.spec.action_normalisation
+        exact = [column for column in range(together.shape[-1]) if column not in normalisation.signs]
+        normalised = [normalisation.apply(actions)[..., exact] for actions in answered]
+        _compare(policy, "infer: its actions", together[..., exact], normalised)
     depth = len(policy.layers)
     if depth < 3:
         raise ConfigError(f"layers must be three or more, got {depth}, which leave none to skip.")

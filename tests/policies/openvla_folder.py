@@ -43,6 +43,8 @@ class Geometry:
     vision_widths: tuple[int, int] = (64, 96)
     vision_hidden: tuple[int, int] = (128, 180)
     image_size: int = 56
+    states: int = 8
+    actions: int = 7
 
 
 TRUE = Geometry(
@@ -124,19 +126,20 @@ def model_shapes(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "language_model.lm_head.weight", (VOCABULARY + 64, hidden)
 
 
-def head_shapes(hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from norm("model.layer_norm1", 7 * hidden)
-    yield from linear("model.fc1", hidden, 7 * hidden)
+def head_shapes(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, actions = geometry.hidden, geometry.actions
+    yield from norm("model.layer_norm1", actions * hidden)
+    yield from linear("model.fc1", hidden, actions * hidden)
     for block in (0, 1):
         yield from norm(f"model.mlp_resnet_blocks.{block}.ffn.0", hidden)
         yield from linear(f"model.mlp_resnet_blocks.{block}.ffn.1", hidden, hidden)
     yield from norm("model.layer_norm2", hidden)
-    yield from linear("model.fc2", 7, hidden)
+    yield from linear("model.fc2", actions, hidden)
 
 
-def proprio_shapes(hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from linear("fc1", hidden, 8)
-    yield from linear("fc2", hidden, hidden)
+def proprio_shapes(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from linear("fc1", geometry.hidden, geometry.states)
+    yield from linear("fc2", geometry.hidden, geometry.hidden)
 
 
 def weight(seed: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -151,7 +154,7 @@ def weight(seed: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
     elif len(shape) in (2, 4) and "embed_tokens" not in name:
         values *= np.float32((3 / np.prod(shape[1:])) ** 0.5)
     if name == "model.fc2.bias":
-        values[6] += np.float32(0.5)  # the gripper opens and closes at half
+        values[-1] += np.float32(0.5)  # the gripper opens and closes at half
     return torch.from_numpy(values).to(dtype)
 
 
@@ -202,10 +205,15 @@ def tokenizer_text() -> str:
     return json.dumps(document)
 
 
-def statistics(seed: int) -> dict[str, Any]:
-    """Content of dataset_statistics.json."""
-    low, high = -1 + 0.5 * uniform(seed, "low", (8,)), 1 + 0.5 * uniform(seed, "high", (8,))
-    action = {"q01": [*map(float, low[:6]), 0.0], "q99": [*map(float, high[:6]), 1.0], "mask": [True] * 6 + [False]}
+def statistics(seed: int, states: int = 8, actions: int = 7) -> dict[str, Any]:
+    """Content of dataset_statistics.json; the last action is a gripper."""
+    low, high = -1 + 0.5 * uniform(seed, "low", (states,)), 1 + 0.5 * uniform(seed, "high", (states,))
+    arm = actions - 1
+    action = {
+        "q01": [*map(float, low[:arm]), 0.0],
+        "q99": [*map(float, high[:arm]), 1.0],
+        "mask": [True] * arm + [False],
+    }
     proprio = {"q01": [*map(float, low)], "q99": [*map(float, high)]}
     for group in (action, proprio):
         size = len(group["q01"])
@@ -250,7 +258,7 @@ def write_openvla_folder(
     sizes = Geometry(**{**vars(sizes), **{name: value for name, value in given.items() if value is not None}})
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config(sizes, dtype))
-    write_json(folder / "dataset_statistics.json", statistics(seed))
+    write_json(folder / "dataset_statistics.json", statistics(seed, sizes.states, sizes.actions))
     write_json(folder / "preprocessor_config.json", preprocessor(sizes.image_size))
     (folder / "tokenizer.json").write_text(tokenizer_text(), encoding="utf-8")
     write_json(
@@ -270,7 +278,7 @@ def write_openvla_folder(
         total += sum(tensor.nbytes for tensor in tensors.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
     for part, part_shapes in (("action_head", head_shapes), ("proprio_projector", proprio_shapes)):
-        tensors = {f"module.{key}": weight(seed, key, shape, dtype) for key, shape in part_shapes(sizes.hidden)}
+        tensors = {f"module.{key}": weight(seed, key, shape, dtype) for key, shape in part_shapes(sizes)}
         torch.save(tensors, folder / f"{part}--{step}_checkpoint.pt")
     return folder
 
