@@ -147,7 +147,10 @@ def _exportable(name: str) -> ExportablePolicy:
     policy = load_skippable_policy(name)
     for part in ("backbone", "resizes", "crops", "tokenizer", "inputs", "decode", "token_ids"):
         if not hasattr(policy, part):
-            raise ConfigError(f"policy must be a policies.ExportablePolicy; {name!r} offers no {part!r}.")
+            raise ConfigError(
+                f"policy must be a policies.ExportablePolicy; {name!r} offers no {part!r}, so run it with PyTorch: "
+                "dysl serve --policy or dysl control --policy."
+            )
     if policy.has_memory or policy.followers:
         what = "remembers earlier inferences" if policy.has_memory else "has decoders that follow another"
         raise ConfigError(f"policy must be one that a bundle can run; {name!r} {what}, so serve it with dysl serve.")

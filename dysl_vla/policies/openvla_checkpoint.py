@@ -195,8 +195,8 @@ class OpenVLAFiles:
                 raise ValueError("it holds other things than tensors")
         except UnpicklingError as error:
             raise CheckpointError(
-                f"{found[0]} needs pickle, which could run any program and is never used "
-                f"({str(error).splitlines()[0]}); save the module's state_dict."
+                f"{found[0]} needs pickle, which could run any program and is never used; save the module's state_dict "
+                "with torch.save."
             ) from error
         except Exception as error:  # torch's errors for a damaged file are many
             raise CheckpointError(f"{found[0]} is damaged ({str(error).splitlines()[0]}); get it again.") from error
