@@ -25,12 +25,11 @@ from torch import Tensor
 
 from dysl_vla.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_document
 from dysl_vla.errors import CheckpointError, ConfigError
-from dysl_vla.types import Normalisation, PolicySpec
+from dysl_vla.types import LIBERO_STATE, RELATIVE, Normalisation, PolicySpec
 
 INDEX, STATISTICS, PREPROCESSOR = "model.safetensors.index.json", "dataset_statistics.json", "preprocessor_config.json"
 CAMERAS = ("agentview", "robot0_eye_in_hand")
-STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
-ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+ACTION_NAMES = (*RELATIVE, "gripper")
 RENAMED = (
     ("vision_backbone.featurizer.", "vision.0."),
     ("vision_backbone.fused_featurizer.", "vision.1."),
@@ -300,21 +299,21 @@ def read_spec(folder: Path, options: OpenVLAOptions) -> PolicySpec:
     if key not in every:
         raise ConfigError(f"norm_stats must be one of {', '.join(every)}, got {key!r}.")
     try:
-        state = Normalisation((0.0,) * len(STATE_NAMES), (1.0,) * len(STATE_NAMES))
+        state = Normalisation((0.0,) * len(LIBERO_STATE), (1.0,) * len(LIBERO_STATE))
         if options.use_proprio:
-            state = _normalisation(every[key]["proprio"], len(STATE_NAMES))
+            state = _normalisation(every[key]["proprio"], len(LIBERO_STATE))
         action = _normalisation(every[key]["action"], len(ACTION_NAMES))
         # The head's gripper, g, is 1 to open; `decode` returns 1 - 2 g; LIBERO's is the sign of 1 - 2 (std g + mean).
         mean, std = action.mean[-1], action.std[-1]
         action = Normalisation((*action.mean[:-1], 1 - std - 2 * mean), action.std, signs=(len(ACTION_NAMES) - 1,))
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(
-            f"{path}: {key} must have q01 and q99 of {len(STATE_NAMES)} states and {len(ACTION_NAMES)} actions "
+            f"{path}: {key} must have q01 and q99 of {len(LIBERO_STATE)} states and {len(ACTION_NAMES)} actions "
             f"({error!r})."
         ) from error
     return PolicySpec(
         cameras=dict.fromkeys(options.camera_names, (options.image_size, options.image_size)),
-        state_names=STATE_NAMES,
+        state_names=LIBERO_STATE,
         action_names=ACTION_NAMES,
         rate_hz=options.rate_hz,
         chunk_length=options.chunk_length,
