@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import shutil
 import socket
@@ -334,13 +336,15 @@ def test_loading_needs_no_network_and_holds_the_weights_once(tmp_path: Path, mon
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    geometry = Geometry(num_layers=4, hidden=512, heads=8, intermediate=1408, image_size=28)
-    folder = write_openvla_folder(tmp_path, geometry=geometry, shards=4)
+    geometry = Geometry(num_layers=16, hidden=128, intermediate=4096, image_size=28)
+    folder = write_openvla_folder(tmp_path, geometry=geometry, shards=16)
     largest = max(path.stat().st_size for path in folder.iterdir())
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before would be used again, and hide what is needed
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     before = resident("VmRSS")
     policy = load(folder, dtype="float16")
     peak = resident("VmHWM") - before
     weights = sum(parameter.nbytes for parameter in policy.parameters())
-    assert weights > 80e6
-    assert 0.8 * weights <= peak <= weights + largest + 20e6  # the weights, and the shard that is open
+    assert weights > 50e6
+    assert 0.8 * weights <= peak <= weights + largest + 15e6  # the weights, and the shard that is open
