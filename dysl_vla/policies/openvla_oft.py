@@ -26,7 +26,7 @@ from dysl_vla.errors import CheckpointError
 from dysl_vla.policies.backbone import EMBEDS, BackbonePolicy
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.base_reference import Base, find_base, save_reference
-from dysl_vla.policies.compute import ComputeConfig, check_device_memory
+from dysl_vla.policies.compute import ComputeConfig, check_device_memory, set_attention
 from dysl_vla.policies.openvla_checkpoint import OpenVLAFiles, OpenVLAOptions, read_spec
 from dysl_vla.policies.openvla_images import prepared
 from dysl_vla.policies.vit import VisionShape, VisionTransformer
@@ -225,7 +225,9 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         dtype = compute.torch_dtype() or files.dtype
         # The modules are made without memory and take the files' tensors, so that the weights exist once.
         with torch.device("meta"):
-            policy = cls._of_sizes(files, options, compute.attention).to(dtype)
+            policy = cls._of_sizes(files, options).to(dtype)
+        if compute.attention is not None:
+            set_attention(name, policy, compute.attention)
         expected = policy.state_dict()
         files.check(expected)
         size = sum(value.nbytes for value in expected.values())
@@ -238,13 +240,12 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         return policy.eval()
 
     @classmethod
-    def _of_sizes(cls, files: OpenVLAFiles, options: OpenVLAOptions, attention: str | None) -> OpenVLAOFT:
+    def _of_sizes(cls, files: OpenVLAFiles, options: OpenVLAOptions) -> OpenVLAOFT:
         """Make a policy of the sizes that config.json has, for the decoder, and the tensors, for the rest."""
         path = files.folder / CONFIG
         config = read_document(path)
         try:
             llama = LlamaConfig(**{**config["text_config"], "is_causal": False, "use_cache": False})
-            llama._attn_implementation = attention or "sdpa"
             vision = [
                 _vision_shape(files, f"vision.{index}.", config["timm_model_ids"][index], config["image_sizes"][index])
                 for index in (0, 1)

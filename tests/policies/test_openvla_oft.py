@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dysl_vla.errors import CheckpointError, ConfigError, DyslError, ObservationError
-from dysl_vla.policies import ComputeConfig, load_policy, names_of
+from dysl_vla.policies import ComputeConfig, load_policy, load_variants, names_of
 from dysl_vla.policies.dysl import DyslPolicy, SkipSettings
 from dysl_vla.policies.openvla_images import prepared
 from dysl_vla.policies.openvla_oft import OpenVLAOFT
@@ -163,6 +163,16 @@ def test_attention_may_be_computed_otherwise(folder: Path, policy: OpenVLAOFT) -
     assert eager.backbone.config._attn_implementation == "eager"
     row = make_observation(0, 0)
     np.testing.assert_allclose(infer(eager, row), infer(policy, row), atol=1e-4)
+    with pytest.raises(ConfigError, match="attention must be one that transformers offers here, got 'none'"):
+        load(folder, attention="none")
+
+
+def test_variants_share_one_copy_of_the_weights(folder: Path) -> None:
+    one, other = load_variants(str(folder), [(0, None), (0, None)])
+    assert isinstance(one, OpenVLAOFT)
+    assert isinstance(other, OpenVLAOFT)
+    assert one.head.fc2.weight is other.head.fc2.weight
+    np.testing.assert_array_equal(infer(one, make_observation(0, 0)), infer(other, make_observation(0, 0)))
 
 
 def test_on_the_meta_device_no_weights_are_read(folder: Path, policy: OpenVLAOFT) -> None:
@@ -222,10 +232,10 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def change_shard(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(folder / SHARD)
+def change_shard(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], shard: str = SHARD) -> None:
+    tensors = load_file(folder / shard)
     change(tensors)
-    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+    save_file(tensors, folder / shard, metadata={"format": "pt"})
 
 
 EMBED = "vision_backbone.featurizer.pos_embed"
@@ -252,6 +262,10 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"has FiLM, which changes .*blocks.0.scale.weight",
     ),
     "missing tensor": (lambda f: change_shard(f, lambda t: t.pop(EMBED)), "must have a tensor 'vision.0.pos_embed'"),
+    "missing norm": (
+        lambda f: change_shard(f, lambda t: t.pop("language_model.model.norm.weight"), SHARD.replace("1-", "2-")),
+        "must have a tensor 'backbone.norm.weight'",
+    ),
     "unknown tensor": (
         lambda f: change_shard(f, lambda t: t.update(more=torch.ones(2))),
         "has an unknown tensor 'more'",
