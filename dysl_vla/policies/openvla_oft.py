@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dysl_vla.checkpoint import CONFIG, canonical, read_document
-from dysl_vla.errors import CheckpointError
+from dysl_vla.errors import CheckpointError, DyslError
 from dysl_vla.policies.backbone import EMBEDS, BackbonePolicy
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.base_reference import Base, find_base, save_reference
@@ -237,6 +238,7 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         with device:
             policy.backbone.rotary_emb = LlamaRotaryEmbedding(policy.backbone.config)  # no checkpoint stores it
         policy.base, policy.files_dtype = base, files.dtype
+        policy.provenance = {"base": asdict(base)}
         return policy.eval()
 
     @classmethod
@@ -244,6 +246,9 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         """Make a policy of the sizes that config.json has, for the decoder, and the tensors, for the rest."""
         path = files.folder / CONFIG
         config = read_document(path)
+        spec, tokenizer = read_spec(files.folder, options), files.tokenizer()
+        means, deviations = files.pixel_statistics()
+        head = (files.shape("head.fc1.bias")[0], files.count("head.mlp_resnet_blocks."))
         try:
             llama = LlamaConfig(**{**config["text_config"], "is_causal": False, "use_cache": False})
             vision = [
@@ -252,19 +257,20 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
             ]
             if vision[0].image_size != vision[1].image_size:
                 raise ValueError("image_sizes must be the same for both vision transformers")
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            return cls(
+                vision,
+                llama,
+                head,
+                spec,
+                use_proprio=options.use_proprio,
+                pixel_means=means,
+                pixel_deviations=deviations,
+                tokenizer=tokenizer,
+            )
+        except DyslError:
+            raise
+        except Exception as error:  # transformers' errors for a wrong value are many
             raise CheckpointError(f"{path} does not describe an OpenVLA-OFT ({error!r}); get it again.") from error
-        means, deviations = files.pixel_statistics()
-        return cls(
-            vision,
-            llama,
-            (files.shape("head.fc1.bias")[0], files.count("head.mlp_resnet_blocks.")),
-            read_spec(files.folder, options),
-            use_proprio=options.use_proprio,
-            pixel_means=means,
-            pixel_deviations=deviations,
-            tokenizer=files.tokenizer(),
-        )
 
 
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:

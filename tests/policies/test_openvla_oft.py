@@ -190,6 +190,8 @@ def test_a_saved_policy_refers_to_its_base(folder: Path, tmp_path: Path) -> None
     assert again.spec == policy.spec
     assert again.spec.chunk_length == again.spec.execute_steps == 5
     assert again.fingerprint == policy.fingerprint != load(folder).fingerprint
+    assert again.provenance == policy.provenance
+    assert again.provenance["base"]["name"] == str(folder)
 
 
 def test_options_say_what_the_checkpoint_does_not(folder: Path) -> None:
@@ -285,6 +287,15 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "timm_model_ids must be among .*, got 'vit_base'",
     ),
     "no decoder": (lambda f: edit(f / "config.json", text_config=None), "does not describe an OpenVLA-OFT"),
+    "three heads": (
+        lambda f: edit(f / "config.json", text_config={"hidden_size": 64, "num_attention_heads": 3}),
+        "does not describe an OpenVLA-OFT .*not a multiple of the number of attention heads",
+    ),
+    "other image size": (
+        lambda f: edit(f / "config.json", image_sizes=[70, 70]),
+        r"vision.0.pos_embed must be \(1, 25, 64\), as .*, got \(1, 16, 64\)",
+    ),
+    "text for a size": (lambda f: edit(f / "config.json", image_sizes=["a", "a"]), "does not describe an OpenVLA-OFT"),
     "no statistics": (
         lambda f: (edit(f / "config.json", norm_stats=None), (f / "dataset_statistics.json").unlink()),
         "has no dataset_statistics.json",
