@@ -174,6 +174,7 @@ class OpenVLAFiles:
                     self._add_shard(path, file)
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is missing or damaged ({error}); get it again.") from error
+        self.shape("backbone.norm.weight")
         if film := [name for name in self.shapes if FILM.match(name)]:
             raise CheckpointError(
                 f"{folder} has FiLM, which changes the vision transformers by the instruction ({film[0]}), and is not "

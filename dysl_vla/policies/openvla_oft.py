@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dysl_vla.checkpoint import CONFIG, canonical, read_document
-from dysl_vla.errors import CheckpointError
+from dysl_vla.errors import CheckpointError, DyslError
 from dysl_vla.policies.backbone import EMBEDS, BackbonePolicy
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.base_reference import Base, find_base, save_reference
-from dysl_vla.policies.compute import ComputeConfig, check_device_memory
+from dysl_vla.policies.compute import ComputeConfig, check_device_memory, set_attention
 from dysl_vla.policies.openvla_checkpoint import OpenVLAFiles, OpenVLAOptions, read_spec
 from dysl_vla.policies.openvla_images import prepared
 from dysl_vla.policies.vit import VisionShape, VisionTransformer
@@ -227,7 +228,9 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         dtype = compute.torch_dtype() or files.dtype
         # The modules are made without memory and take the files' tensors, so that the weights exist once.
         with torch.device("meta"):
-            policy = cls._of_sizes(files, options, compute.attention).to(dtype)
+            policy = cls._of_sizes(files, options).to(dtype)
+        if compute.attention is not None:
+            set_attention(name, policy, compute.attention)
         expected = policy.state_dict()
         files.check(expected)
         size = sum(value.nbytes for value in expected.values())
@@ -237,35 +240,39 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         with device:
             policy.backbone.rotary_emb = LlamaRotaryEmbedding(policy.backbone.config)  # no checkpoint stores it
         policy.base, policy.files_dtype = base, files.dtype
+        policy.provenance = {"base": asdict(base)}
         return policy.eval()
 
     @classmethod
-    def _of_sizes(cls, files: OpenVLAFiles, options: OpenVLAOptions, attention: str | None) -> OpenVLAOFT:
+    def _of_sizes(cls, files: OpenVLAFiles, options: OpenVLAOptions) -> OpenVLAOFT:
         """Make a policy of the sizes that config.json has, for the decoder, and the tensors, for the rest."""
         path = files.folder / CONFIG
         config = read_document(path)
+        spec, tokenizer = read_spec(files.folder, options), files.tokenizer()
+        means, deviations = files.pixel_statistics()
+        head = (files.shape("head.fc1.bias")[0], files.count("head.mlp_resnet_blocks."))
         try:
             llama = LlamaConfig(**{**config["text_config"], "is_causal": False, "use_cache": False})
-            llama._attn_implementation = attention or "sdpa"
             vision = [
                 _vision_shape(files, f"vision.{index}.", config["timm_model_ids"][index], config["image_sizes"][index])
                 for index in (0, 1)
             ]
             if vision[0].image_size != vision[1].image_size:
                 raise ValueError("image_sizes must be the same for both vision transformers")
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            return cls(
+                vision,
+                llama,
+                head,
+                spec,
+                use_proprio=options.use_proprio,
+                pixel_means=means,
+                pixel_deviations=deviations,
+                tokenizer=tokenizer,
+            )
+        except DyslError:
+            raise
+        except Exception as error:  # transformers' errors for a wrong value are many
             raise CheckpointError(f"{path} does not describe an OpenVLA-OFT ({error!r}); get it again.") from error
-        means, deviations = files.pixel_statistics()
-        return cls(
-            vision,
-            llama,
-            (files.shape("head.fc1.bias")[0], files.count("head.mlp_resnet_blocks.")),
-            read_spec(files.folder, options),
-            use_proprio=options.use_proprio,
-            pixel_means=means,
-            pixel_deviations=deviations,
-            tokenizer=files.tokenizer(),
-        )
 
 
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:

@@ -153,6 +153,8 @@ def weight(seed: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
         values = np.float32(1) + np.float32(0.2) * values
     elif len(shape) in (2, 4) and "embed_tokens" not in name:
         values *= np.float32((3 / np.prod(shape[1:])) ** 0.5)
+    if "embed" in name or name.endswith("_token") or name.startswith(("projector.fc3", "fc2")):
+        values *= np.float32(0.05)  # as small as trained ones, so that the norms' epsilons matter
     if name == "model.fc2.bias":
         values[-1] += np.float32(0.5)  # the gripper opens and closes at half
     return torch.from_numpy(values).to(dtype)
