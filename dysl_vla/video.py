@@ -70,12 +70,15 @@ class VideoReader:
     Args:
         path: The file. It stays open until `close`.
 
+    Attributes:
+        path: The file.
+
     Raises:
         DatasetError: The file is missing, cut off or no video; methods that read raise it as well.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._before: tuple[float, av.VideoFrame] | None = None
         self._after: tuple[float, av.VideoFrame] | None = None
         self._since = math.inf
@@ -98,9 +101,9 @@ class VideoReader:
             self._before, self._after = self._after, self._read()
         known = [picture for picture in (self._before, self._after) if picture is not None]
         if not known:
-            raise DatasetError(f"{self._path}: has no pictures; restore it or collect it again.")
+            raise DatasetError(f"{self.path}: has no pictures; restore it or collect it again.")
         time, frame = min(known, key=lambda picture: abs(picture[0] - time_s))
-        with _reading(self._path):
+        with _reading(self.path):
             return time, _pixels(frame)
 
     def close(self) -> None:
@@ -108,8 +111,8 @@ class VideoReader:
         self._container.close()
 
     def _open(self) -> None:
-        with _reading(self._path):
-            self._container = av.open(str(self._path))
+        with _reading(self.path):
+            self._container = av.open(str(self.path))
             self._stream = self._container.streams.video[0]
             self._stream.codec_context.thread_count = 1
 
@@ -119,7 +122,7 @@ class VideoReader:
         self._before, self._after = None, self._read()
 
     def _read(self) -> tuple[float, av.VideoFrame] | None:
-        with _reading(self._path):
+        with _reading(self.path):
             for frame in self._frames:
                 if frame.pts is not None and frame.time_base is not None:
                     return float(frame.pts * frame.time_base), frame
@@ -132,7 +135,7 @@ class VideoReader:
 
     def _seek(self, time_s: float) -> None:
         """Go to the last key frame before a time."""
-        with _reading(self._path):
+        with _reading(self.path):
             assert self._stream.time_base is not None
             self._container.seek(max(0, math.floor(time_s / self._stream.time_base)), stream=self._stream)
         self._start()
