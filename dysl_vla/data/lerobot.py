@@ -191,7 +191,8 @@ class Demonstrations:
             )
 
     def _video(self, camera: str, chunk: int, file: int) -> Path:
-        name = self.info["video_path"].format(video_key=IMAGE_PREFIX + camera, chunk_index=chunk, file_index=file)
+        path: str = self.info["video_path"]
+        name = path.format(video_key=IMAGE_PREFIX + camera, chunk_index=chunk, file_index=file)
         return self.root / name
 
     def _picture(

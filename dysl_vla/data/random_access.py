@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ class FrameSource:
         """
         demonstrations = self._demonstrations
         indices = list(dict.fromkeys(int(self.indices[row]) for row in rows))
-        read: dict[int, Observation] = {
+        read: dict[int, dict[str, Any]] = {
             index: {STATE_KEY: self._states[index], TASK_KEY: demonstrations.instructions[self._tasks[index]]}
             for index in indices
         }
@@ -88,7 +89,7 @@ class FrameSource:
         observations = []
         for row in rows:
             index, copy = int(self.indices[row]), row % (1 + self._copies) - 1
-            observation = read[index]
+            observation: Observation = read[index]
             if copy >= 0:
                 observation = shifted(observation, self._resizes, self._shift, np.random.default_rng([index, copy]))
             observations.append(observation)

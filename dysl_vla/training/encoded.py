@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +46,7 @@ class Encoded(ABC):
         """Return the items of some rows."""
 
     @abstractmethod
-    def ahead(self, batches: Iterable[NDArray[np.int64]]) -> Iterator[list[Any]]:
+    def ahead(self, batches: Iterable[NDArray[np.int64]]) -> Generator[list[Any]]:
         """Yield the items of one batch of rows after the other; coming ones are read in the meantime.
 
         Close the iterator to end it early.
@@ -73,7 +73,7 @@ class KeptFrames(Encoded):
         """Return the items of some rows."""
         return [self._items[row] for row in rows.tolist()]
 
-    def ahead(self, batches: Iterable[NDArray[np.int64]]) -> Iterator[list[Any]]:
+    def ahead(self, batches: Iterable[NDArray[np.int64]]) -> Generator[list[Any]]:
         """Yield the items of one batch of rows after the other."""
         for rows in batches:
             yield self.rows(rows)
@@ -98,7 +98,7 @@ class StreamedFrames(Encoded):
         """Read and encode some rows."""
         return self._encoded(self._source.read(rows.tolist()))
 
-    def ahead(self, batches: Iterable[NDArray[np.int64]]) -> Iterator[list[Any]]:
+    def ahead(self, batches: Iterable[NDArray[np.int64]]) -> Generator[list[Any]]:
         """Yield the items of one batch of rows after the other; see `Encoded.ahead`.
 
         Raises:
@@ -107,7 +107,7 @@ class StreamedFrames(Encoded):
         """
         loader: DataLoader[Any] = DataLoader(
             self._source,  # type: ignore[arg-type] # it has the methods of a dataset
-            batch_sampler=(rows.tolist() for rows in batches),  # type: ignore[arg-type] # read once
+            batch_sampler=(rows.tolist() for rows in batches),  # read once
             num_workers=self._readers,
             prefetch_factor=BATCHES_AHEAD,
             collate_fn=_as_is,
