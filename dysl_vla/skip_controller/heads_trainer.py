@@ -218,21 +218,22 @@ class HeadsTrainer:
         self._processes.average([*gradients, values])
         return dict(zip(figures, values.tolist(), strict=True))
 
-    def _weight(self, mask: Tensor | None, tokens: int) -> float:
-        """Return the number of tokens that are not padding, relative to its mean over the processes.
+    def _weighted(self, means: list[Tensor], mask: Tensor | None, like: Tensor) -> list[Tensor]:
+        """Weight means over tokens by this process's number of tokens, relative to its mean over the processes.
 
-        A mean over tokens, weighted by it, averages to that over the tokens of the whole batch.
+        Their averages over the processes are then the means over the tokens of the whole batch.
 
         Args:
+            means: The means.
             mask: Which tokens are not padding; None: all.
-            tokens: The number of all tokens of this process.
+            like: Hidden states, (batch, tokens, hidden).
         """
         if self._processes.count == 1:
-            return 1.0
-        own = float(tokens if mask is None else mask.sum())
-        mean = torch.tensor([own])
-        self._processes.average([mean])
-        return own / float(mean)
+            return means
+        own = float(like[..., 0].numel() if mask is None else mask.sum())
+        average = torch.tensor([own])
+        self._processes.average([average])
+        return [mean * (own / float(average)) for mean in means]
 
     def _rate(self) -> float:
         """Return the learning rate: a cosine over each stage, with a warm-up."""
@@ -248,15 +249,15 @@ class HeadsTrainer:
             self._act(inputs, Forward())
         assert self._skipper.heads is not None
         adapters = self._skipper.heads.adapters
-        weight = self._weight(mask, _recorded(forwards)[0][0][..., 0].numel())
+        first = _recorded(forwards)[0][0]
         errors = {}
         for block, exits in zip(self._skipper.plan.blocks, self._exits, strict=True):
             for layer in exits:
-                first, *later = [
-                    relative_error(adapters[str(layer)](layers[layer]), layers[block.target], None if number else mask)
-                    for number, layers in enumerate(forwards)
+                parts = [
+                    relative_error(adapters[str(layer)](layers[layer]), layers[block.target], None if later else mask)
+                    for later, layers in enumerate(forwards)
                 ]
-                parts = [weight * first, *later]
+                parts[:1] = self._weighted(parts[:1], mask, first)
                 errors[layer] = torch.stack(parts).mean()
         loss = torch.stack(list(errors.values())).mean()
         return loss, {"loss": loss.item()} | {f"adapter_error/{layer}": e.item() for layer, e in errors.items()}
@@ -281,9 +282,8 @@ class HeadsTrainer:
         distance = (actions - answer.actions).abs().mean(dim=2)
         error = distance[:, : self._execute].mean(dim=1)
         task = (1 - config.executed_weight) * distance.mean() + config.executed_weight * error.mean()
-        weight = self._weight(mask, answer.targets[0][..., 0].numel())
         errors = [relative_error(forced.targets[b], answer.targets[b], mask) for b in chosen]
-        hidden = weight * torch.stack(errors).mean()
+        hidden = torch.stack(self._weighted(errors, mask, answer.targets[0])).mean()
         # The controllers' loss: was it harmless to skip?
         outputs = torch.stack([forced.outputs[b] for b in chosen])  # (blocks, batch)
         if is_mixture:
