@@ -281,9 +281,9 @@ def _values(file: pq.ParquetFile, key: str, spans: Sequence[Span]) -> Iterator[t
         first, stop = stop, stop + file.metadata.row_group(group).num_rows
         if not any(span.first < stop and first < span.stop for span in spans):
             continue
-        end = max(span.stop for span in spans)
+        last = max(span.stop for span in spans)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[key]):
-            if first >= end:
+            if first >= last:
                 return
             column = batch.column(batch.schema.names.index(key))
             for span in spans:

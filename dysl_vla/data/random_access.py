@@ -57,6 +57,9 @@ class FrameSource:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_videos": OrderedDict()}  # an open file stays in its process
+
     def __getitem__(self, row: int) -> Observation:
         return self.read([row])[0]
 

@@ -24,7 +24,9 @@ def test_shifted_copies_stand_behind_their_frame_and_are_the_same_every_time(
     plain = encode(tiny_policy, demonstrations, chosen, "frames")
     copied, again = (encode(tiny_policy, demonstrations, chosen, "frames", augment_copies=2) for _ in range(2))
     assert copied.indices.tolist() == np.repeat(chosen, 3).tolist()
-    first, once, twice = (torch.stack([i["inputs_embeds"] for i in e.rows(np.arange(len(e)))]) for e in (plain, copied, again))
+    first, once, twice = (
+        torch.stack([i["inputs_embeds"] for i in e.rows(np.arange(len(e)))]) for e in (plain, copied, again)
+    )
     frames, copies = once[::3], once[1::3]
     np.testing.assert_allclose(frames, first, atol=1e-5)
     np.testing.assert_array_equal(once, twice)
