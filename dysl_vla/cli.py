@@ -6,6 +6,7 @@ those that it runs. A user's mistake ends in one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -90,6 +91,8 @@ def _distill(arguments: Sequence[str]) -> int:
 
     config = _parse(DistillRunConfig, arguments, "dysl distill")
     out = distill(config)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the first one finishes the checkpoint
+        return 0
     print(f"Distilled: {out}. Full and skipping, side by side: {evaluation(out, config.data)} --variants full,dysl")
     return 0
 

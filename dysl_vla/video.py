@@ -69,13 +69,18 @@ class VideoReader:
 
     Args:
         path: The file. It stays open until `close`.
+        far_s: A time that lies further ahead than this, in seconds, is sought.
+
+    Attributes:
+        path: The file.
 
     Raises:
         DatasetError: The file is missing, cut off or no video; methods that read raise it as well.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, far_s: float = FAR_S) -> None:
+        self.path = path
+        self._far_s = far_s
         self._before: tuple[float, av.VideoFrame] | None = None
         self._after: tuple[float, av.VideoFrame] | None = None
         self._since = math.inf
@@ -98,9 +103,9 @@ class VideoReader:
             self._before, self._after = self._after, self._read()
         known = [picture for picture in (self._before, self._after) if picture is not None]
         if not known:
-            raise DatasetError(f"{self._path}: has no pictures; restore it or collect it again.")
+            raise DatasetError(f"{self.path}: has no pictures; restore it or collect it again.")
         time, frame = min(known, key=lambda picture: abs(picture[0] - time_s))
-        with _reading(self._path):
+        with _reading(self.path):
             return time, _pixels(frame)
 
     def close(self) -> None:
@@ -108,8 +113,8 @@ class VideoReader:
         self._container.close()
 
     def _open(self) -> None:
-        with _reading(self._path):
-            self._container = av.open(str(self._path))
+        with _reading(self.path):
+            self._container = av.open(str(self.path))
             self._stream = self._container.streams.video[0]
             self._stream.codec_context.thread_count = 1
 
@@ -119,7 +124,7 @@ class VideoReader:
         self._before, self._after = None, self._read()
 
     def _read(self) -> tuple[float, av.VideoFrame] | None:
-        with _reading(self._path):
+        with _reading(self.path):
             for frame in self._frames:
                 if frame.pts is not None and frame.time_base is not None:
                     return float(frame.pts * frame.time_base), frame
@@ -128,11 +133,11 @@ class VideoReader:
     def _is_elsewhere(self, time_s: float) -> bool:
         """Tell whether a time is before the present pictures, or so far behind them that it is sought."""
         since = self._since if self._before is None else self._before[0]
-        return time_s < since or (self._after is not None and time_s > self._after[0] + FAR_S)
+        return time_s < since or (self._after is not None and time_s > self._after[0] + self._far_s)
 
     def _seek(self, time_s: float) -> None:
         """Go to the last key frame before a time."""
-        with _reading(self._path):
+        with _reading(self.path):
             assert self._stream.time_base is not None
             self._container.seek(max(0, math.floor(time_s / self._stream.time_base)), stream=self._stream)
         self._start()

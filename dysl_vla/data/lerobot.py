@@ -9,7 +9,8 @@ hub or uploaded to it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from bisect import bisect
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import groupby
@@ -37,12 +38,12 @@ from dysl_vla.data.lerobot_format import (
     write_table,
     write_tasks,
 )
-from dysl_vla.data.lerobot_frames import Located, locate, read_images, read_pictures, read_vectors
+from dysl_vla.data.lerobot_frames import Located, locate, read_images, read_picture, read_pictures, read_vectors, row_of
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import is_unused, write_json
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, EmbodimentSpec, FloatArray, ImageArray
-from dysl_vla.video import CODEC, PIXEL_FORMAT, write_video
+from dysl_vla.video import CODEC, PIXEL_FORMAT, VideoReader, write_video
 
 with needs_extra("train"):
     import pyarrow as pa
@@ -146,25 +147,67 @@ class Demonstrations:
             DatasetError: A video or image is missing, damaged or of another size than declared, or a video has no
                 picture at a frame's time.
         """
-        size = (*self.spec.cameras[camera], 3)
         wanted = [index for index in range(len(self.rows)) if episodes is None or index in episodes]
         places = ((episode, frame) for episode in wanted for frame in range(self.rows[episode].length))
         images = self._pictures(camera, wanted) if self.storage[camera] == "video" else self._images(camera, wanted)
         for (episode, frame), image in zip(places, images, strict=True):
-            if image.shape != size:
-                raise DatasetError(
-                    f"{self.root}: {IMAGE_PREFIX}{camera}: frames of episode {self.rows[episode].number} are "
-                    f"{image.shape}, meta/info.json declares {size}; correct the shape, or restore the images."
-                )
+            self._check_size(camera, episode, image)
             yield episode, frame, image
+
+    def pictures_at(
+        self, camera: str, indices: Sequence[int], open_video: Callable[[Path], VideoReader]
+    ) -> Iterator[ImageArray]:
+        """Read a camera's images of some frames, for which the files are searched.
+
+        Args:
+            camera: The camera's name.
+            indices: Indices of the frames. In rising order, the fewest pictures are decoded.
+            open_video: Opens a video, or finds it open.
+
+        Yields:
+            Image of each frame, uint8 (height, width, 3).
+
+        Raises:
+            DatasetError: See `frames`.
+        """
+        starts = [row.start for row in self.rows]
+        places = [(episode, index - starts[episode]) for index in indices for episode in [bisect(starts, index) - 1]]
+        images: Iterator[ImageArray]
+        if self.storage[camera] == "video":
+            images = (self._picture(camera, self.rows[episode], frame, open_video) for episode, frame in places)
+        else:
+            spans = [row_of(self._located.spans[episode], frame) for episode, frame in places]
+            images = read_images(spans, IMAGE_PREFIX + camera)
+        for (episode, _), image in zip(places, images, strict=True):
+            self._check_size(camera, episode, image)
+            yield image
+
+    def _check_size(self, camera: str, episode: int, image: ImageArray) -> None:
+        size = (*self.spec.cameras[camera], 3)
+        if image.shape != size:
+            raise DatasetError(
+                f"{self.root}: {IMAGE_PREFIX}{camera}: frames of episode {self.rows[episode].number} are "
+                f"{image.shape}, meta/info.json declares {size}; correct the shape, or restore the images."
+            )
+
+    def _video(self, camera: str, chunk: int, file: int) -> Path:
+        path: str = self.info["video_path"]
+        name = path.format(video_key=IMAGE_PREFIX + camera, chunk_index=chunk, file_index=file)
+        return self.root / name
+
+    def _picture(
+        self, camera: str, row: EpisodeRow, frame: int, open_video: Callable[[Path], VideoReader]
+    ) -> ImageArray:
+        video = open_video(self._video(camera, *row.video_files[camera]))
+        time_s = row.video_starts_s[camera] + float(self._located.timestamps[row.start + frame])
+        return read_picture(video, time_s, frame, row.number, self.spec.rate_hz)
 
     def _pictures(self, camera: str, episodes: Sequence[int]) -> Iterator[ImageArray]:
         for (chunk, file), inside in groupby(episodes, lambda episode: self.rows[episode].video_files[camera]):
-            name = self.info["video_path"].format(video_key=IMAGE_PREFIX + camera, chunk_index=chunk, file_index=file)
             rows = [self.rows[episode] for episode in inside]
             times = self._located.timestamps
             yield from read_pictures(
-                self.root / name,
+                self._video(camera, chunk, file),
                 [row.video_starts_s[camera] + times[row.start : row.start + row.length] for row in rows],
                 [row.number for row in rows],
                 self.spec.rate_hz,

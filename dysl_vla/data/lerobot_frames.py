@@ -64,6 +64,15 @@ class Located:
     spans: list[list[Span]]
 
 
+def row_of(spans: Sequence[Span], frame: int) -> Span:
+    """Return the place of one frame among the spans of its episode."""
+    for span in spans:
+        if frame < span.stop - span.first:
+            return Span(span.file, span.first + frame, span.first + frame + 1)
+        frame -= span.stop - span.first
+    raise IndexError(f"frame {frame} is beyond the episode's end")
+
+
 def locate(root: Path, rows: Sequence[EpisodeRow], rate_hz: float) -> Located:
     """Find the frames of episodes in the data files, and check their times.
 
@@ -201,15 +210,34 @@ def read_pictures(
     with closing(VideoReader(path)) as video:
         for number, times in zip(numbers, times_s, strict=True):
             for frame, wanted in enumerate(times.tolist()):
-                time, image = video.nearest(wanted)
-                if abs(time - wanted) > TOLERANCE / rate_hz:
-                    raise DatasetError(
-                        f"{path}: has no picture for frame {frame} of episode {number}, at {wanted:.4f} s; the nearest "
-                        f"is at {time:.4f} s. It has {video.rate_hz:.4g} pictures a second, fps of meta/info.json is "
-                        f"{rate_hz:g}. If that is the rate of the data, too, correct fps; else the video is of another "
-                        "recording or was cut off: restore it."
-                    )
-                yield image
+                yield read_picture(video, wanted, frame, number, rate_hz)
+
+
+def read_picture(video: VideoReader, wanted_s: float, frame: int, number: int, rate_hz: float) -> ImageArray:
+    """Read the picture of one frame.
+
+    Args:
+        video: The video.
+        wanted_s: The frame's time in the video, in seconds.
+        frame: The frame's number in its episode, for the message.
+        number: The episode's `episode_index`, for the message.
+        rate_hz: Frames a second.
+
+    Returns:
+        The picture, uint8 (height, width, 3).
+
+    Raises:
+        DatasetError: The video is damaged, or has no picture at this time.
+    """
+    time, image = video.nearest(wanted_s)
+    if abs(time - wanted_s) > TOLERANCE / rate_hz:
+        raise DatasetError(
+            f"{video.path}: has no picture for frame {frame} of episode {number}, at {wanted_s:.4f} s; the nearest is "
+            f"at {time:.4f} s. It has {video.rate_hz:.4g} pictures a second, fps of meta/info.json is {rate_hz:g}. If "
+            "that is the rate of the data, too, correct fps; else the video is of another recording or was cut off: "
+            "restore it."
+        )
+    return image
 
 
 def read_images(spans: Sequence[Span], key: str) -> Iterator[ImageArray]:
@@ -253,7 +281,10 @@ def _values(file: pq.ParquetFile, key: str, spans: Sequence[Span]) -> Iterator[t
         first, stop = stop, stop + file.metadata.row_group(group).num_rows
         if not any(span.first < stop and first < span.stop for span in spans):
             continue
+        last = max(span.stop for span in spans)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[key]):
+            if first >= last:
+                return
             column = batch.column(batch.schema.names.index(key))
             for span in spans:
                 start, end = max(span.first, first), min(span.stop, first + len(column))

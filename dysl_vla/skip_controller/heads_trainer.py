@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dysl_vla.errors import ConfigError
+from dysl_vla.processes import Processes
 from dysl_vla.schedule import cosine_with_warmup
 from dysl_vla.skip_controller.skipping import Skipper
 from dysl_vla.skip_controller.torch_backend import Act, Forward
@@ -120,6 +121,8 @@ class HeadsTrainer:
         act: The policy's `act`: maps inputs to normalised actions, (batch, chunk, action), by any number of forwards.
         execute_steps: Number of actions of a chunk that are executed.
         config: The training's configuration.
+        processes: Processes that each update with their share of every batch, and agree on the result; None: this one
+            alone.
 
     Attributes:
         step: Number of steps done.
@@ -131,7 +134,14 @@ class HeadsTrainer:
         ConfigError: The decoder was attached without heads, or nothing can be skipped.
     """
 
-    def __init__(self, skipper: Skipper, act: Act, execute_steps: int, config: DistillConfig) -> None:
+    def __init__(
+        self,
+        skipper: Skipper,
+        act: Act,
+        execute_steps: int,
+        config: DistillConfig,
+        processes: Processes | None = None,
+    ) -> None:
         if skipper.heads is None:
             raise ConfigError("heads must be attached with the decoder; without them there is nothing to train.")
         self._exits = [skipper.plan.exits_of(block) for block in skipper.plan.blocks]
@@ -142,6 +152,7 @@ class HeadsTrainer:
         self._heads: nn.Module = skipper.heads
         self._execute = execute_steps
         self._config = config
+        self._processes = processes or Processes()
         self.step = 0
         self.tolerance = 0.0
         self.parameters = dict(self._heads.named_parameters())
@@ -157,9 +168,9 @@ class HeadsTrainer:
         first = _recorded(forwards)[0]
         return FullModelAnswer(actions, [first[block.target] for block in self._skipper.plan.blocks])
 
-    def rng(self) -> np.random.Generator:
-        """Return the random generator of the coming step; draw the batch from it, then hand it to `update`."""
-        return np.random.default_rng([self._config.seed, self.step])
+    def rng(self, step: int | None = None) -> np.random.Generator:
+        """Return the random generator of a step, or of the coming one; draw the batch, then hand it to `update`."""
+        return np.random.default_rng([self._config.seed, self.step if step is None else step])
 
     @property
     def is_first_stage(self) -> bool:
@@ -188,14 +199,41 @@ class HeadsTrainer:
             else:
                 assert answer is not None
                 loss, figures = self._skip_loss(batch, answer, rng)
-        if not math.isfinite(loss.item()):
-            raise ConfigError(f"learning_rate must be lower: the loss is {loss.item()} at step {self.step}.")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        figures = self._averaged(figures)
+        if not math.isfinite(figures["loss"]):
+            raise ConfigError(f"learning_rate must be lower: the loss is {figures['loss']} at step {self.step}.")
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.step += 1
         return figures
+
+    def _averaged(self, figures: dict[str, float]) -> dict[str, float]:
+        """Average gradients and figures over the processes, whose shares of a batch are equally large."""
+        if self._processes.count == 1:
+            return figures
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]  # of the same heads everywhere
+        values = gradients[0].new_tensor(list(figures.values()))
+        self._processes.average([*gradients, values])
+        return dict(zip(figures, values.tolist(), strict=True))
+
+    def _weighted(self, means: list[Tensor], mask: Tensor | None, like: Tensor) -> list[Tensor]:
+        """Weight means over tokens by this process's number of tokens, relative to its mean over the processes.
+
+        Their averages over the processes are then the means over the tokens of the whole batch.
+
+        Args:
+            means: The means.
+            mask: Which tokens are not padding; None: all.
+            like: Hidden states, (batch, tokens, hidden).
+        """
+        if self._processes.count == 1:
+            return means
+        own = float(like[..., 0].numel() if mask is None else mask.sum())
+        average = torch.tensor([own])
+        self._processes.average([average])
+        return [mean * (own / float(average)) for mean in means]
 
     def _rate(self) -> float:
         """Return the learning rate: a cosine over each stage, with a warm-up."""
@@ -211,13 +249,15 @@ class HeadsTrainer:
             self._act(inputs, Forward())
         assert self._skipper.heads is not None
         adapters = self._skipper.heads.adapters
+        first = _recorded(forwards)[0][0]
         errors = {}
         for block, exits in zip(self._skipper.plan.blocks, self._exits, strict=True):
             for layer in exits:
                 parts = [
                     relative_error(adapters[str(layer)](layers[layer]), layers[block.target], None if later else mask)
-                    for later, layers in enumerate(_recorded(forwards))
+                    for later, layers in enumerate(forwards)
                 ]
+                parts[:1] = self._weighted(parts[:1], mask, first)
                 errors[layer] = torch.stack(parts).mean()
         loss = torch.stack(list(errors.values())).mean()
         return loss, {"loss": loss.item()} | {f"adapter_error/{layer}": e.item() for layer, e in errors.items()}
@@ -242,14 +282,15 @@ class HeadsTrainer:
         distance = (actions - answer.actions).abs().mean(dim=2)
         error = distance[:, : self._execute].mean(dim=1)
         task = (1 - config.executed_weight) * distance.mean() + config.executed_weight * error.mean()
-        hidden = torch.stack([relative_error(forced.targets[b], answer.targets[b], mask) for b in chosen]).mean()
+        errors = [relative_error(forced.targets[b], answer.targets[b], mask) for b in chosen]
+        hidden = torch.stack(self._weighted(errors, mask, answer.targets[0])).mean()
         # The controllers' loss: was it harmless to skip?
         outputs = torch.stack([forced.outputs[b] for b in chosen])  # (blocks, batch)
         if is_mixture:
             kept = outputs.new_tensor([float(plan.blocks[b].target - (places[b] or 0)) for b in chosen])
             controllers = config.layer_weight * ((1 - outputs) * kept[:, None]).sum(dim=0).mean()
         else:
-            self._update_tolerance(error.detach())
+            self._update_tolerance(self._processes.gathered(error.detach()))
             label = (error.detach() < self.tolerance).to(outputs.dtype).expand_as(outputs)
             controllers = nn.functional.binary_cross_entropy(outputs.float(), label.float())
         loss = task + config.hidden_weight * hidden + controllers

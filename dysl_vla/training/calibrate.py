@@ -117,7 +117,7 @@ def measure(policy: SkippablePolicy, demonstrations: Demonstrations, frames: int
     split = split_of(demonstrations, policy.provenance)
     chosen = choose_frames(demonstrations, frames, split, held_out=True)
     encoded = encode(policy, demonstrations, chosen, "held-out frames")
-    bar = tqdm(total=len(encoded.items), desc="measuring layers", unit="frame")
+    bar = tqdm(total=len(encoded), desc="measuring layers", unit="frame")
     with torch.inference_mode(), bar:
         sums, count = np.zeros(1), 0
         for rows, items in encoded.batches():

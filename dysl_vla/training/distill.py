@@ -1,7 +1,8 @@
 """`dysl distill`: from a policy and demonstrations to a checkpoint that skips layers.
 
-It encodes the demonstrations once, hands batches to the trainer in `skip_controller`, keeps curves and a state that is
-resumed exactly, and writes the policy with its heads, their statistics on held-out demonstrations included.
+It hands batches of encoded demonstrations to the trainer in `skip_controller`, keeps curves and a state that is resumed
+exactly, and writes the policy with its heads, their statistics on held-out demonstrations included. Processes that
+`accelerate launch` started share each batch, and the first one writes.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -25,8 +27,6 @@ from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
     append_line,
-    atomic_write,
-    check_memory,
     check_same_run,
     is_unused,
     locked_dir,
@@ -39,27 +39,29 @@ from dysl_vla.files import (
 from dysl_vla.interrupts import deferred_interrupt
 from dysl_vla.policies import ComputeConfig, SkippablePolicy, is_known_as, load_skippable_policy, original_fingerprint
 from dysl_vla.training.calibrate import calibrated_plan, read_plan
-from dysl_vla.training.encoding import Encoded, encode
+from dysl_vla.training.encoding import encode
 from dysl_vla.training.importance import choose_importance
 from dysl_vla.training.replay import Replay
 from dysl_vla.training.train import describe
 
 with needs_extra("policy"):
     import torch
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
     from torch.utils.tensorboard.writer import SummaryWriter
 
     from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, load_heads, save_skips
+    from dysl_vla.processes import Processes, launched_processes
     from dysl_vla.skip_controller.guidance import importance_measures
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
-    from dysl_vla.skip_controller.heads_trainer import DistillConfig, FullModelAnswer, HeadsTrainer, mixed_precision
+    from dysl_vla.skip_controller.heads_trainer import DistillConfig, HeadsTrainer, mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
+    from dysl_vla.training.batches import Batches
     from dysl_vla.training.check_policy import check_policy, check_saved
-    from dysl_vla.training.optimizer_state import optimizer_tensors, restore_optimizer
+    from dysl_vla.training.encoded import Encoded, StreamedFrames
+    from dysl_vla.training.heads_state import Progress, restore_heads_state, save_heads_state
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
+STREAM = {"auto": None, "always": True, "never": False}
 REPORT_EVERY = 50
 SAVE_EVERY = 500
 
@@ -81,9 +83,12 @@ class DistillRunConfig:
     plan: Path | None = None
     """A plan written by `dysl calibrate`. When not given, one is calibrated with its defaults."""
     frames: int = 32_000
-    """Number of frames to train on, evenly spread; they are kept encoded in memory."""
+    """Number of frames to train on, evenly spread."""
     augment_copies: int = 0
-    """Number of copies of each frame to train on, too, with images moved by up to 4 pixels; also kept in memory."""
+    """Number of copies of each frame to train on, too, with images moved by up to 4 pixels."""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """Whether frames are read from the dataset and encoded for each step, in place of once and kept in memory; auto:
+    where they do not fit."""
     init_heads: bool = False
     """Start from the heads that the policy comes with, with their plan and without stage 1, instead of new ones."""
     adapter_size: int | None = None
@@ -102,6 +107,8 @@ class DistillRunConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}.")
+        if self.stream not in STREAM:
+            raise ConfigError(f"stream must be one of {', '.join(STREAM)}, got {self.stream!r}.")
         if self.importance is not None:
             importance_measures.get(self.importance)
         for name in ("plan", "adapter_size", "controller_size"):
@@ -122,44 +129,93 @@ def distill(config: DistillRunConfig) -> Path:
         DatasetError: The demonstrations are damaged or too few.
         CheckpointError: The policy or the state is damaged.
     """
+    if config.init_heads:
+        config = replace(config, training=replace(config.training, adapter_steps=0))
+    with launched_processes(config.compute.device) as processes:
+        # The main process checks everything first, so that a mistake is reported once, and the others wait.
+        parts = _load(config, processes) if processes.is_main else None
+        decided = processes.from_main(parts and _decide(config, *parts))
+        assert decided is not None
+        if decided.is_finished:
+            return config.out
+        policy, demonstrations, initial = parts or _load(config, processes)
+        cores = len(os.sched_getaffinity(0)) // processes.local_count
+        torch.set_num_threads(config.training.threads or max(1, cores))
+        run = _Run(config, decided, policy, demonstrations, initial=initial, processes=processes)
+        with locked_dir(config.out) if processes.is_main else nullcontext():
+            if processes.is_main:
+                write_json(config.out / RUN_FILE, decided.identity)
+                if not (config.out / MANIFEST).exists():
+                    # What is kept is the policy as it came, not as it was cast for this training.
+                    check_saved(load_skippable_policy(config.policy) if config.compute.dtype else policy, config.out)
+            processes.wait()
+            run.run()
+    return config.out
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What the main process decides for all.
+
+    Attributes:
+        identity: Settings by which the run is known again.
+        plan: Which layers may be skipped.
+        importance: The importance measure.
+        is_finished: Whether the run has been finished before.
+    """
+
+    identity: dict[str, Any]
+    plan: SkipPlan
+    importance: str
+    is_finished: bool
+
+
+def _load(
+    config: DistillRunConfig, processes: Processes
+) -> tuple[SkippablePolicy, Demonstrations, InitialHeads | None]:
     if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
         raise ConfigError(
             f"out must be a new folder or one of a distillation; {config.out} is not empty and holds none."
         )
-    if config.init_heads:
-        config = replace(config, training=replace(config.training, adapter_steps=0))
-    policy = load_skippable_policy(config.policy, config.compute)
+    if config.training.batch % processes.count:
+        raise ConfigError(
+            f"batch must be a multiple of the {processes.count} processes that share it, got {config.training.batch}."
+        )
+    device = processes.own_device(config.compute.device)
+    policy = load_skippable_policy(config.policy, replace(config.compute, device=device))
     demonstrations = demonstrations_for(config.data, policy.spec)
+    return policy, demonstrations, _initial_heads(config.policy, policy) if config.init_heads else None
+
+
+def _decide(
+    config: DistillRunConfig,
+    policy: SkippablePolicy,
+    demonstrations: Demonstrations,
+    initial: InitialHeads | None,
+) -> _Decided:
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
-    del settings["training"]
+    for name in ("training", "stream"):
+        del settings[name]
     identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
-    initial = _initial_heads(config.policy, policy) if config.init_heads else None
     identity["initial"] = initial and initial.digest
-    if not (config.out / RUN_FILE).exists():
+    run_file = config.out / RUN_FILE
+    is_begun = run_file.exists()
+    if is_begun:  # before a plan is calibrated, which takes a while
+        check_same_run(run_file, {**identity, "plan": read_json(run_file).get("plan")})
+    else:
         check_policy(policy, demonstrations)
-    if (config.out / RUN_FILE).exists():  # before a plan is calibrated, which takes a while
-        check_same_run(config.out / RUN_FILE, {**identity, "plan": read_json(config.out / RUN_FILE).get("plan")})
     if initial:
         plan = initial.heads.plan
     else:
         plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
     identity["plan"] = json.loads(json.dumps(asdict(plan)))
-    if (config.out / RUN_FILE).exists():
-        check_same_run(config.out / RUN_FILE, identity)
-        if _is_finished(config):
-            return config.out
-    torch.set_num_threads(config.training.threads or len(os.sched_getaffinity(0)))
-    importance = choose_importance(
-        config.importance or (initial.importance if initial else None), demonstrations, policy.spec
-    )
-    run = _Run(config, plan, policy, demonstrations, initial=initial, importance=importance)
-    with locked_dir(config.out):
-        write_json(config.out / RUN_FILE, identity)
-        if not (config.out / MANIFEST).exists():
-            # What is kept is the policy as it came, not as it was cast for this training.
-            check_saved(load_skippable_policy(config.policy) if config.compute.dtype else policy, config.out)
-        run.run()
-    return config.out
+    if is_begun:
+        check_same_run(run_file, identity)
+    importance = config.importance or (initial.importance if initial else None)
+    is_finished = is_begun and _is_finished(config)
+    if not is_finished:
+        importance = choose_importance(importance, demonstrations, policy.spec)
+    return _Decided(identity, plan, importance or "", is_finished)
 
 
 def _is_finished(config: DistillRunConfig) -> bool:
@@ -201,15 +257,16 @@ class _Run:
     def __init__(
         self,
         config: DistillRunConfig,
-        plan: SkipPlan,
+        decided: _Decided,
         policy: SkippablePolicy,
         demonstrations: Demonstrations,
         *,
         initial: InitialHeads | None,
-        importance: str,
+        processes: Processes,
     ) -> None:
-        self._importance = importance
-        self._initial = initial
+        plan, self._importance = decided.plan, decided.importance
+        self._initial, self._processes = initial, processes
+        self._progress = Progress()
         self._config, self._policy, self._demonstrations = config, policy, demonstrations
         for parameter in _parameters(policy):
             parameter.requires_grad_(False)
@@ -218,91 +275,86 @@ class _Run:
         self._heads.to(next(policy.layers.parameters()).device)
         with mixed_precision(policy.layers):
             self._skipper = attach(policy.layers, plan, self._heads, followers=policy.followers)
-        self._trainer = HeadsTrainer(self._skipper, policy.act, policy.spec.execute_steps, config.training)
+        self._trainer = HeadsTrainer(self._skipper, policy.act, policy.spec.execute_steps, config.training, processes)
 
     def run(self) -> None:
         config, trainer = self._config, self._trainer
-        seconds = self._resume()
+        self._progress = restore_heads_state(config.out / STATE_FILE, trainer)
+        if self._processes.is_main:
+            curve = config.out / CURVE_FILE
+            write_lines(curve, [point for point in read_lines(curve) if point["step"] <= trainer.step])
+        seconds = self._progress.seconds
         if trainer.step < config.training.steps:
             seconds = self._train(seconds)
-        self._finish(seconds)
+        if self._processes.is_main:
+            self._finish(seconds)
 
     def _train(self, seconds: float) -> float:
-        config, trainer = self._config, self._trainer
-        split = split_of(self._demonstrations, self._policy.provenance)
-        chosen = choose_frames(self._demonstrations, config.frames, split, held_out=False)
-        frames = encode(self._policy, self._demonstrations, chosen, "frames", augment_copies=config.augment_copies)
-        answers: FullModelAnswer | None = None
-        are_asked = False  # whether the full model's answers to all frames have been computed
-        board = SummaryWriter(str(config.out / "tensorboard"), purge_step=trainer.step + 1)
+        config, trainer, is_main = self._config, self._trainer, self._processes.is_main
+        steps = Batches(self._policy, trainer, self._frames(), config.training.batch, self._processes)
         started = time.monotonic() - seconds
         figures: list[dict[str, float]] = []
         with (
             deferred_interrupt() as interrupt,
-            tqdm(total=config.training.steps, initial=trainer.step, desc="distilling", unit="step") as progress,
+            SummaryWriter(str(config.out / "tensorboard"), purge_step=trainer.step + 1)
+            if is_main
+            else nullcontext() as board,
+            closing(steps.until(config.training.steps)) as batches,
+            tqdm(
+                total=config.training.steps, initial=trainer.step, desc="distilling", unit="step", disable=not is_main
+            ) as progress,
         ):
-            while trainer.step < config.training.steps:
-                if not are_asked and not trainer.is_first_stage:
-                    answers, are_asked = self._answers(frames), True
-                figures.append(self._update(frames, answers))
+            for batch, answer, rng in batches:
+                figures.append(trainer.update(batch, answer, rng))
                 progress.update()
                 seconds = time.monotonic() - started
+                stops = self._processes.is_any(interrupt.is_requested)
                 stage_ends = trainer.step in (config.training.adapter_steps, config.training.steps)
                 if trainer.step % REPORT_EVERY == 0 or stage_ends:
                     point = {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
                     figures.clear()
-                    append_line(config.out / CURVE_FILE, {"step": trainer.step, **point, "seconds": round(seconds, 1)})
-                    for name, value in point.items():
-                        board.add_scalar(name, value, trainer.step)
+                    if board is not None:
+                        self._report(point, seconds, board)
                     progress.set_postfix({name: f"{value:.4f}" for name, value in point.items() if "/" not in name})
-                if trainer.step % SAVE_EVERY == 0 or stage_ends or interrupt.is_requested:
+                if is_main and (trainer.step % SAVE_EVERY == 0 or stage_ends or stops):
                     self._save_state(seconds)
-                if interrupt.is_requested:
+                if stops:
+                    self._processes.wait()  # the first process to end has the others ended, and one of them is saving
                     raise KeyboardInterrupt
-        board.close()
         return seconds
 
-    def _update(self, frames: Encoded, answers: FullModelAnswer | None) -> dict[str, float]:
-        """One step on a batch of frames."""
-        trainer = self._trainer
-        rng = trainer.rng()
-        rows = np.sort(rng.integers(0, len(frames.items), self._config.training.batch))
-        batch = self._policy.collate(frames.rows(rows))
-        answer: FullModelAnswer | None = None
-        if not trainer.is_first_stage:  # where items are padded, the answer depends on the batch
-            answer = trainer.answer(batch) if answers is None else _rows(answers, rows)
-        return trainer.update(batch, answer, rng)
+    def _report(self, point: dict[str, float], seconds: float, board: SummaryWriter) -> None:
+        step = self._trainer.step
+        append_line(self._config.out / CURVE_FILE, {"step": step, **point, "seconds": round(seconds, 1)})
+        for name, value in point.items():
+            board.add_scalar(name, value, step)
 
-    def _answers(self, frames: Encoded) -> FullModelAnswer | None:
-        """Compute the full model's answer to every frame once; None where batches are padded, each in its own way."""
-        everything: FullModelAnswer | None = None
-        count = len(frames.items)
-        with tqdm(total=count, desc="asking the full model", unit="frame") as progress:
-            for rows, items in frames.batches():
-                batch = self._policy.collate(items)
-                if batch[1] is not None and not batch[1].all():
-                    return None
-                answer = self._trainer.answer(batch)
-                parts = [answer.actions, *answer.targets]
-                if everything is None:
-                    needed = sum(part[0].nbytes for part in parts) * count
-                    check_memory(needed, f"{count} answers of the full model", "give fewer --frames")
-                    actions, *targets = [part.new_empty((count, *part.shape[1:])) for part in parts]
-                    everything = FullModelAnswer(actions, targets)
-                pairs = zip(everything.targets, answer.targets, strict=True)
-                if any(kept.shape[1:] != part.shape[1:] for kept, part in pairs):
-                    return None
-                for kept, part in zip([everything.actions, *everything.targets], parts, strict=True):
-                    kept[rows] = part
-                progress.update(rows.stop - rows.start)
-        return everything
+    def _frames(self) -> Encoded:
+        config, policy = self._config, self._policy
+        stream = self._progress.is_streamed if config.stream == "auto" else STREAM[config.stream]
+        split = split_of(self._demonstrations, policy.provenance)
+        frames = encode(
+            policy,
+            self._demonstrations,
+            choose_frames(self._demonstrations, config.frames, split, held_out=False),
+            "frames",
+            augment_copies=config.augment_copies,
+            stream=stream,
+            processes=self._processes,
+        )
+        self._progress = replace(self._progress, is_streamed=isinstance(frames, StreamedFrames))
+        return frames
+
+    def _save_state(self, seconds: float) -> None:
+        self._progress = replace(self._progress, seconds=seconds)
+        save_heads_state(self._config.out / STATE_FILE, self._trainer, self._progress)
 
     def _finish(self, seconds: float) -> None:
         config = self._config
         spec = self._policy.spec
         lookahead = min(LOOKAHEAD, spec.chunk_length - spec.execute_steps)
         self._heads.to(next(self._policy.layers.parameters()).dtype)
-        replay = Replay(self._policy, self._demonstrations)
+        replay = Replay(self._policy, self._demonstrations, stream=STREAM[config.stream] or None)
         statistics = replay.statistics(self._skipper, lookahead, self._importance)
         self._skipper.detach()
         settings = SkipSettings(
@@ -328,39 +380,6 @@ class _Run:
         save_skips(config.out, self._heads, settings, record)
         (config.out / STATE_FILE).unlink(missing_ok=True)
 
-    def _save_state(self, seconds: float) -> None:
-        trainer = self._trainer
-        state = {f"weights.{name}": p.detach() for name, p in trainer.parameters.items()}
-        state |= optimizer_tensors(trainer.parameters, trainer.optimizer)
-        metadata = {
-            "step": str(trainer.step),
-            "seconds": str(seconds),
-            "tolerance": trainer.tolerance.hex(),
-        }
-        with atomic_write(self._config.out / STATE_FILE) as temporary:
-            save_file(state, temporary, metadata=metadata)
-
-    @torch.no_grad()
-    def _resume(self) -> float:
-        """Read the state, if there is one, and return the seconds that were spent so far."""
-        path, trainer = self._config.out / STATE_FILE, self._trainer
-        seconds = 0.0
-        if path.exists():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    metadata = file.metadata()
-                    for name, parameter in trainer.parameters.items():
-                        parameter.copy_(file.get_tensor(f"weights.{name}"))
-                    restore_optimizer(trainer.parameters, trainer.optimizer, file)
-                trainer.step = int(metadata["step"])
-                trainer.tolerance = float.fromhex(metadata["tolerance"])
-                seconds = float(metadata["seconds"])
-            except (SafetensorError, KeyError, RuntimeError) as error:
-                raise CheckpointError(f"{path} is damaged ({error}); remove it to train from the start.") from error
-        curve = self._config.out / CURVE_FILE
-        write_lines(curve, [point for point in read_lines(curve) if point["step"] <= trainer.step])
-        return seconds
-
 
 def _new_heads(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePolicy) -> SkipHeads:
     weights = sum(p.numel() for p in policy.layers.parameters())
@@ -371,8 +390,3 @@ def _new_heads(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePolicy
 def _parameters(policy: SkippablePolicy) -> Iterator[torch.nn.Parameter]:
     """Yield all parameters of a policy, which must stay as they are."""
     yield from (policy if isinstance(policy, torch.nn.Module) else policy.layers).parameters()
-
-
-def _rows(answer: FullModelAnswer, rows: Any) -> FullModelAnswer:
-    chosen = torch.from_numpy(rows)
-    return FullModelAnswer(answer.actions[chosen], [target[chosen] for target in answer.targets])

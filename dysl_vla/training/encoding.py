@@ -1,9 +1,9 @@
-"""Demonstrations as a policy's decoder reads them: each frame is encoded once, and kept in memory."""
+"""Demonstrations as a policy's decoder reads them: encoded once and kept, or, where memory is short, streamed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -11,44 +11,25 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dysl_vla.data.lerobot import Demonstrations
+from dysl_vla.data.random_access import FrameSource, shifted
 from dysl_vla.data.selection import observations
-from dysl_vla.errors import DatasetError
+from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import check_memory
+from dysl_vla.files import available_memory
 from dysl_vla.policies import SkippablePolicy
-from dysl_vla.types import IMAGE_PREFIX, EpisodeState, Observation
+from dysl_vla.types import EpisodeState, Observation
 
 with needs_extra("policy"):
     import torch
     from torch import Tensor
 
+    from dysl_vla.processes import Processes
     from dysl_vla.skip_controller.torch_backend import Forward, to_numpy
     from dysl_vla.training.behaviour_cloning import SHIFT
+    from dysl_vla.training.encoded import BATCH, Encoded, KeptFrames, StreamedFrames
 
-BATCH = 32
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Frames, encoded.
-
-    Attributes:
-        indices: The frames' indices in the dataset, (frames,), rising; a copy has its frame's.
-        items: What the policy's `encode` returned for each.
-    """
-
-    indices: NDArray[np.int64]
-    items: list[Any]
-
-    def rows(self, rows: NDArray[np.int64]) -> list[Any]:
-        """Return the items of some rows."""
-        return [self.items[row] for row in rows.tolist()]
-
-    def batches(self, size: int = BATCH) -> Iterator[tuple[slice, list[Any]]]:
-        """Yield all items in order, in batches, with their rows."""
-        for start in range(0, len(self.items), size):
-            rows = slice(start, min(start + size, len(self.items)))
-            yield rows, self.items[rows]
+MEMORY_SHARE = 0.8
+"""Share of the free memory that encoded frames may take before they are streamed; the rest is for the training."""
 
 
 @torch.inference_mode(False)
@@ -60,8 +41,10 @@ def encode(
     what: str,
     *,
     augment_copies: int = 0,
+    stream: bool | None = None,
+    processes: Processes | None = None,
 ) -> Encoded:
-    """Encode chosen frames.
+    """Encode chosen frames, and keep them where they fit into memory.
 
     A policy with memory gets its state by acting on the demonstration from its beginning, at the moments at which it
     would infer; in place of each chosen frame, the latest of these moments is taken then.
@@ -73,27 +56,78 @@ def encode(
         what: Name of the frames on the progress bar.
         augment_copies: Number of copies of each frame, behind it, whose images are moved as in training; how far is a
             function of frame and copy.
+        stream: Whether frames are read and encoded when they are needed, in place of kept; None: where they do not
+            fit, measured by the first of them.
+        processes: Processes of which each holds all frames; None: this one alone.
 
     Raises:
+        ConfigError: The frames shall be kept and do not fit into memory, or the policy's state needs them to be kept.
         DatasetError: A file is damaged.
         ObservationError: The frames do not fit the policy.
     """
+    processes = processes or Processes()
     resizes: Mapping[str, tuple[int, int]] = getattr(policy, "resizes", {})
     if policy.has_memory:
         chosen = _moments(demonstrations, chosen, policy.spec.execute_steps)
-    total = len(chosen) * (1 + augment_copies)
+        if stream:
+            raise ConfigError(
+                "stream must not be always for a policy with memory, whose frames are encoded in the order of their "
+                "episodes and kept; give fewer --frames where memory is short."
+            )
+    if not stream:
+        batches = _encoded(policy, demonstrations, chosen, resizes, augment_copies)
+        total = len(chosen) * (1 + augment_copies)
+        bar = tqdm(total=total, desc=f"encoding {what}", unit="frame", disable=not processes.is_main)
+        with closing(batches), bar:
+            kept = _kept(policy, batches, bar, stream, processes)
+        if kept is not None:
+            return kept
+    source = FrameSource(demonstrations, chosen, augment_copies, resizes, SHIFT)
+    return StreamedFrames(policy, source, processes.local_count)
+
+
+def _kept(
+    policy: SkippablePolicy,
+    batches: Iterator[tuple[list[int], list[Any]]],
+    bar: tqdm[Any],
+    stream: bool | None,
+    processes: Processes,
+) -> KeptFrames | None:
+    """Keep all frames; None where they are to be streamed, which the first of them decide."""
     items: list[Any] = []
     indices: list[int] = []
-    with tqdm(total=total, desc=f"encoding {what}", unit="frame") as progress:
-        for index, some in _encoded(policy, demonstrations, chosen, resizes, augment_copies):
-            if not items:
-                check_memory(
-                    sum(map(_bytes, some)) // len(some) * total, f"{total} encoded frames", "give fewer --frames"
-                )
-            indices += index
-            items += some
-            progress.update(len(some))
-    return Encoded(np.array(indices, np.int64), items)
+    for index, some in batches:
+        if not items and _must_stream(policy, tensor_bytes(some) * bar.total // len(some), some, stream, processes):
+            return None
+        indices += index
+        items += some
+        bar.update(len(some))
+    return KeptFrames(np.array(indices, np.int64), items)
+
+
+def _must_stream(
+    policy: SkippablePolicy, needed: int, some: list[Any], stream: bool | None, processes: Processes
+) -> bool:
+    """Decide whether frames are streamed, alike in all processes, and refuse to keep what does not fit.
+
+    Args:
+        policy: The policy.
+        needed: Bytes that all of them take in each process.
+        some: Some of them, on the device that keeps them.
+        stream: What was asked for; None: what fits.
+        processes: The processes.
+
+    Raises:
+        ConfigError: They do not fit, and must be kept.
+    """
+    free = free_memory(some)
+    needed *= processes.local_count
+    if stream is None and not policy.has_memory:
+        stream = processes.is_any(free is not None and needed > MEMORY_SHARE * free)
+    if not stream and free is not None and needed > free:
+        fix = "give fewer --frames" if policy.has_memory else "give --stream always, or fewer --frames"
+        raise ConfigError(f"memory: encoded frames need {needed / 1e9:.1f} GB, there are {free / 1e9:.1f}; {fix}.")
+    return bool(stream)
 
 
 def _encoded(
@@ -102,7 +136,7 @@ def _encoded(
     chosen: NDArray[np.int64],
     resizes: Mapping[str, tuple[int, int]],
     copies: int,
-) -> Iterator[tuple[list[int], list[Any]]]:
+) -> Generator[tuple[list[int], list[Any]]]:
     """Yield frames and their copies, some at a time, as indices and items."""
     walk = _Walk(policy, demonstrations, chosen) if policy.has_memory else None
     pending: list[tuple[int, Observation]] = []
@@ -116,7 +150,8 @@ def _encoded(
             read += 1
             pending.append((index, observation))
             pending += [
-                (index, _shift(observation, resizes, np.random.default_rng([index, copy]))) for copy in range(copies)
+                (index, shifted(observation, resizes, SHIFT, np.random.default_rng([index, copy])))
+                for copy in range(copies)
             ]
         if pending and (walk is not None or len(pending) >= BATCH):
             yield _flushed(policy, pending, state)
@@ -179,26 +214,24 @@ def _moments_before(demonstrations: Demonstrations, chosen: NDArray[np.int64], s
     return np.array(needed, np.int64)
 
 
-def _bytes(value: Any) -> int:
-    """Count the bytes of the tensors in an item."""
+def tensor_bytes(value: Any) -> int:
+    """Count the bytes of the tensors in an item, a batch or an answer."""
+    return sum(tensor.nbytes for tensor in _tensors(value))
+
+
+def free_memory(value: Any) -> int | None:
+    """Return the free bytes of the device that the tensors in an item are on; None where it is unknown."""
+    device = next((tensor.device for tensor in _tensors(value)), torch.device("cpu"))
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return value.nbytes
+        yield value
+        return
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
         value = vars(value).values() if hasattr(value, "__dict__") else ()
-    return sum(map(_bytes, value))
-
-
-def _shift(observation: Observation, resizes: Mapping[str, tuple[int, int]], rng: np.random.Generator) -> Observation:
-    """Move each camera's image by up to SHIFT of the pixels that the policy gets; its edges are repeated."""
-    moved = dict(observation)
-    for key, image in observation.items():
-        if key.startswith(IMAGE_PREFIX):
-            seen = resizes.get(key.removeprefix(IMAGE_PREFIX), image.shape[:2])
-            shift = round(SHIFT * image.shape[0] / seen[0])
-            down, right = rng.integers(-shift, shift + 1, 2)
-            rows = np.clip(np.arange(image.shape[0]) + down, 0, image.shape[0] - 1)
-            columns = np.clip(np.arange(image.shape[1]) + right, 0, image.shape[1] - 1)
-            moved[key] = image[rows[:, None], columns]
-    return moved
+    for part in value:
+        yield from _tensors(part)

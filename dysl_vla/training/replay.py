@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from dysl_vla.data.split import Split
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies import SkippablePolicy
-from dysl_vla.training.encoding import Encoded, encode
+from dysl_vla.training.encoding import encode
 from dysl_vla.types import FloatArray, SkipTrace, gripper_columns
 
 with needs_extra("policy"):
@@ -31,6 +32,7 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.operating import SkipStatistics
     from dysl_vla.skip_controller.skipping import Skipper
     from dysl_vla.skip_controller.torch_backend import Forward, TorchBackend, to_numpy
+    from dysl_vla.training.encoded import BATCH
 
 EPISODES = 60
 """Largest number of held-out episodes that are replayed."""
@@ -74,16 +76,16 @@ class Replay:
     Args:
         policy: The policy, without skipping.
         demonstrations: Demonstrations of an embodiment that it fits.
+        stream: See `encoding.encode`; then one episode at a time is in memory.
 
     Attributes:
         encode_s: Mean seconds of encoding one observation.
-        encoded: The encoded moments.
 
     Raises:
         DatasetError: No episode is held out.
     """
 
-    def __init__(self, policy: SkippablePolicy, demonstrations: Demonstrations) -> None:
+    def __init__(self, policy: SkippablePolicy, demonstrations: Demonstrations, *, stream: bool | None = None) -> None:
         self._policy = policy
         split = split_of(demonstrations, policy.provenance)
         held_out = [row for row in demonstrations.rows if split.is_held_out(row.number)]
@@ -93,10 +95,12 @@ class Replay:
         step = policy.spec.execute_steps
         self._episodes = [np.arange(row.start, row.start + row.length, step) for row in rows]
         self.encode_s = _encoding_time(policy, demonstrations, split)
-        self.encoded: Encoded = encode(policy, demonstrations, np.concatenate(self._episodes), "held-out episodes")
+        moments = np.concatenate(self._episodes)
+        self._encoded = encode(policy, demonstrations, moments, "held-out episodes", stream=stream)
         self._answers = np.concatenate(
-            [to_numpy(policy.act(policy.collate(items)[0], Forward())) for _, items in self.encoded.batches()]
+            [to_numpy(policy.act(policy.collate(items)[0], Forward())) for _, items in self._encoded.batches()]
         )
+        self._read: tuple[int, list[Any]] = (-1, [])  # the episode that was asked for last, and its items
 
     def statistics(self, skipper: Skipper, lookahead: int, importance: str) -> SkipStatistics:
         """Measure controllers' outputs and an importance measure, while everything that may be skipped is skipped."""
@@ -116,12 +120,12 @@ class Replay:
         drops: list[float] = []
         surprises: list[float] = []
         row = 0
-        with torch.inference_mode(), tqdm(total=len(self.encoded.items), desc="measuring", unit="inference") as bar:
-            for moments in self._episodes:
+        with torch.inference_mode(), tqdm(total=len(self._encoded), desc="measuring", unit="inference") as bar:
+            for episode in range(len(self)):
                 state = guide.reset()
-                for before in range(len(moments)):
+                for before, item in enumerate(self._items(episode)):
                     guide.observe(state, self._executed(row, before))
-                    passed = backend.run(self._policy.collate([self.encoded.items[row]]), points)
+                    passed = backend.run(self._policy.collate([item]), points)
                     predicted = passed.actions[0]
                     outputs.extend(passed.outputs[0].values())
                     if state.change is not None and state.change < 0:
@@ -149,14 +153,14 @@ class Replay:
         """Do as `play` does in one of the `len(replay)` episodes."""
         traces: list[SkipTrace] = []
         errors, llm, rest = [], [], []
-        first = sum(map(len, self._episodes[:episode]))
+        first = self._first_row(episode)
         state = policy.reset()
         steps = policy.spec.execute_steps
-        for before in range(len(self._episodes[episode])):
+        for before, item in enumerate(self._items(episode)):
             row = first + before
             state.executed.clear()
             state.executed.extend(policy.spec.action_normalisation.undo(self._executed(row, before)))
-            [chunk] = policy.infer_encoded([self.encoded.items[row]], [state])
+            [chunk] = policy.infer_encoded([item], [state])
             assert chunk.skips is not None
             predicted = policy.spec.action_normalisation.apply(chunk.actions[:steps])
             errors.append(np.abs(predicted - self._answers[row][:steps]).mean())
@@ -167,6 +171,20 @@ class Replay:
 
     def __len__(self) -> int:
         return len(self._episodes)
+
+    def _first_row(self, episode: int) -> int:
+        return sum(map(len, self._episodes[:episode]))
+
+    def _items(self, episode: int) -> list[Any]:
+        if self._read[0] != episode:
+            self._read = (-1, [])  # frees the memory of the one before
+            first = self._first_row(episode)
+            rows = np.arange(first, first + len(self._episodes[episode]))
+            self._read = (
+                episode,
+                [item for part in np.split(rows, range(BATCH, len(rows), BATCH)) for item in self._encoded.rows(part)],
+            )
+        return self._read[1]
 
 
 def _encoding_time(policy: SkippablePolicy, demonstrations: Demonstrations, split: Split) -> float:
