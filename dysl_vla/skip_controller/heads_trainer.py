@@ -120,8 +120,10 @@ class HeadsTrainer:
         act: The policy's `act`: maps inputs to normalised actions, (batch, chunk, action), by any number of forwards.
         execute_steps: Number of actions of a chunk that are executed.
         config: The training's configuration.
+        is_checkpointed: Whether stage 2 computes the activations of the decoder's layers again in backward.
 
     Attributes:
+        is_checkpointed: See above.
         step: Number of steps done.
         tolerance: The running quantile of errors.
         parameters: The heads' parameters by name.
@@ -131,7 +133,9 @@ class HeadsTrainer:
         ConfigError: The decoder was attached without heads, or nothing can be skipped.
     """
 
-    def __init__(self, skipper: Skipper, act: Act, execute_steps: int, config: DistillConfig) -> None:
+    def __init__(
+        self, skipper: Skipper, act: Act, execute_steps: int, config: DistillConfig, *, is_checkpointed: bool = False
+    ) -> None:
         if skipper.heads is None:
             raise ConfigError("heads must be attached with the decoder; without them there is nothing to train.")
         self._exits = [skipper.plan.exits_of(block) for block in skipper.plan.blocks]
@@ -142,6 +146,7 @@ class HeadsTrainer:
         self._heads: nn.Module = skipper.heads
         self._execute = execute_steps
         self._config = config
+        self.is_checkpointed = is_checkpointed
         self.step = 0
         self.tolerance = 0.0
         self.parameters = dict(self._heads.named_parameters())
@@ -230,7 +235,9 @@ class HeadsTrainer:
         places = self._sample_exits(rng)
         inputs, mask = batch
         # Act, with every block left at its exit.
-        with self._skipper.force_exits(places, is_mixture=is_mixture, mask=mask) as forced:
+        with self._skipper.force_exits(
+            places, is_mixture=is_mixture, mask=mask, is_checkpointed=self.is_checkpointed
+        ) as forced:
             actions = self._act(inputs, Forward(forced, needs_gradient=True))
         if not actions.requires_grad:
             raise ConfigError(

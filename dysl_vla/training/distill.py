@@ -87,8 +87,8 @@ class DistillRunConfig:
     init_heads: bool = False
     """Start from the heads that the policy comes with, with their plan and without stage 1, instead of new ones."""
     adapter_size: int | None = None
-    """Width of an adapter's bottleneck. When not given, 88 beside a narrow backbone; beside a wide one such that all
-    adapters have 1.5 % of its weights."""
+    """Width of an adapter's bottleneck. When not given, 88 beside a narrow backbone, and up to 128 beside a wide one,
+    where adapters and controllers together have at most 1.2 % of its weights."""
     controller_size: int = 16
     """Width of a controller's hidden layer."""
     importance: str | None = None
@@ -364,7 +364,9 @@ class _Run:
 
 def _new_heads(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePolicy) -> SkipHeads:
     weights = sum(p.numel() for p in policy.layers.parameters())
-    size = config.adapter_size or default_adapter_size(policy.width, weights, len(plan.dynamic_layers))
+    size = config.adapter_size or default_adapter_size(
+        policy.width, weights, len(plan.dynamic_layers), config.controller_size
+    )
     return SkipHeads(plan, HeadsConfig(policy.width, size, config.controller_size))
 
 

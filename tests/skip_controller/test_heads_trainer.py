@@ -163,3 +163,34 @@ def test_padding_does_not_count() -> None:
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     assert relative_error(predicted, wanted, mask) == 0
     assert relative_error(predicted, wanted) == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+@pytest.mark.parametrize("objective", ["tolerance", "mixture"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_gradient(
+    dtype: torch.dtype, objective: str, side: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, model = make(objective, adapter_steps=0, dtype=dtype)
+    run(trainer, 2, dtype)  # an untrained adapter hides what is behind it
+    batch = {"inputs_embeds": torch.randn(3, 5, 16).to(dtype)}
+    mask = None
+    if side is not None:
+        mask = torch.ones(3, 5, dtype=torch.long)
+        mask[1, slice(0, 2) if side == "left" else slice(3, 5)] = 0
+        batch["attention_mask"] = mask
+    answer, ran = trainer.answer((batch, mask)), []
+    original = model.layers[5].mlp.forward
+    monkeypatch.setattr(model.layers[5].mlp, "forward", lambda hidden: (ran.append(0), original(hidden))[1])
+    gradients = []
+    for is_checkpointed in (False, True):
+        ran.clear()
+        trainer.is_checkpointed = is_checkpointed
+        with mixed_precision(model):
+            loss, _ = trainer._skip_loss((batch, mask), answer, np.random.default_rng(0))
+        before = len(ran)
+        gradients.append(torch.autograd.grad(loss, list(trainer.parameters.values()), allow_unused=True))
+        assert len(ran) == before + is_checkpointed  # computed again, after the body of the mode
+    assert any(g is not None and g.abs().sum() > 0 for g in gradients[0])
+    for kept, computed_again in zip(*gradients, strict=True):
+        assert kept is computed_again is None or torch.equal(kept, computed_again)
