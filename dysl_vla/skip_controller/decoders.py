@@ -76,11 +76,18 @@ class WrappedLayers:
             index: Index of the layer.
             arguments: All its arguments, by name.
             rows: Rows of the batch that run; the others keep their hidden states. None: all rows run.
-            is_checkpointed: Whether backward computes the layer's activations again instead of keeping them. A layer
-                that writes to a cache keeps them all the same, as it would write a second time.
+            is_checkpointed: Whether backward computes the layer's activations again instead of keeping them.
+
+        Raises:
+            ConfigError: A layer that is checkpointed has a cache, or a layer returns what a skipped one cannot.
         """
         original = self.originals[index]
-        if is_checkpointed and cache_of(arguments) is None:
+        if is_checkpointed:
+            if cache_of(arguments) is not None:
+                raise ConfigError(
+                    "checkpointing must be off for a decoder that keeps keys and values, which it would write twice; "
+                    "let the policy's act call it with use_cache=False, or train without checkpointing."
+                )
             # What runs again is the layer's own forward, which does not depend on the mode of the skipper.
             output = checkpoint(original, use_reentrant=False, **arguments)
         elif rows is None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_checkpointing_changes_no_gradient(
 ) -> None:
     trainer, model = make(objective, adapter_steps=0, dtype=dtype)
     run(trainer, 2, dtype)  # an untrained adapter hides what is behind it
-    batch = {"inputs_embeds": torch.randn(3, 5, 16).to(dtype)}
+    batch: dict[str, Any] = {"inputs_embeds": torch.randn(3, 5, 16).to(dtype), "use_cache": False}
     mask = None
     if side is not None:
         mask = torch.ones(3, 5, dtype=torch.long)
@@ -194,3 +195,12 @@ def test_checkpointing_changes_no_gradient(
     assert any(g is not None and g.abs().sum() > 0 for g in gradients[0])
     for kept, computed_again in zip(*gradients, strict=True):
         assert kept is computed_again is None or torch.equal(kept, computed_again)
+
+
+def test_a_decoder_that_would_write_its_cache_twice_is_not_checkpointed() -> None:
+    trainer, model = make()
+    with (
+        trainer._skipper.force_exits([1, 4], is_checkpointed=True),
+        pytest.raises(ConfigError, match=r"checkpointing must be off .* use_cache=False"),
+    ):
+        model(inputs_embeds=torch.randn(3, 5, 16))
