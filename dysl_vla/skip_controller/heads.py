@@ -121,6 +121,11 @@ def _shares(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return shares
 
 
+def forget_shares() -> None:
+    """Forget the weights of tokens that are kept between calls."""
+    _shares.cache_clear()
+
+
 def default_adapter_size(
     hidden_size: int, weights: int, exits: int, controller_size: int = HeadsConfig.controller_size
 ) -> int:

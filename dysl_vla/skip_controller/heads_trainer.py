@@ -232,7 +232,7 @@ class HeadsTrainer:
     ) -> tuple[Tensor, dict[str, float]]:
         config, plan = self._config, self._skipper.plan
         is_mixture = config.objective == "mixture"
-        places = self._sample_exits(rng)
+        places = self.draw_exits(rng)
         inputs, mask = batch
         # Act, with every block left at its exit.
         with self._skipper.force_exits(
@@ -269,7 +269,7 @@ class HeadsTrainer:
             "tolerance": self.tolerance,
         }
 
-    def _sample_exits(self, rng: np.random.Generator) -> list[int | None]:
+    def draw_exits(self, rng: np.random.Generator) -> list[int | None]:
         """Draw where each block is left; at least one is."""
         choices = self._exits
         if rng.random() < self._config.joint_exit_prob:

@@ -90,7 +90,7 @@ def test_the_second_stage_skips_one_layer_of_a_block_at_most_and_of_one_block_at
     trainer, _ = make(adapter_steps=0)
     seen = set()
     for seed in range(200):
-        places = trainer._sample_exits(np.random.default_rng(seed))
+        places = trainer.draw_exits(np.random.default_rng(seed))
         for place, block in zip(places, PLAN.blocks, strict=True):
             assert place is None or block.first <= place < block.target
         assert places != [None, None]
@@ -100,13 +100,13 @@ def test_the_second_stage_skips_one_layer_of_a_block_at_most_and_of_one_block_at
 
 def test_the_second_stage_can_leave_all_blocks_equally_deep() -> None:
     trainer, _ = make(adapter_steps=0, joint_exit_prob=1.0)
-    drawn = {tuple(trainer._sample_exits(np.random.default_rng(seed))) for seed in range(50)}
+    drawn = {tuple(trainer.draw_exits(np.random.default_rng(seed))) for seed in range(50)}
     assert drawn == {(1, 4), (2, None)}  # the second block has one dynamic layer
 
 
 def test_blocks_are_left_at_the_plans_exits_alone() -> None:
     trainer, _ = make(adapter_steps=0, plan=replace(PLAN, exits=(1, 4)))
-    drawn = {tuple(trainer._sample_exits(np.random.default_rng(seed))) for seed in range(100)}
+    drawn = {tuple(trainer.draw_exits(np.random.default_rng(seed))) for seed in range(100)}
     assert drawn == {(1, 4), (1, None), (None, 4)}
     assert sorted(trainer._skipper.heads.adapters) == ["1", "4"]
     run(trainer, 3)
