@@ -85,10 +85,13 @@ def _calibrate(arguments: Sequence[str]) -> int:
 
 
 def _distill(arguments: Sequence[str]) -> int:
-    from dysl_vla.training.distill import DistillRunConfig, distill
+    from dysl_vla.training.distill import DistillRunConfig, distill, dry_run
     from dysl_vla.training.train import evaluation
 
     config = _parse(DistillRunConfig, arguments, "dysl distill")
+    if config.dry_run:
+        print(dry_run(config))
+        return 0
     out = distill(config)
     print(f"Distilled: {out}. Full and skipping, side by side: {evaluation(out, config.data)} --variants full,dysl")
     return 0

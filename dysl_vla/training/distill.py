@@ -11,8 +11,9 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -38,7 +39,7 @@ from dysl_vla.files import (
 )
 from dysl_vla.interrupts import deferred_interrupt
 from dysl_vla.policies import ComputeConfig, SkippablePolicy, is_known_as, load_skippable_policy, original_fingerprint
-from dysl_vla.training.calibrate import calibrated_plan, read_plan
+from dysl_vla.training.calibrate import CalibrateConfig, assumed_plan, calibrated_plan, read_plan
 from dysl_vla.training.encoding import Encoded, encode
 from dysl_vla.training.importance import choose_importance
 from dysl_vla.training.replay import Replay
@@ -57,6 +58,8 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
     from dysl_vla.training.check_policy import check_policy, check_saved
+    from dysl_vla.training.dry_run import Checkpointing, budgets, choose_checkpointing, render
+    from dysl_vla.training.estimate import Rehearsal
     from dysl_vla.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
@@ -94,6 +97,15 @@ class DistillRunConfig:
     importance: str | None = None
     """What tells important actions: "gripper", its movement, or "continuity", of all motion. When not given, that of
     the initial heads, else the gripper's if there is one that moves."""
+    static_ratio: float = CalibrateConfig.static_ratio
+    """Share of layers that always run, in the plan that is calibrated when none is given."""
+    exits: Literal["first", "all"] = CalibrateConfig.exits
+    """Where a block can be left, in the plan that is calibrated when none is given; see `dysl calibrate`."""
+    checkpointing: Checkpointing = "auto"
+    """Whether backward computes the activations of the backbone's layers again instead of keeping them, which costs a
+    third more operations in stage 2 and changes no gradient: on, off, or auto, where memory is too short without."""
+    dry_run: bool = False
+    """Print where the memory goes, what this machine has, and what the training costs, without loading any weights."""
     training: DistillConfig = field(default_factory=DistillConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
@@ -102,6 +114,8 @@ class DistillRunConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}.")
+        if not 0 < self.static_ratio < 1:
+            raise ConfigError(f"static_ratio must be above 0 and below 1, got {self.static_ratio}.")
         if self.importance is not None:
             importance_measures.get(self.importance)
         for name in ("plan", "adapter_size", "controller_size"):
@@ -128,10 +142,14 @@ def distill(config: DistillRunConfig) -> Path:
         )
     if config.init_heads:
         config = replace(config, training=replace(config.training, adapter_steps=0))
+    is_checkpointed = choose_checkpointing(
+        partial(_rehearsal, config), config.compute, find_checkpoint(config.policy), config.checkpointing
+    )
     policy = load_skippable_policy(config.policy, config.compute)
     demonstrations = demonstrations_for(config.data, policy.spec)
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
-    del settings["training"]
+    for name in ("training", "static_ratio", "exits", "checkpointing", "dry_run"):  # they change no result of a plan
+        del settings[name]
     identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
     initial = _initial_heads(config.policy, policy) if config.init_heads else None
     identity["initial"] = initial and initial.digest
@@ -142,7 +160,11 @@ def distill(config: DistillRunConfig) -> Path:
     if initial:
         plan = initial.heads.plan
     else:
-        plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
+        plan = (
+            read_plan(config.plan)
+            if config.plan
+            else calibrated_plan(policy, demonstrations, config.static_ratio, config.exits)
+        )
     identity["plan"] = json.loads(json.dumps(asdict(plan)))
     if (config.out / RUN_FILE).exists():
         check_same_run(config.out / RUN_FILE, identity)
@@ -152,7 +174,15 @@ def distill(config: DistillRunConfig) -> Path:
     importance = choose_importance(
         config.importance or (initial.importance if initial else None), demonstrations, policy.spec
     )
-    run = _Run(config, plan, policy, demonstrations, initial=initial, importance=importance)
+    run = _Run(
+        config,
+        plan,
+        policy,
+        demonstrations,
+        initial=initial,
+        importance=importance,
+        is_checkpointed=is_checkpointed,
+    )
     with locked_dir(config.out):
         write_json(config.out / RUN_FILE, identity)
         if not (config.out / MANIFEST).exists():
@@ -160,6 +190,35 @@ def distill(config: DistillRunConfig) -> Path:
             check_saved(load_skippable_policy(config.policy) if config.compute.dtype else policy, config.out)
         run.run()
     return config.out
+
+
+def dry_run(config: DistillRunConfig) -> str:
+    """Estimate a distillation, and return the estimate as Markdown.
+
+    Raises:
+        ConfigError: The policy or the plan cannot work.
+        DatasetError: The demonstrations are damaged.
+        CheckpointError: The policy is damaged.
+    """
+    estimates = budgets(partial(_rehearsal, config), config.compute, checkpointing=config.checkpointing)
+    return render(config.policy, list(estimates))
+
+
+def _rehearsal(config: DistillRunConfig, compute: ComputeConfig) -> tuple[Rehearsal, int]:
+    """Return what is estimated with a policy loaded somewhere, and the number of frames."""
+    policy = load_skippable_policy(config.policy, compute)
+    demonstrations = demonstrations_for(config.data, policy.spec)
+    if config.init_heads:
+        initial = _initial_heads(config.policy, policy).heads
+        plan, heads = initial.plan, initial.config
+    else:
+        depth = len(policy.layers)
+        plan = read_plan(config.plan) if config.plan else assumed_plan(depth, config.static_ratio, config.exits)
+        heads = _heads_config(config, plan, policy)
+    longest = max(demonstrations.instructions, key=len, default="")
+    frames = min(config.frames, demonstrations.total_frames) * (1 + config.augment_copies)
+    observation = policy.spec.blank_observation(longest)
+    return Rehearsal(policy, plan, heads, config.training, observation), frames
 
 
 def _is_finished(config: DistillRunConfig) -> bool:
@@ -207,6 +266,7 @@ class _Run:
         *,
         initial: InitialHeads | None,
         importance: str,
+        is_checkpointed: bool,
     ) -> None:
         self._importance = importance
         self._initial = initial
@@ -214,11 +274,17 @@ class _Run:
         for parameter in _parameters(policy):
             parameter.requires_grad_(False)
         torch.manual_seed(config.training.seed)
-        self._heads = initial.heads if initial else _new_heads(config, plan, policy)
+        self._heads = initial.heads if initial else SkipHeads(plan, _heads_config(config, plan, policy))
         self._heads.to(next(policy.layers.parameters()).device)
         with mixed_precision(policy.layers):
             self._skipper = attach(policy.layers, plan, self._heads, followers=policy.followers)
-        self._trainer = HeadsTrainer(self._skipper, policy.act, policy.spec.execute_steps, config.training)
+        self._trainer = HeadsTrainer(
+            self._skipper,
+            policy.act,
+            policy.spec.execute_steps,
+            config.training,
+            is_checkpointed=is_checkpointed,
+        )
 
     def run(self) -> None:
         config, trainer = self._config, self._trainer
@@ -362,12 +428,12 @@ class _Run:
         return seconds
 
 
-def _new_heads(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePolicy) -> SkipHeads:
+def _heads_config(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePolicy) -> HeadsConfig:
     weights = sum(p.numel() for p in policy.layers.parameters())
     size = config.adapter_size or default_adapter_size(
         policy.width, weights, len(plan.dynamic_layers), config.controller_size
     )
-    return SkipHeads(plan, HeadsConfig(policy.width, size, config.controller_size))
+    return HeadsConfig(policy.width, size, config.controller_size)
 
 
 def _parameters(policy: SkippablePolicy) -> Iterator[torch.nn.Parameter]:

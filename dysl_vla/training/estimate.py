@@ -11,7 +11,6 @@ Operators are chosen as on a CPU. On a GPU attention may be computed by another 
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from dysl_vla.policies import SkippablePolicy
 from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, forget_shares
@@ -242,7 +241,7 @@ class _Rehearsed(HeadsTrainer):
         return list(self.worst) if self.worst else super().draw_exits(rng)
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
     """Counts the bytes of all tensors that are alive, and floating-point operations.
 
     Args:
@@ -257,12 +256,11 @@ class _Ledger(TorchDispatchMode):
     """
 
     def __init__(self, known: Sequence[object]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sizes: dict[int, int] = {}
         self.live = self.peak = 0
         self.kept: int | None = None
         self.forward = self.backward = 0.0
-        self._operations = FlopCounterMode(display=False, custom_mapping=ATTENTION)
         self.ignore(known)
 
     def __torch_dispatch__(
@@ -270,9 +268,15 @@ class _Ledger(TorchDispatchMode):
     ) -> Any:
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _number(args[0])
-        if self.kept is None and torch._C._current_graph_task_id() >= 0:  # backward begins
-            self.kept, self.forward = self.live, self._operations.get_total_flops()
+        is_backward = torch._C._current_graph_task_id() >= 0
+        if is_backward and self.kept is None:
+            self.kept = self.live
         output = func(*args, **(kwargs or {}))
+        operations = OPERATIONS.get(func._overloadpacket)
+        if operations is not None:
+            count = operations(*args, **(kwargs or {}), out_val=output)
+            self.forward += 0 if is_backward else count
+            self.backward += count if is_backward else 0
         for value in tree_leaves(output):
             if isinstance(value, Tensor):
                 self._add(value)
@@ -281,14 +285,10 @@ class _Ledger(TorchDispatchMode):
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Count anew, from what is alive, in the body."""
-        self._operations = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        self.peak, self.kept = self.live, None
         before = self.live
-        with self._operations, self:
+        self.peak, self.kept, self.forward, self.backward = before, None, 0.0, 0.0
+        with self:
             yield
-        total = self._operations.get_total_flops()
-        self.forward = total if self.kept is None else self.forward
-        self.backward = total - self.forward
         self.peak -= before
         self.kept = None if self.kept is None else self.kept - before
 
@@ -326,8 +326,8 @@ def worst_exits(plan: SkipPlan, training: DistillConfig) -> Exits:
         rest = [layers[-1] if layers and not training.keep_block_prob else None for layers in choices]
         drawn.append([layers[0] if number == first else rest[number] for number, layers in enumerate(choices)])
     if training.joint_exit_prob > 0:
-        for rank in range(max(map(len, choices))):
-            drawn.append([layers[rank] if rank < len(layers) else None for layers in choices])
+        ranks = range(max(map(len, choices)))
+        drawn += [[layers[rank] if rank < len(layers) else None for layers in choices] for rank in ranks]
     return max(drawn, key=lambda exits: _layers(plan, exits, training.objective == "mixture")[1])
 
 
@@ -376,21 +376,18 @@ def _nbytes(tensors: object, *, is_shared: bool = True) -> int:
     return sum({s._cdata: s.nbytes() for s in (tensor.untyped_storage() for tensor in found)}.values())
 
 
-def _attention(query: Sequence[int], key: Sequence[int], products: int) -> int:
-    """Return the operations of so many matrix products of all queries with all keys."""
-    return products * 2 * math.prod(query) * key[-2]
+def _attention_forward(query: Tensor, key: Tensor, *_: object, products: int = 2, **__: object) -> int:
+    """Return the operations of products of all queries with all keys, (batch, heads, tokens, width)."""
+    return products * 2 * query.numel() * key.shape[-2]
 
 
-def _attention_forward(query: Any, key: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return _attention(query, key, 2)
+def _attention_backward(_: Tensor, query: Tensor, key: Tensor, *__: object, **___: object) -> int:
+    return _attention_forward(query, key, products=5)  # the scores are computed again
 
 
-def _attention_backward(_: Any, query: Any, key: Any, *__: Any, out_shape: Any = None, **___: Any) -> int:
-    return _attention(query, key, 5)  # the scores are computed again
-
-
-ATTENTION = {
+OPERATIONS = {
+    **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""Operations of attention on a CPU, which PyTorch's counter does not know: (batch, heads, tokens, width) each."""
+"""Operator to what counts its operations; PyTorch does not know attention on a CPU."""
