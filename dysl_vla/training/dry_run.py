@@ -93,7 +93,7 @@ class Budget:
         options = ["a smaller --batch"] if self.training.batch > 1 else []
         options += [] if self.estimate.is_checkpointed else ["--checkpointing on"]
         options += ["fewer --frames"] if self.kept_frames else []
-        return ", ".join([*options, "--compute.dtype bfloat16, or a device with more memory"])
+        return ", ".join([*options, "--dtype bfloat16, or a device with more memory"])
 
 
 def budgets(
