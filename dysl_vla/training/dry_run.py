@@ -93,7 +93,8 @@ class Budget:
         options = ["a smaller --batch"] if self.training.batch > 1 else []
         options += [] if self.estimate.is_checkpointed else ["--checkpointing on"]
         options += ["fewer --frames"] if self.kept_frames else []
-        return ", ".join([*options, "--dtype bfloat16, or a device with more memory"])
+        options += ["--dtype bfloat16"] if self.estimate.backbone >= 4 * self.estimate.backbone_weights else []
+        return ", ".join([*options, "or a device with more memory"])
 
 
 def budgets(
@@ -229,12 +230,18 @@ def _operations(budget: Budget) -> Iterator[str]:
     rows.append(("stage 2: full model, forward", asked, answer.forward))
     rows.append(("stage 2: skipping model, forward", training.skip_steps, second.forward))
     rows.append(("stage 2: skipping model, backward", training.skip_steps, second.backward))
-    yield "| floating-point operations | times | each | in all |"
+    yield "| floating-point operations (FLOP) | times | each | in all |"
     yield "|---|---:|---:|---:|"
     for name, times, each in rows:
-        yield f"| {name} | {times} | {each / 1e12:.3g} T | {times * each / 1e15:.4g} P |"
+        yield f"| {name} | {times} | {_short(each)} | {_short(times * each)} |"
     total = sum(times * each for _, times, each in rows)
-    yield f"| **{training.steps} steps** | | | **{total / 1e15:.4g} P** |"
+    yield f"| **{training.steps} steps** | | | **{_short(total)}** |"
+
+
+def _short(count: float) -> str:
+    """Return a count of operations with a metric prefix."""
+    power = next((power for power in (18, 15, 12, 9) if count >= 10**power), 6)
+    return f"{count / 10**power:.3g} { {18: 'E', 15: 'P', 12: 'T', 9: 'G', 6: 'M'}[power] }FLOP"
 
 
 def _verdict(budget: Budget) -> str:

@@ -35,7 +35,7 @@ from dysl_vla.types import Observation
 
 Exits = Sequence[int | None]
 aten = torch.ops.aten
-STAGE_1, ANSWER, STAGE_2 = "stage 1", "the full model's answer", "stage 2"
+ENCODING, STAGE_1, ANSWER, STAGE_2 = "encoding", "stage 1", "the full model's answer", "stage 2"
 DRAWS = 256
 """Number of draws of exits over which operations are averaged."""
 
@@ -174,8 +174,8 @@ class Rehearsal:
             with ledger.counting(), torch.no_grad():
                 states = [policy.reset() for _ in range(BATCH)]
                 items = policy.encode([self.observation] * BATCH, states)
-                batch = policy.collate([items[row % BATCH] for row in range(training.batch)])
-            encoding = ledger.forward / BATCH
+            batch = policy.collate([items[row % BATCH] for row in range(training.batch)])
+            encoding = ledger.phase(ENCODING, 0)
             # Ask the full model, then train a step of each stage.
             answer, phases = self._steps(trainer, ledger, batch)
         finally:
@@ -189,8 +189,8 @@ class Rehearsal:
             shape=tuple(answer.targets[0].shape),
             frame=_nbytes(items[0], is_shared=False),
             answer=_nbytes([answer.actions, answer.targets]) // training.batch,
-            encoding=encoding,
-            phases=phases,
+            encoding=encoding.forward / BATCH,
+            phases=(encoding, *phases),
             is_checkpointed=is_checkpointed,
             is_measured=is_measured,
         )
@@ -219,7 +219,8 @@ class Rehearsal:
     def _averaged(self, trainer: HeadsTrainer, worst: Phase, full: float) -> Phase:
         """Replace the operations of the worst exits by those of the exits that are drawn, on average."""
         is_mixture, depth = self.training.objective == "mixture", self.plan.num_layers
-        draws = [trainer.draw_exits(np.random.default_rng([self.training.seed, step])) for step in range(DRAWS)]
+        rngs = [np.random.default_rng([self.training.seed, step]) for step in range(DRAWS)]
+        draws = [HeadsTrainer.draw_exits(trainer, rng) for rng in rngs]
         run, learnt = np.mean([_layers(self.plan, exits, is_mixture) for exits in draws], axis=0)
         run_at_worst, learnt_at_worst = _layers(self.plan, worst_exits(self.plan, self.training), is_mixture)
         return Phase(

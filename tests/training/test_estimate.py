@@ -150,6 +150,17 @@ def test_an_estimate_leaves_nothing_behind() -> None:
     assert torch.equal(controller(hidden), before)
 
 
+def test_operations_are_those_of_the_exits_that_are_drawn_on_average() -> None:
+    tolerance, mixture = (
+        rehearsal(on_meta(64, TINY), objective=objective).estimate(is_checkpointed=False).phase(STAGE_2)
+        for objective in ("tolerance", "mixture")
+    )
+    assert tolerance is not None
+    assert mixture is not None
+    assert 0.6 * mixture.forward < tolerance.forward < 0.95 * mixture.forward
+    assert tolerance.backward < 0.95 * mixture.backward
+
+
 @pytest.mark.parametrize(("keep", "joint"), [(0.5, 0.6), (0.0, 0.0), (0.0, 1.0), (0.5, 1.0)])
 @pytest.mark.parametrize("objective", ["tolerance", "mixture"])
 def test_no_draw_keeps_more_layers_than_the_worst(objective: str, keep: float, joint: float) -> None:
@@ -197,10 +208,10 @@ def test_frames_are_kept_where_they_fit_beside_the_training() -> None:
 def test_policies_of_others_are_estimated_without_their_weights(kind: type[OwnPolicy]) -> None:
     def rehearse(compute: ComputeConfig) -> tuple[Rehearsal, int]:
         policy = kind.make().to(compute.device)
-        one = rehearsal(policy)
+        one = rehearsal(policy, batch=2)
         return replace(one, observation=policy.spec.blank_observation("push the red cube")), 100
 
-    found = list(budgets(rehearse, ComputeConfig()))
+    found = list(budgets(rehearse, ComputeConfig(), checkpointing="off"))
     assert found
     assert all(budget.estimate.total > 0 and not budget.estimate.is_measured for budget in found)
 
