@@ -10,8 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
@@ -75,8 +76,9 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _calibrate(arguments: Sequence[str]) -> int:
     from dysl_vla.training.calibrate import CalibrateConfig, calibrate, read_plan
+    from dysl_vla.training.presets import paper_calibration
 
-    config = _parse(CalibrateConfig, arguments, "dysl calibrate")
+    config = _parse_preset(CalibrateConfig, arguments, "dysl calibrate", paper_calibration)
     path = calibrate(config)
     plan = read_plan(path)
     print(f"{path}: static layers {', '.join(map(str, plan.static_layers))} of {plan.num_layers}.")
@@ -86,10 +88,15 @@ def _calibrate(arguments: Sequence[str]) -> int:
 
 
 def _distill(arguments: Sequence[str]) -> int:
-    from dysl_vla.training.distill import DistillRunConfig, distill
+    from dysl_vla.training.distill import distill, dry_run
+    from dysl_vla.training.distill_config import DistillRunConfig
+    from dysl_vla.training.presets import paper_distillation
     from dysl_vla.training.train import evaluation
 
-    config = _parse(DistillRunConfig, arguments, "dysl distill")
+    config = _parse_preset(DistillRunConfig, arguments, "dysl distill", paper_distillation)
+    if config.dry_run:
+        print(dry_run(config))
+        return 0
     out = distill(config)
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first one finishes the checkpoint
         return 0
@@ -253,6 +260,37 @@ def _serve(arguments: Sequence[str]) -> int:
 
 def _parse(config: type[T], arguments: Sequence[str], program: str) -> T:
     return tyro.cli(config, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,))
+
+
+@dataclass(frozen=True)
+class _Presettable(Generic[T]):
+    """A configuration whose defaults can be those of a preset."""
+
+    config: T
+    preset: Literal["paper"] | None = None
+    """Published settings in place of the defaults, which other options override: paper, the regime of DySL-VLA, with a
+    fifth of the layers static, exits at all others, 6.7 k steps, the mixture objective and the continuity measure."""
+
+
+def _parse_preset(config: type[T], arguments: Sequence[str], program: str, paper: Callable[[T], T]) -> T:
+    """Parse options, of which --preset replaces the defaults.
+
+    Args:
+        config: The configuration's class.
+        arguments: The options.
+        program: The command.
+        paper: Returns a configuration with the settings of the preset "paper".
+    """
+    options: dict[str, Any] = {
+        "args": arguments,
+        "prog": program,
+        "description": (config.__doc__ or "").split("\n\n")[0],
+        "config": (tyro.conf.OmitArgPrefixes,),
+    }
+    parsed: _Presettable[T] = tyro.cli(_Presettable[config], **options)  # type: ignore[valid-type]
+    if parsed.preset is not None:  # what is given on the command line beats the new defaults, too
+        parsed = tyro.cli(_Presettable[config], default=replace(parsed, config=paper(parsed.config)), **options)  # type: ignore[valid-type]
+    return parsed.config
 
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dysl_vla.checkpoint import CONFIG, find_checkpoint, has_skips, read_policy_type, read_type_field
 from dysl_vla.errors import CheckpointError, ConfigError
@@ -29,6 +29,9 @@ from dysl_vla.policies.compute import ComputeConfig, place
 from dysl_vla.policies.execution import select_action
 from dysl_vla.skip_controller.operating import Ablation
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = [
     "ComputeConfig",
     "ExportablePolicy",
@@ -36,6 +39,7 @@ __all__ = [
     "SkippablePolicy",
     "can_skip",
     "check_fingerprint",
+    "device_for",
     "is_known_as",
     "load_policy",
     "load_skippable_policy",
@@ -43,6 +47,7 @@ __all__ = [
     "original_fingerprint",
     "policies",
     "select_action",
+    "size_of",
 ]
 
 
@@ -122,6 +127,26 @@ def can_skip(name: str) -> bool:
         return False
     folder = find_checkpoint(name)
     return has_skips(folder) or hasattr(_class_of(folder), "set_skip")
+
+
+def device_for(name: str, compute: ComputeConfig) -> torch.device:
+    """Return the device that a policy is loaded to.
+
+    Raises:
+        ConfigError: No policy has that name, or this machine has no such device.
+        CheckpointError: The checkpoint is foreign.
+    """
+    return compute.torch_device(is_large=getattr(_class_of(find_checkpoint(name)), "takes_compute", False))
+
+
+def size_of(name: str, compute: ComputeConfig) -> int:
+    """Return the bytes of a policy's files of weights, those of a base that it refers to included."""
+    from dysl_vla.policies.base_reference import find_base
+
+    folder = find_checkpoint(name)
+    if getattr(_class_of(folder), "takes_compute", False):
+        folder, _ = find_base(name, compute.options)
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".pt"))
 
 
 def _class_of(folder: Path) -> type[Any]:

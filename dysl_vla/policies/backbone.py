@@ -95,9 +95,14 @@ class BackbonePolicy:
 
     def act(self, inputs: Mapping[str, Tensor], forward: Forward) -> Tensor:
         """Run one forward of the decoder, and decode its output; see `SkippablePolicy.act`."""
-        hidden = self.backbone(**inputs).last_hidden_state
+        hidden = self.backbone(**self._for_training(inputs) if forward.needs_gradient else inputs).last_hidden_state
         forward.decoder_is_done()
         return self.decode(hidden)
+
+    def _for_training(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return inputs with which the decoder keeps no keys and values: checkpointed layers would write them twice."""
+        has_cache = "use_cache" in signature(self.backbone.forward).parameters
+        return {"use_cache": False, **inputs} if has_cache else dict(inputs)
 
     def reset(self) -> EpisodeState:
         """Return the state of an episode that begins."""

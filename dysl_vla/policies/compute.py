@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import check_memory
+from dysl_vla.files import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +148,15 @@ def set_attention(name: str, policy: Any, attention: str) -> None:
         ) from error
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Return the free bytes of a device; None where they are unknown."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() if device.type == "cpu" else None
+
+
 def check_device_memory(device: torch.device, needed: int, what: str, fix: str) -> None:
     """Refuse to load what does not fit into a device's free memory.
 
@@ -160,11 +169,6 @@ def check_device_memory(device: torch.device, needed: int, what: str, fix: str) 
     Raises:
         ConfigError: Less memory is free.
     """
-    if device.type == "cpu":
-        check_memory(needed, what, fix)
-    if device.type == "cuda":
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(device)
-        if needed > free:
-            raise ConfigError(f"memory: {what} need {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} free; {fix}.")
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise ConfigError(f"memory: {what} need {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} free; {fix}.")

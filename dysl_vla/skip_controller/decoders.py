@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dysl_vla.errors import ConfigError
 
@@ -61,16 +62,38 @@ class WrappedLayers:
         """Return all arguments that a layer is called with, by name."""
         return dict(zip(self._names[index], args, strict=False)) | dict(kwargs)
 
-    def run(self, index: int, arguments: dict[str, Any], rows: Sequence[int] | None = None) -> Any:
+    def run(
+        self,
+        index: int,
+        arguments: dict[str, Any],
+        rows: Sequence[int] | None = None,
+        *,
+        is_checkpointed: bool = False,
+    ) -> Any:
         """Run a layer's own forward.
 
         Args:
             index: Index of the layer.
             arguments: All its arguments, by name.
             rows: Rows of the batch that run; the others keep their hidden states. None: all rows run.
+            is_checkpointed: Whether backward computes the layer's activations again instead of keeping them.
+
+        Raises:
+            ConfigError: A layer that is checkpointed has a cache, or a layer returns what a skipped one cannot.
         """
         original = self.originals[index]
-        output = original(**arguments) if rows is None else run_rows(original, self._names[index][0], arguments, rows)
+        if is_checkpointed:
+            if cache_of(arguments) is not None:
+                raise ConfigError(
+                    "checkpointing must be off for a decoder that keeps keys and values, which it would write twice; "
+                    "let the policy's act call it with use_cache=False, or train without checkpointing."
+                )
+            # What runs again is the layer's own forward, which does not depend on the mode of the skipper.
+            output = checkpoint(original, use_reentrant=False, **arguments)
+        elif rows is None:
+            output = original(**arguments)
+        else:
+            output = run_rows(original, self._names[index][0], arguments, rows)
         if index == 0:
             is_container = isinstance(output, (tuple, list))
             if is_container and len(output) > 2:

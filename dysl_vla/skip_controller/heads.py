@@ -12,6 +12,9 @@ from torch.nn import functional
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.plan import SkipPlan
 
+LARGEST_SHARE = 0.012
+"""Largest share of a wide backbone's weights that its adapters and controllers have together."""
+
 
 @dataclass(frozen=True)
 class HeadsConfig:
@@ -118,11 +121,27 @@ def _shares(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return shares
 
 
-def default_adapter_size(hidden_size: int, weights: int, dynamic_layers: int) -> int:
-    """Return the width of an adapter's bottleneck: at most 88 beside a narrow backbone.
+def forget_shares() -> None:
+    """Forget the weights of tokens that are kept between calls."""
+    _shares.cache_clear()
 
-    Beside a wide one, all adapters together have 1.5 % of its weights.
+
+def default_adapter_size(
+    hidden_size: int, weights: int, exits: int, controller_size: int = HeadsConfig.controller_size
+) -> int:
+    """Return the width of an adapter's bottleneck: at most 88 beside a narrow backbone, at most 128 beside a wide one.
+
+    Beside a wide one, all adapters and controllers together have at most 1.2 % of its weights, where controllers alone
+    have fewer.
+
+    Args:
+        hidden_size: Width of the backbone.
+        weights: Number of weights of its layers.
+        exits: Number of layers that have an adapter and a controller.
+        controller_size: Width of a controller's hidden layer.
     """
     if hidden_size <= 1024:
         return min(hidden_size, 88)
-    return max(8, min(128, int(0.015 * weights / dynamic_layers / (2 * hidden_size + 1)) // 8 * 8))
+    controller = controller_size * (2 * hidden_size + 2) + 1
+    size = int((LARGEST_SHARE * weights / exits - controller) / (2 * hidden_size + 1))
+    return max(1, min(128, size // 8 * 8 or size))

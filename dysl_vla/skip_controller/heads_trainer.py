@@ -123,8 +123,10 @@ class HeadsTrainer:
         config: The training's configuration.
         processes: Processes that each update with their share of every batch, and agree on the result; None: this one
             alone.
+        is_checkpointed: Whether stage 2 computes the activations of the decoder's layers again in backward.
 
     Attributes:
+        is_checkpointed: See above.
         step: Number of steps done.
         tolerance: The running quantile of errors.
         parameters: The heads' parameters by name.
@@ -141,6 +143,8 @@ class HeadsTrainer:
         execute_steps: int,
         config: DistillConfig,
         processes: Processes | None = None,
+        *,
+        is_checkpointed: bool = False,
     ) -> None:
         if skipper.heads is None:
             raise ConfigError("heads must be attached with the decoder; without them there is nothing to train.")
@@ -153,6 +157,7 @@ class HeadsTrainer:
         self._execute = execute_steps
         self._config = config
         self._processes = processes or Processes()
+        self.is_checkpointed = is_checkpointed
         self.step = 0
         self.tolerance = 0.0
         self.parameters = dict(self._heads.named_parameters())
@@ -267,10 +272,12 @@ class HeadsTrainer:
     ) -> tuple[Tensor, dict[str, float]]:
         config, plan = self._config, self._skipper.plan
         is_mixture = config.objective == "mixture"
-        places = self._sample_exits(rng)
+        places = self.draw_exits(rng)
         inputs, mask = batch
         # Act, with every block left at its exit.
-        with self._skipper.force_exits(places, is_mixture=is_mixture, mask=mask) as forced:
+        with self._skipper.force_exits(
+            places, is_mixture=is_mixture, mask=mask, is_checkpointed=self.is_checkpointed
+        ) as forced:
             actions = self._act(inputs, Forward(forced, needs_gradient=True))
         if not actions.requires_grad:
             raise ConfigError(
@@ -303,7 +310,7 @@ class HeadsTrainer:
             "tolerance": self.tolerance,
         }
 
-    def _sample_exits(self, rng: np.random.Generator) -> list[int | None]:
+    def draw_exits(self, rng: np.random.Generator) -> list[int | None]:
         """Draw where each block is left; at least one is."""
         choices = self._exits
         if rng.random() < self._config.joint_exit_prob:

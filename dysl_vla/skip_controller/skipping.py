@@ -148,7 +148,12 @@ class Skipper:
 
     @contextmanager
     def force_exits(
-        self, exits: Sequence[int | None], *, is_mixture: bool = False, mask: Tensor | None = None
+        self,
+        exits: Sequence[int | None],
+        *,
+        is_mixture: bool = False,
+        mask: Tensor | None = None,
+        is_checkpointed: bool = False,
     ) -> Iterator[ForcedExits]:
         """Let the forwards in the body skip at given exits, with gradients for adapters and controllers.
 
@@ -158,6 +163,7 @@ class Skipper:
             exits: For each block the exit that all rows leave it at; None: it runs whole.
             is_mixture: See `ForcedExits`.
             mask: (batch, tokens) of the first forward; None: no padding.
+            is_checkpointed: Whether backward, in the body or after it, computes the layers' activations again.
 
         Raises:
             ConfigError: The decoder was attached without heads, or an exit is not of its block.
@@ -174,7 +180,7 @@ class Skipper:
                 )
             if place is not None and not is_mixture:
                 layers_run[place : block.target] = False
-        forced = ForcedExits(tuple(exits), is_mixture, padding(mask), layers_run)
+        forced = ForcedExits(tuple(exits), is_mixture, padding(mask), layers_run, is_checkpointed)
         with self._running(forced):
             yield forced
 
@@ -230,7 +236,8 @@ class Skipper:
             return follower.originals[index](*args, **kwargs)
         arguments = follower.arguments(index, args, kwargs)
         if is_whole:
-            return follower.run(index, arguments)
+            is_checkpointed = isinstance(mode, ForcedExits) and mode.is_checkpointed
+            return follower.run(index, arguments, is_checkpointed=is_checkpointed)
         hidden = follower.hidden(index, args, kwargs)
         if isinstance(mode, Step) and len(hidden) != len(mode.layers_run):
             raise ConfigError(
@@ -277,7 +284,7 @@ class Skipper:
                     forced.outputs[block] = controller(hidden.detach(), forced.mask).sigmoid()
             if not forced.layers_run[index]:
                 return decoder.wrap_output(hidden)
-        output = decoder.run(index, arguments)
+        output = decoder.run(index, arguments, is_checkpointed=forced.is_checkpointed)
         if index == len(self.layers) - 1:
             forced.is_first = False
         return output

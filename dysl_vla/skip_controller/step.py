@@ -60,6 +60,7 @@ class ForcedExits:
             adapter's output alone.
         mask: (batch, tokens) of the first forward; None: no padding.
         layers_run: Which layers run, (layers,).
+        is_checkpointed: Whether backward computes the activations of layers again.
         outputs: Block to the controller's output at its exit in the first forward, (batch,).
         targets: Block to the input of its target in the first forward, (batch, tokens, hidden).
         adapted: Block to the adapter's output in the running forward, (batch, tokens, hidden).
@@ -70,6 +71,7 @@ class ForcedExits:
     is_mixture: bool
     mask: Tensor | None
     layers_run: NDArray[np.bool_]
+    is_checkpointed: bool = False
     outputs: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, Tensor] = field(default_factory=dict)
     adapted: dict[int, Tensor] = field(default_factory=dict)

@@ -19,7 +19,7 @@ with needs_extra("policy"):
     from dysl_vla.processes import Processes
     from dysl_vla.skip_controller.heads_trainer import Batch, FullModelAnswer, HeadsTrainer
     from dysl_vla.training.encoded import Encoded, StreamedFrames
-    from dysl_vla.training.encoding import MEMORY_SHARE, free_memory, tensor_bytes
+    from dysl_vla.training.encoding import memory_to_keep, tensor_bytes
 
 Step = tuple[Batch, FullModelAnswer | None, np.random.Generator]
 """What `HeadsTrainer.update` takes."""
@@ -34,13 +34,21 @@ class Batches:
         frames: The frames to draw from.
         size: Number of frames of a batch, over all processes.
         processes: The processes that share each batch.
+        reserve: Bytes that are left free for training when answers are kept.
     """
 
     def __init__(
-        self, policy: SkippablePolicy, trainer: HeadsTrainer, frames: Encoded, size: int, processes: Processes
+        self,
+        policy: SkippablePolicy,
+        trainer: HeadsTrainer,
+        frames: Encoded,
+        size: int,
+        processes: Processes,
+        *,
+        reserve: int = 0,
     ) -> None:
         self._policy, self._trainer, self._frames = policy, trainer, frames
-        self._size, self._processes = size, processes
+        self._size, self._processes, self._reserve = size, processes, reserve
         self._drawn: deque[tuple[np.random.Generator, NDArray[np.int64]]] = deque()
 
     def until(self, last: int) -> Generator[Step]:
@@ -87,8 +95,7 @@ class Batches:
                 parts = [answer.actions, *answer.targets]
                 if everything is None:
                     needed = processes.local_count * count * tensor_bytes([part[0] for part in parts])
-                    free = free_memory(parts)
-                    if free is not None and needed > MEMORY_SHARE * free:
+                    if needed > memory_to_keep(parts, self._reserve):
                         return None
                     actions, *targets = [part.new_empty((count, *part.shape[1:])) for part in parts]
                     everything = FullModelAnswer(actions, targets)

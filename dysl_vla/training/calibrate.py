@@ -99,11 +99,18 @@ def calibrate(config: CalibrateConfig) -> Path:
     return config.out / PLAN
 
 
-def calibrated_plan(policy: SkippablePolicy, demonstrations: Demonstrations) -> SkipPlan:
-    """Return the plan that `dysl calibrate` would write with its defaults."""
+def calibrated_plan(
+    policy: SkippablePolicy, demonstrations: Demonstrations, static_ratio: float, exits: str
+) -> SkipPlan:
+    """Return the plan that `dysl calibrate` would write with these settings, and its defaults for others."""
     measured = measure(policy, demonstrations, CalibrateConfig.frames)
-    static = choose_static_layers(measured, CalibrateConfig.static_ratio, CalibrateConfig.longest_block)
-    return with_exits(SkipPlan(len(measured), static), CalibrateConfig.exits)
+    static = choose_static_layers(measured, static_ratio, CalibrateConfig.longest_block)
+    return with_exits(SkipPlan(len(measured), static), exits)
+
+
+def assumed_plan(depth: int, static_ratio: float, exits: str) -> SkipPlan:
+    """Return a plan as it may be calibrated, before anything is measured: its static layers are evenly spread."""
+    return with_exits(SkipPlan(depth, choose_static_layers(np.ones(depth), static_ratio)), exits)
 
 
 def with_exits(plan: SkipPlan, exits: str) -> SkipPlan:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -37,8 +38,16 @@ from dysl_vla.files import (
     write_lines,
 )
 from dysl_vla.interrupts import deferred_interrupt
-from dysl_vla.policies import ComputeConfig, SkippablePolicy, is_known_as, load_skippable_policy, original_fingerprint
-from dysl_vla.training.calibrate import calibrated_plan, read_plan
+from dysl_vla.policies import (
+    ComputeConfig,
+    SkippablePolicy,
+    device_for,
+    is_known_as,
+    load_skippable_policy,
+    original_fingerprint,
+)
+from dysl_vla.training.calibrate import assumed_plan, calibrated_plan, read_plan
+from dysl_vla.training.distill_config import STREAM, DistillRunConfig
 from dysl_vla.training.encoding import encode
 from dysl_vla.training.importance import choose_importance
 from dysl_vla.training.replay import Replay
@@ -50,72 +59,20 @@ with needs_extra("policy"):
 
     from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, load_heads, save_skips
     from dysl_vla.processes import Processes, launched_processes
-    from dysl_vla.skip_controller.guidance import importance_measures
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
-    from dysl_vla.skip_controller.heads_trainer import DistillConfig, HeadsTrainer, mixed_precision
+    from dysl_vla.skip_controller.heads_trainer import HeadsTrainer, mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
     from dysl_vla.training.batches import Batches
     from dysl_vla.training.check_policy import check_policy, check_saved
+    from dysl_vla.training.dry_run import MemoryUse, budgets, choose_checkpointing, render
     from dysl_vla.training.encoded import Encoded, StreamedFrames
+    from dysl_vla.training.estimate import Rehearsal
     from dysl_vla.training.heads_state import Progress, restore_heads_state, save_heads_state
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
-STREAM = {"auto": None, "always": True, "never": False}
 REPORT_EVERY = 50
 SAVE_EVERY = 500
-
-
-@dataclass(frozen=True)
-class DistillRunConfig:
-    """Train adapters and controllers for a policy, whose own weights stay as they are. Resumes where it was stopped.
-
-    Raises:
-        ConfigError: A value is out of range, or two options contradict each other.
-    """
-
-    data: Path
-    """Folder of demonstrations, a LeRobotDataset v3."""
-    out: Path
-    """Folder for the checkpoint, the state, the curves and the TensorBoard log."""
-    policy: str = "metaworld-mini"
-    """The policy that shall skip layers: a shipped name, a checkpoint's folder or a hub id."""
-    plan: Path | None = None
-    """A plan written by `dysl calibrate`. When not given, one is calibrated with its defaults."""
-    frames: int = 32_000
-    """Number of frames to train on, evenly spread."""
-    augment_copies: int = 0
-    """Number of copies of each frame to train on, too, with images moved by up to 4 pixels."""
-    stream: Literal["auto", "always", "never"] = "auto"
-    """Whether frames are read from the dataset and encoded for each step, in place of once and kept in memory; auto:
-    where they do not fit."""
-    init_heads: bool = False
-    """Start from the heads that the policy comes with, with their plan and without stage 1, instead of new ones."""
-    adapter_size: int | None = None
-    """Width of an adapter's bottleneck. When not given, 88 beside a narrow backbone; beside a wide one such that all
-    adapters have 1.5 % of its weights."""
-    controller_size: int = 16
-    """Width of a controller's hidden layer."""
-    importance: str | None = None
-    """What tells important actions: "gripper", its movement, or "continuity", of all motion. When not given, that of
-    the initial heads, else the gripper's if there is one that moves."""
-    training: DistillConfig = field(default_factory=DistillConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-
-    def __post_init__(self) -> None:
-        for name, least in (("frames", 1), ("augment_copies", 0), ("adapter_size", 1), ("controller_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}.")
-        if self.stream not in STREAM:
-            raise ConfigError(f"stream must be one of {', '.join(STREAM)}, got {self.stream!r}.")
-        if self.importance is not None:
-            importance_measures.get(self.importance)
-        for name in ("plan", "adapter_size", "controller_size"):
-            if self.init_heads and getattr(self, name) != getattr(DistillRunConfig, name):
-                raise ConfigError(
-                    f"{name} must not be given with init_heads, as the heads of {self.policy} decide it; leave one out."
-                )
 
 
 def distill(config: DistillRunConfig) -> Path:
@@ -133,8 +90,15 @@ def distill(config: DistillRunConfig) -> Path:
         config = replace(config, training=replace(config.training, adapter_steps=0))
     with launched_processes(config.compute.device) as processes:
         # The main process checks everything first, so that a mistake is reported once, and the others wait.
-        parts = _load(config, processes) if processes.is_main else None
-        decided = processes.from_main(parts and _decide(config, *parts))
+        parts, decided = None, None
+        if processes.is_main:
+            _check(config, processes)
+            memory = choose_checkpointing(
+                partial(_rehearsal, config), config.policy, config.compute, config.checkpointing, STREAM[config.stream]
+            )
+            parts = _load(config, processes)
+            decided = replace(_decide(config, *parts), memory=memory)
+        decided = processes.from_main(decided)
         assert decided is not None
         if decided.is_finished:
             return config.out
@@ -162,17 +126,17 @@ class _Decided:
         plan: Which layers may be skipped.
         importance: The importance measure.
         is_finished: Whether the run has been finished before.
+        memory: How the policy's memory is used.
     """
 
     identity: dict[str, Any]
     plan: SkipPlan
     importance: str
     is_finished: bool
+    memory: MemoryUse = field(default_factory=MemoryUse)
 
 
-def _load(
-    config: DistillRunConfig, processes: Processes
-) -> tuple[SkippablePolicy, Demonstrations, InitialHeads | None]:
+def _check(config: DistillRunConfig, processes: Processes) -> None:
     if not is_unused(config.out) and not (config.out / RUN_FILE).exists():
         raise ConfigError(
             f"out must be a new folder or one of a distillation; {config.out} is not empty and holds none."
@@ -181,6 +145,11 @@ def _load(
         raise ConfigError(
             f"batch must be a multiple of the {processes.count} processes that share it, got {config.training.batch}."
         )
+
+
+def _load(
+    config: DistillRunConfig, processes: Processes
+) -> tuple[SkippablePolicy, Demonstrations, InitialHeads | None]:
     device = processes.own_device(config.compute.device)
     policy = load_skippable_policy(config.policy, replace(config.compute, device=device))
     demonstrations = demonstrations_for(config.data, policy.spec)
@@ -194,7 +163,14 @@ def _decide(
     initial: InitialHeads | None,
 ) -> _Decided:
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.training)}, default=str))
-    for name in ("training", "stream"):
+    for name in (
+        "training",
+        "stream",
+        "static_ratio",
+        "exits",
+        "checkpointing",
+        "dry_run",
+    ):  # a plan's result is theirs
         del settings[name]
     identity = {**settings, "demonstrated_frames": demonstrations.total_frames, "teacher": policy.fingerprint}
     identity["initial"] = initial and initial.digest
@@ -207,7 +183,11 @@ def _decide(
     if initial:
         plan = initial.heads.plan
     else:
-        plan = read_plan(config.plan) if config.plan else calibrated_plan(policy, demonstrations)
+        plan = (
+            read_plan(config.plan)
+            if config.plan
+            else calibrated_plan(policy, demonstrations, config.static_ratio, config.exits)
+        )
     identity["plan"] = json.loads(json.dumps(asdict(plan)))
     if is_begun:
         check_same_run(run_file, identity)
@@ -216,6 +196,41 @@ def _decide(
     if not is_finished:
         importance = choose_importance(importance, demonstrations, policy.spec)
     return _Decided(identity, plan, importance or "", is_finished)
+
+
+def dry_run(config: DistillRunConfig) -> str:
+    """Estimate a distillation, and return the estimate as Markdown.
+
+    Raises:
+        ConfigError: The policy or the plan cannot work.
+        DatasetError: The demonstrations are damaged.
+        CheckpointError: The policy is damaged.
+    """
+    estimates = budgets(
+        partial(_rehearsal, config),
+        config.compute,
+        device_for(config.policy, config.compute),
+        checkpointing=config.checkpointing,
+        stream=STREAM[config.stream],
+    )
+    return render(config.policy, list(estimates))
+
+
+def _rehearsal(config: DistillRunConfig, compute: ComputeConfig) -> tuple[Rehearsal, int]:
+    """Return what is estimated with a policy loaded somewhere, and the number of frames."""
+    policy = load_skippable_policy(config.policy, compute)
+    demonstrations = demonstrations_for(config.data, policy.spec)
+    if config.init_heads:
+        initial = _initial_heads(config.policy, policy).heads
+        plan, heads = initial.plan, initial.config
+    else:
+        depth = len(policy.layers)
+        plan = read_plan(config.plan) if config.plan else assumed_plan(depth, config.static_ratio, config.exits)
+        heads = _heads_config(config, plan, policy)
+    longest = max(demonstrations.instructions, key=len, default="")
+    frames = min(config.frames, demonstrations.total_frames) * (1 + config.augment_copies)
+    observation = policy.spec.blank_observation(longest)
+    return Rehearsal(policy, plan, heads, config.training, observation), frames
 
 
 def _is_finished(config: DistillRunConfig) -> bool:
@@ -264,18 +279,25 @@ class _Run:
         initial: InitialHeads | None,
         processes: Processes,
     ) -> None:
-        plan, self._importance = decided.plan, decided.importance
+        plan, self._importance, self._memory = decided.plan, decided.importance, decided.memory
         self._initial, self._processes = initial, processes
         self._progress = Progress()
         self._config, self._policy, self._demonstrations = config, policy, demonstrations
         for parameter in _parameters(policy):
             parameter.requires_grad_(False)
         torch.manual_seed(config.training.seed)
-        self._heads = initial.heads if initial else _new_heads(config, plan, policy)
+        self._heads = initial.heads if initial else SkipHeads(plan, _heads_config(config, plan, policy))
         self._heads.to(next(policy.layers.parameters()).device)
         with mixed_precision(policy.layers):
             self._skipper = attach(policy.layers, plan, self._heads, followers=policy.followers)
-        self._trainer = HeadsTrainer(self._skipper, policy.act, policy.spec.execute_steps, config.training, processes)
+        self._trainer = HeadsTrainer(
+            self._skipper,
+            policy.act,
+            policy.spec.execute_steps,
+            config.training,
+            processes,
+            is_checkpointed=decided.memory.is_checkpointed,
+        )
 
     def run(self) -> None:
         config, trainer = self._config, self._trainer
@@ -291,7 +313,14 @@ class _Run:
 
     def _train(self, seconds: float) -> float:
         config, trainer, is_main = self._config, self._trainer, self._processes.is_main
-        steps = Batches(self._policy, trainer, self._frames(), config.training.batch, self._processes)
+        steps = Batches(
+            self._policy,
+            trainer,
+            self._frames(),
+            config.training.batch,
+            self._processes,
+            reserve=self._memory.reserve,
+        )
         started = time.monotonic() - seconds
         figures: list[dict[str, float]] = []
         with (
@@ -340,6 +369,7 @@ class _Run:
             "frames",
             augment_copies=config.augment_copies,
             stream=stream,
+            reserve=self._memory.reserve,
             processes=self._processes,
         )
         self._progress = replace(self._progress, is_streamed=isinstance(frames, StreamedFrames))
@@ -381,10 +411,12 @@ class _Run:
         (config.out / STATE_FILE).unlink(missing_ok=True)
 
 
-def _new_heads(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePolicy) -> SkipHeads:
+def _heads_config(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePolicy) -> HeadsConfig:
     weights = sum(p.numel() for p in policy.layers.parameters())
-    size = config.adapter_size or default_adapter_size(policy.width, weights, len(plan.dynamic_layers))
-    return SkipHeads(plan, HeadsConfig(policy.width, size, config.controller_size))
+    size = config.adapter_size or default_adapter_size(
+        policy.width, weights, len(plan.dynamic_layers), config.controller_size
+    )
+    return HeadsConfig(policy.width, size, config.controller_size)
 
 
 def _parameters(policy: SkippablePolicy) -> Iterator[torch.nn.Parameter]:

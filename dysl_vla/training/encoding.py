@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any
@@ -15,8 +16,8 @@ from dysl_vla.data.random_access import FrameSource, shifted
 from dysl_vla.data.selection import observations
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import available_memory
 from dysl_vla.policies import SkippablePolicy
+from dysl_vla.policies.compute import free_memory
 from dysl_vla.types import EpisodeState, Observation
 
 with needs_extra("policy"):
@@ -42,6 +43,7 @@ def encode(
     *,
     augment_copies: int = 0,
     stream: bool | None = None,
+    reserve: int = 0,
     processes: Processes | None = None,
 ) -> Encoded:
     """Encode chosen frames, and keep them where they fit into memory.
@@ -58,6 +60,7 @@ def encode(
             function of frame and copy.
         stream: Whether frames are read and encoded when they are needed, in place of kept; None: where they do not
             fit, measured by the first of them.
+        reserve: Bytes that are left free for what comes after.
         processes: Processes of which each holds all frames; None: this one alone.
 
     Raises:
@@ -79,7 +82,7 @@ def encode(
         total = len(chosen) * (1 + augment_copies)
         bar = tqdm(total=total, desc=f"encoding {what}", unit="frame", disable=not processes.is_main)
         with closing(batches), bar:
-            kept = _kept(policy, batches, bar, stream, processes)
+            kept = _kept(policy, batches, bar, stream=stream, reserve=reserve, processes=processes)
         if kept is not None:
             return kept
     source = FrameSource(demonstrations, chosen, augment_copies, resizes, SHIFT)
@@ -90,44 +93,58 @@ def _kept(
     policy: SkippablePolicy,
     batches: Iterator[tuple[list[int], list[Any]]],
     bar: tqdm[Any],
+    *,
     stream: bool | None,
+    reserve: int,
     processes: Processes,
 ) -> KeptFrames | None:
     """Keep all frames; None where they are to be streamed, which the first of them decide."""
     items: list[Any] = []
     indices: list[int] = []
     for index, some in batches:
-        if not items and _must_stream(policy, tensor_bytes(some) * bar.total // len(some), some, stream, processes):
-            return None
+        if not items:
+            needed = processes.local_count * tensor_bytes(some) * bar.total // len(some)
+            if stream is None and not policy.has_memory:
+                stream = processes.is_any(needed > memory_to_keep(some, reserve))
+            if stream:
+                return None
+            _check_fits(policy, needed, some)
         indices += index
         items += some
         bar.update(len(some))
     return KeptFrames(np.array(indices, np.int64), items)
 
 
-def _must_stream(
-    policy: SkippablePolicy, needed: int, some: list[Any], stream: bool | None, processes: Processes
-) -> bool:
-    """Decide whether frames are streamed, alike in all processes, and refuse to keep what does not fit.
+def _check_fits(policy: SkippablePolicy, needed: int, some: list[Any]) -> None:
+    """Refuse to keep what does not fit into memory.
 
     Args:
         policy: The policy.
-        needed: Bytes that all of them take in each process.
+        needed: Bytes that all items take, in all processes of this machine.
         some: Some of them, on the device that keeps them.
-        stream: What was asked for; None: what fits.
-        processes: The processes.
 
     Raises:
-        ConfigError: They do not fit, and must be kept.
+        ConfigError: They do not fit.
     """
-    free = free_memory(some)
-    needed *= processes.local_count
-    if stream is None and not policy.has_memory:
-        stream = processes.is_any(free is not None and needed > MEMORY_SHARE * free)
-    if not stream and free is not None and needed > free:
+    free = free_memory(_device(some))
+    if free is not None and needed > free:
         fix = "give fewer --frames" if policy.has_memory else "give --stream always, or fewer --frames"
         raise ConfigError(f"memory: encoded frames need {needed / 1e9:.1f} GB, there are {free / 1e9:.1f}; {fix}.")
-    return bool(stream)
+
+
+def memory_to_keep(value: Any, reserve: int) -> float:
+    """Return the bytes that may be kept on the device of the tensors in a value; infinite where it does not say.
+
+    Args:
+        value: An item or some.
+        reserve: Bytes that are left free for what comes after.
+    """
+    free = free_memory(_device(value))
+    return math.inf if free is None else MEMORY_SHARE * (free - reserve)
+
+
+def _device(value: Any) -> torch.device:
+    return next((tensor.device for tensor in _tensors(value)), torch.device("cpu"))
 
 
 def _encoded(
@@ -217,12 +234,6 @@ def _moments_before(demonstrations: Demonstrations, chosen: NDArray[np.int64], s
 def tensor_bytes(value: Any) -> int:
     """Count the bytes of the tensors in an item, a batch or an answer."""
     return sum(tensor.nbytes for tensor in _tensors(value))
-
-
-def free_memory(value: Any) -> int | None:
-    """Return the free bytes of the device that the tensors in an item are on; None where it is unknown."""
-    device = next((tensor.device for tensor in _tensors(value)), torch.device("cpu"))
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

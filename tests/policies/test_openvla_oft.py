@@ -339,7 +339,7 @@ def test_a_base_that_changed_since_its_heads_were_trained_is_refused(copy: Path,
 
 
 def test_too_little_memory_is_said_before_weights_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dysl_vla.files.available_memory", lambda: 1000)
+    monkeypatch.setattr("dysl_vla.policies.compute.available_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"the policy's weights need .*give --dtype bfloat16"):
         load(folder)
 

@@ -1,21 +1,40 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan
 from dysl_vla.skip_controller.heads import Controller, _pool, default_adapter_size
+from dysl_vla.skip_controller.layer_similarity import choose_static_layers
 
 
-@pytest.mark.parametrize(("layers", "width"), [(24, 2048), (32, 4096), (18, 1536), (80, 8192)])
-def test_heads_are_small_beside_a_wide_backbone(layers: int, width: int) -> None:
-    backbone = layers * (4 * width**2 + 3 * width * (width * 11 // 4))
-    plan = SkipPlan(layers, (0, layers // 2, layers - 1))
-    size = default_adapter_size(width, backbone, len(plan.dynamic_layers))
+@given(
+    layers=st.integers(3, 96),
+    width=st.integers(9, 128).map(lambda heads: 128 * heads),
+    widening=st.floats(1, 4),
+    static=st.floats(0.01, 0.5),
+    shares_keys=st.booleans(),
+    controller_size=st.sampled_from([1, 8, 16]),
+)
+@settings(max_examples=200, deadline=None)
+def test_heads_at_all_dynamic_layers_have_a_hundredth_of_a_wide_backbones_weights(
+    *, layers: int, width: int, widening: float, static: float, shares_keys: bool, controller_size: int
+) -> None:
+    attention = 2 * width**2 + 2 * width * (128 if shares_keys else width)
+    backbone = layers * (attention + 3 * width * int(widening * width))
+    plan = SkipPlan(layers, choose_static_layers(np.ones(layers), static))
+    size = default_adapter_size(width, backbone, len(plan.dynamic_layers), controller_size)
     with torch.device("meta"):
-        heads = SkipHeads(plan, HeadsConfig(width, size))
-    for part in (heads.adapters, heads.controllers):
-        assert sum(p.numel() for p in part.parameters()) <= 0.015 * backbone
+        heads = SkipHeads(plan, HeadsConfig(width, size, controller_size))
+    assert sum(p.numel() for p in heads.parameters()) <= 0.012 * backbone
+    assert size >= 8
+
+
+def test_adapters_beside_a_narrow_backbone_have_one_width() -> None:
+    assert [default_adapter_size(width, 10**6, 20) for width in (32, 128, 1024)] == [32, 88, 88]
 
 
 def test_an_untrained_adapter_is_the_identity() -> None:

@@ -96,7 +96,7 @@ def test_the_second_stage_skips_one_layer_of_a_block_at_most_and_of_one_block_at
     trainer, _ = make(adapter_steps=0)
     seen = set()
     for seed in range(200):
-        places = trainer._sample_exits(np.random.default_rng(seed))
+        places = trainer.draw_exits(np.random.default_rng(seed))
         for place, block in zip(places, PLAN.blocks, strict=True):
             assert place is None or block.first <= place < block.target
         assert places != [None, None]
@@ -106,13 +106,13 @@ def test_the_second_stage_skips_one_layer_of_a_block_at_most_and_of_one_block_at
 
 def test_the_second_stage_can_leave_all_blocks_equally_deep() -> None:
     trainer, _ = make(adapter_steps=0, joint_exit_prob=1.0)
-    drawn = {tuple(trainer._sample_exits(np.random.default_rng(seed))) for seed in range(50)}
+    drawn = {tuple(trainer.draw_exits(np.random.default_rng(seed))) for seed in range(50)}
     assert drawn == {(1, 4), (2, None)}  # the second block has one dynamic layer
 
 
 def test_blocks_are_left_at_the_plans_exits_alone() -> None:
     trainer, _ = make(adapter_steps=0, plan=replace(PLAN, exits=(1, 4)))
-    drawn = {tuple(trainer._sample_exits(np.random.default_rng(seed))) for seed in range(100)}
+    drawn = {tuple(trainer.draw_exits(np.random.default_rng(seed))) for seed in range(100)}
     assert drawn == {(1, 4), (1, None), (None, 4)}
     assert sorted(trainer._skipper.heads.adapters) == ["1", "4"]
     run(trainer, 3)
@@ -240,3 +240,43 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_both_in_the_same_step() -
         return trainer.step
 
     assert in_two(work) == [0, 0]
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+@pytest.mark.parametrize("objective", ["tolerance", "mixture"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_gradient(
+    dtype: torch.dtype, objective: str, side: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, model = make(objective, adapter_steps=0, dtype=dtype)
+    run(trainer, 2, dtype)  # an untrained adapter hides what is behind it
+    batch: dict[str, Any] = {"inputs_embeds": torch.randn(3, 5, 16).to(dtype), "use_cache": False}
+    mask = None
+    if side is not None:
+        mask = torch.ones(3, 5, dtype=torch.long)
+        mask[1, slice(0, 2) if side == "left" else slice(3, 5)] = 0
+        batch["attention_mask"] = mask
+    answer, ran = trainer.answer((batch, mask)), []
+    original = model.layers[5].mlp.forward
+    monkeypatch.setattr(model.layers[5].mlp, "forward", lambda hidden: (ran.append(0), original(hidden))[1])
+    gradients = []
+    for is_checkpointed in (False, True):
+        ran.clear()
+        trainer.is_checkpointed = is_checkpointed
+        with mixed_precision(model):
+            loss, _ = trainer._skip_loss((batch, mask), answer, np.random.default_rng(0))
+        before = len(ran)
+        gradients.append(torch.autograd.grad(loss, list(trainer.parameters.values()), allow_unused=True))
+        assert len(ran) == before + is_checkpointed  # computed again, after the body of the mode
+    assert any(g is not None and g.abs().sum() > 0 for g in gradients[0])
+    for kept, computed_again in zip(*gradients, strict=True):
+        assert kept is computed_again is None or torch.equal(kept, computed_again)
+
+
+def test_a_decoder_that_would_write_its_cache_twice_is_not_checkpointed() -> None:
+    trainer, model = make()
+    with (
+        trainer._skipper.force_exits([1, 4], is_checkpointed=True),
+        pytest.raises(ConfigError, match=r"checkpointing must be off .* use_cache=False"),
+    ):
+        model(inputs_embeds=torch.randn(3, 5, 16))

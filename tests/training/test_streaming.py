@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.errors import ConfigError, DatasetError
-from dysl_vla.policies import load_skippable_policy
+from dysl_vla.policies import compute, load_skippable_policy
 from dysl_vla.policies.dysl import load_dysl
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.training import distill as distill_module
-from dysl_vla.training import encoded, encoding
+from dysl_vla.training import encoded
 from dysl_vla.training.distill import DistillRunConfig, distill
 from dysl_vla.training.encoded import Encoded, KeptFrames, StreamedFrames
 from dysl_vla.training.encoding import encode
@@ -96,14 +96,14 @@ def test_what_does_not_fit_is_streamed_unless_it_shall_be_kept(
     demonstrations, chosen = Demonstrations(mock_demos), np.arange(40)
     item = stacked(encode(tiny_policy, demonstrations, chosen, "frames").rows(np.arange(1)))[0]
     for share, kind in ((0.79, KeptFrames), (0.81, StreamedFrames)):
-        monkeypatch.setattr(encoding, "available_memory", lambda share=share: int(40 * item.nbytes / share))
+        monkeypatch.setattr(compute, "available_memory", lambda share=share: int(40 * item.nbytes / share))
         assert isinstance(encode(tiny_policy, demonstrations, chosen, "frames"), kind)
     encode(tiny_policy, demonstrations, chosen, "frames", stream=False)
-    monkeypatch.setattr(encoding, "available_memory", lambda: 39 * item.nbytes)
+    monkeypatch.setattr(compute, "available_memory", lambda: 39 * item.nbytes)
     with pytest.raises(ConfigError, match=r"^memory: encoded frames need .*give --stream always"):
         encode(tiny_policy, demonstrations, chosen, "frames", stream=False)
     recurrent = Recurrent.make()
-    monkeypatch.setattr(encoding, "available_memory", lambda: 1000)
+    monkeypatch.setattr(compute, "available_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"^memory: .*give fewer --frames"):
         encode(recurrent, demonstrations, chosen, "frames")
     with pytest.raises(ConfigError, match=r"^stream must not be always for a policy with memory"):
