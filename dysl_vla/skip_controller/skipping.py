@@ -27,7 +27,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from threading import Lock, get_ident
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,30 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.skip_controller.decoders import MARK, WrappedLayers, cache_of, find_layers, padding
+from dysl_vla.skip_controller.caches import (
+    cache_of,
+    check_measured,
+    check_new,
+    check_whole,
+    mark_skips,
+    restore_state,
+    states_of,
+)
+from dysl_vla.skip_controller.compatibility import check_arguments, check_heads, check_shared_keys, skippable_layers
+from dysl_vla.skip_controller.decoders import (
+    MARK,
+    WrappedLayers,
+    argument_names,
+    call,
+    find_layers,
+    hidden_of,
+    padding,
+)
 from dysl_vla.skip_controller.heads import SkipHeads
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.skip_controller.step import ForcedExits, Recording, Step, Verification
+
+_OF_A_PASS = ("_lock", "_owner", "_mode", "_jump_to", "_landed", "_passing")
 
 
 class Skipper:
@@ -55,9 +75,8 @@ class Skipper:
         self.layers = layers
         self.plan = plan
         self.heads = heads
-        self._mode: Step | ForcedExits | Verification | Recording | None = None
-        self._jump_to = 0  # the layer before which no row of the running pass has anything to run
-        self._landed: list[int] = []  # for each row of the running pass, the layer that it jumps to
+        self._shares_keys = check_shared_keys(layers, plan)
+        self._idle()
         self._block_of = {
             layer: (number, block.target, layer - block.first)
             for number, block in enumerate(plan.blocks)
@@ -65,18 +84,40 @@ class Skipper:
         }
         self._exits = {layer for block in plan.blocks for layer in plan.exits_of(block)}
         self._block_at = {block.target: number for number, block in enumerate(plan.blocks)}
+        self._skippable = skippable_layers(plan)
         self._decoder = WrappedLayers(layers, self._run_layer)
-        self._followers: list[WrappedLayers] = []
-        for number, follower in enumerate(followers):
-            self._followers.append(WrappedLayers(follower, partial(self._run_follower, number)))
+        self._followers = [
+            WrappedLayers(follower, self._run_follower, number) for number, follower in enumerate(followers)
+        ]
         for attached in (layers, *followers):
             attached.__dict__[MARK] = self
 
+    def _idle(self) -> None:
+        self._lock = Lock()  # held as long as a mode runs
+        self._owner = 0  # the thread whose forwards the mode is for
+        self._mode: Step | ForcedExits | Verification | Recording | None = None
+        self._jump_to = 0  # the layer before which no row of the running pass has anything to run
+        self._landed: list[int] = []  # for each row of the running pass, the layer that it jumps to
+        self._passing: Tensor | None = None  # what the layer before answered in the running pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PASS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._idle()
+
     def detach(self) -> None:
-        """Restore the layers' own forward."""
-        for wrapped in (self._decoder, *self._followers):
-            wrapped.restore()
-            del wrapped.layers.__dict__[MARK]
+        """Restore the layers' own forward, when no other thread uses it.
+
+        Raises:
+            ConfigError: A step is running.
+        """
+        self._check_idle()
+        with self._lock:
+            for wrapped in (self._decoder, *self._followers):
+                wrapped.restore()
+                wrapped.layers.__dict__.pop(MARK, None)
 
     @contextmanager
     def step(
@@ -102,7 +143,7 @@ class Skipper:
 
         Raises:
             ConfigError: The decoder was attached without heads, the allow points are of another number of blocks,
-                another step is running, or a cache holds tokens of before the step.
+                this thread runs another step, the layers were replaced since, or a cache cannot be used in a step.
         """
         self._check_heads()
         if allow_points.ndim != 2 or allow_points.shape[1] != len(self.plan.blocks):
@@ -174,21 +215,25 @@ class Skipper:
                 )
             if place is not None and not is_mixture:
                 layers_run[place : block.target] = False
-        forced = ForcedExits(tuple(exits), is_mixture, padding(mask), layers_run)
+        forced = ForcedExits(tuple(exits), is_mixture, padding(mask), layers_run, torch.is_grad_enabled())
         with self._running(forced):
             yield forced
 
     @contextmanager
     def _running(self, mode: Step | ForcedExits | Verification | Recording) -> Iterator[None]:
         self._check_idle()
-        self._mode = mode
-        try:
-            yield
-        finally:
-            self._mode = None
+        with self._lock:
+            for wrapped in (self._decoder, *self._followers):
+                wrapped.check_intact()
+            self._owner, self._mode = get_ident(), mode
+            try:
+                yield
+            finally:
+                self._mode, self._owner, self._passing = None, 0, None
 
     def _check_idle(self) -> None:
-        if self._mode is not None:
+        """Refuse what would wait for this thread itself; other threads wait for each other."""
+        if self._mode is not None and self._owner == get_ident():
             raise ConfigError("step must be the only one, and another one is running; end it first.")
 
     def _check_heads(self) -> None:
@@ -200,17 +245,20 @@ class Skipper:
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
         mode, decoder = self._mode, self._decoder
-        if mode is None:
+        if mode is None or self._owner != get_ident():
+            if index == 0:
+                check_whole(cache_of(kwargs if len(args) < 2 else decoder.arguments(0, args, kwargs)))
             return decoder.originals[index](*args, **kwargs)
         if isinstance(mode, Step):
             if 0 < index < self._jump_to:  # all rows are on their way to a target: nothing to do, as fast as can be
-                return decoder.wrap_output(decoder.hidden(index, args, kwargs))
+                return decoder.wrap_output(self._arrived(index, decoder.hidden(index, args, kwargs)))
             return self._skipping(index, mode, decoder.arguments(index, args, kwargs))
         if isinstance(mode, Verification):
             return self._verifying(index, mode.step, decoder.arguments(index, args, kwargs))
         if isinstance(mode, ForcedExits):
             return self._run_forced(index, mode, decoder.arguments(index, args, kwargs))
         if index == 0:
+            check_whole(cache_of(decoder.arguments(0, args, kwargs)))
             mode.forwards.append([])
         mode.forwards[-1].append(decoder.hidden(index, args, kwargs))
         return decoder.originals[index](*args, **kwargs)
@@ -218,6 +266,8 @@ class Skipper:
     def _run_follower(self, number: int, index: int, *args: Any, **kwargs: Any) -> Any:
         """Run a follower's layer for the rows whose decoder ran the layer of the same index."""
         mode, follower = self._mode, self._followers[number]
+        if mode is None or self._owner != get_ident():
+            return follower.originals[index](*args, **kwargs)
         if isinstance(mode, Step):
             if not mode.is_decided:
                 raise ConfigError("followers must run after their decoder; one ran before it had decided what to skip.")
@@ -241,29 +291,35 @@ class Skipper:
 
     def _verifying(self, index: int, step: Step, arguments: dict[str, Any]) -> Any:
         decoder = self._decoder
+        if index == 0 and not step.is_verified:
+            self._check_verification(step, cache_of(arguments))
         if step.first_skip is None or step.is_verified:
-            return decoder.originals[index](**arguments)
+            return call(decoder.originals[index], decoder.hidden_name(index), arguments)
         name, cache = decoder.hidden_name(index), cache_of(arguments)
-        if index < step.first_skip:
+        is_whole = self._shares_keys  # what the first layers hand to later ones is not kept
+        if index < step.first_skip and not is_whole:
             if cache is not None:
-                self._copy_cache(index, step, cache)
+                restore_state(cache, index, step.states[index])
             return decoder.wrap_output(arguments[name])
         if index == step.first_skip:
-            arguments[name], step.first_hidden = step.first_hidden, None
+            arguments[name] = arguments[name] if is_whole else step.first_hidden
+            step.first_hidden, step.states = None, []
         step.is_verified = index == len(self.layers) - 1
-        return decoder.originals[index](**arguments)
+        return call(decoder.originals[index], name, arguments)
 
-    def _copy_cache(self, index: int, step: Step, cache: Any) -> None:
-        """Copy what a layer before the first skip wrote for the prompt, as the full model would, to a new cache."""
-        if step.cache is None or (index == 0 and cache.get_seq_length() > 0):
-            raise ConfigError("past_key_values must be an empty cache when a step and its verification begin.")
-        written = step.cache.layers[index]
-        cache.update(written.keys[..., : step.tokens, :], written.values[..., : step.tokens, :], index)
+    def _check_verification(self, step: Step, cache: Any) -> None:
+        if cache is None:
+            return
+        if step.cache is None:
+            raise ConfigError("past_key_values must be in the step, too, when its verification has a cache.")
+        check_new(cache)
 
     def _run_forced(self, index: int, forced: ForcedExits, arguments: dict[str, Any]) -> Any:
         decoder = self._decoder
         name = decoder.hidden_name(index)
         hidden: Tensor = arguments[name]
+        if index == 0:
+            self._begin_forced(forced, arguments)
         if index in self._block_at:
             arguments[name] = hidden = self._land(self._block_at[index], forced, hidden)
         elif index in self._block_of:
@@ -282,6 +338,22 @@ class Skipper:
             forced.is_first = False
         return output
 
+    def _begin_forced(self, forced: ForcedExits, arguments: dict[str, Any]) -> None:
+        check_arguments(arguments, self._decoder.hidden_name(0), self._shares_keys)
+        if forced.is_first and forced.has_gradient and not torch.is_grad_enabled():
+            raise ConfigError(
+                "use_reentrant must be False where gradient checkpointing is around whole layers: heads get no gradient "
+                "from a forward without one."
+            )
+        cache = cache_of(arguments)
+        if cache is None or forced.layers_run.all():
+            return
+        if forced.is_first:
+            check_new(cache)
+        else:
+            check_measured(cache, self._skippable)
+        mark_skips(cache)
+
     def _land(self, block: int, forced: ForcedExits, hidden: Tensor) -> Tensor:
         """Return the input of a block's target."""
         if forced.exits[block] is not None:
@@ -299,7 +371,9 @@ class Skipper:
         # Decide, or repeat what the first pass decided.
         if index == 0:
             self._begin_pass(step, hidden, arguments)
-        elif index in self._exits:
+        elif hidden is not self._passing:
+            hidden = arguments[name] = self._arrived(index, hidden)
+        if index in self._exits:
             hidden = arguments[name] = self._maybe_skip(index, step, hidden)
         active = [row for row, landed in enumerate(self._landed) if landed <= index]
         if not step.is_decided:
@@ -307,27 +381,64 @@ class Skipper:
             step.is_decided = index == len(self.layers) - 1
         # Run the layer for the rows that are not on their way to a target.
         if not active:
+            self._passing = hidden
             return decoder.wrap_output(hidden)
-        return decoder.run(index, arguments, None if len(active) == hidden.shape[0] else active)
+        output = decoder.run(index, arguments, None if len(active) == hidden.shape[0] else active)
+        self._passing = hidden_of(output)
+        return output
+
+    def _arrived(self, index: int, hidden: Tensor) -> Tensor:
+        """Return a layer's input, in which rows on their way have what their adapter gave, and nothing else.
+
+        A model may add to hidden states between layers (deepstack); an adapter's output includes that.
+        """
+        if hidden is self._passing:
+            return hidden
+        rows = [row for row, landed in enumerate(self._landed) if landed >= index]
+        if not rows:
+            return hidden
+        assert self._passing is not None
+        if hidden.shape != self._passing.shape:
+            raise ConfigError(
+                f"static_layers must include {index - 1}: the model changes the shape of hidden states behind it, from "
+                f"{tuple(self._passing.shape)} to {tuple(hidden.shape)}, while rows skip; or keep the shape "
+                "(logits_to_keep=0)."
+            )
+        before = self._passing.to(hidden)
+        if len(rows) == len(self._landed):
+            self._passing = before
+            return before
+        chosen = torch.tensor(rows, device=hidden.device)
+        return hidden.index_copy(0, chosen, before[chosen])
 
     def _begin_pass(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        batch, tokens = hidden.shape[:2]
+        check_arguments(arguments, self._decoder.hidden_name(0), self._shares_keys)
+        batch = len(hidden)
         if batch != len(step.allow_points):
             raise ConfigError(
                 f"allow_points must fit the batch; it has {len(step.allow_points)} rows, the batch has {batch}."
             )
         self._landed = [0] * batch
         self._jump_to = 0
+        cache = cache_of(arguments)
+        if cache is not None:
+            self._check_cache(step, cache)
         if step.is_decided:
             return
-        cache = cache_of(arguments)
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ConfigError("past_key_values must be an empty cache when a step begins, got one that holds tokens.")
         step.targets = [{} for _ in range(batch)]
         step.outputs = [{} for _ in range(batch)]
         step.layers_run = np.zeros((batch, len(self.layers)), np.bool_)
         step.first_skip = step.first_hidden = None
-        step.tokens, step.cache = tokens, cache
+        step.cache, step.states = cache, []
+
+    def _check_cache(self, step: Step, cache: Any) -> None:
+        """Refuse a cache that the running pass cannot go on from; the tokens that it may hold are the step's."""
+        if step.cache is None or not step.is_decided:
+            check_new(cache)
+        elif cache is step.cache:
+            check_measured(cache, self._skippable)
+        else:
+            check_whole(cache)
 
     def _maybe_skip(self, index: int, step: Step, hidden: Tensor) -> Tensor:
         """Return the hidden states at an exit, with the adapter's output in the rows that leave their block there."""
@@ -346,6 +457,9 @@ class Skipper:
                 step.targets[row][index] = target
             if step.first_skip is None:
                 step.first_skip, step.first_hidden = index, hidden
+                if step.cache is not None:
+                    step.states = states_of(step.cache, index)
+                    mark_skips(step.cache)
         adapter = self.heads.adapters[str(index)].forward  # a call takes a tenth longer; hooks on heads do not run
         started = time.perf_counter()
         if len(rows) == hidden.shape[0]:
@@ -410,23 +524,11 @@ def attach(
             raise ConfigError(f"{'followers' if number else 'decoder'} must not be already attached; detach it first.")
         if len(one) != plan.num_layers:
             raise ConfigError(f"followers must have the plan's {plan.num_layers} layers, and one has {len(one)}.")
+        for layer in one:
+            argument_names(layer)
     if heads is not None:
-        if heads.plan != plan:
-            raise ConfigError(f"heads must be made for the plan, {plan}; these were made for {heads.plan}.")
-        _check_heads(heads, layers)
+        check_heads(heads, plan, layers)
     return Skipper(layers, plan, heads, followers)
-
-
-def _check_heads(heads: SkipHeads, layers: nn.ModuleList) -> None:
-    """Refuse heads whose width, dtype or device is not the layers'; the layers' norms have exactly the width."""
-    mine, theirs = next(heads.parameters()), next(layers.parameters())
-    widths = {p.shape[0] for name, p in layers[0].named_parameters() if p.ndim == 1 and "norm" in name}
-    if widths and heads.config.hidden_size not in widths:
-        raise ConfigError(f"heads must have the decoder's width of {min(widths)}, got {heads.config.hidden_size}.")
-    is_cast = torch.is_autocast_enabled(theirs.device.type)
-    for what, one, other in (("dtype", mine.dtype, theirs.dtype), ("device", mine.device, theirs.device)):
-        if one != other and not (what == "dtype" and is_cast):
-            raise ConfigError(f"heads must be of the decoder's {what} {other}, got {one}; use heads.to({other}).")
 
 
 def detach(decoder: nn.Module) -> None:
