@@ -18,7 +18,7 @@ from dysl_vla.errors import ConfigError
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 """Names of the argument by which a layer gets the cache."""
 SKIPS_MARK = "_has_skips"
-"""Attribute that marks a cache as one in which skips left keys and values out."""
+"""Attribute of a cache in which skips left keys and values out: the number of their step."""
 ROW_CHANGES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 """Methods of a cache that move rows; a layer that some rows skipped holds fewer rows."""
 
@@ -43,7 +43,7 @@ def check_new(cache: Any) -> None:
             "past_key_values must stay on its device: an offloaded cache fetches the layer behind the running one, "
             "which may be skipped; pass one without offloading."
         )
-    if any(_holds_tokens(cache.layers[index]) for index in measured_layers(cache)):
+    if holds_tokens(cache):
         raise ConfigError(
             "past_key_values must be an empty cache when a step or its verification begins, got one that holds tokens."
         )
@@ -83,24 +83,32 @@ def check_measured(cache: Any, skippable: Collection[int]) -> None:
             )
 
 
-def mark_skips(cache: Any) -> None:
-    """Mark a cache as one in which skips leave something out: neither other forwards nor beams may use it."""
-    if SKIPS_MARK not in cache.__dict__:
-        cache.__dict__[SKIPS_MARK] = True
-        for name in ROW_CHANGES:
-            cache.__dict__[name] = partial(_refuse_rows, name)
+def mark_skips(cache: Any, step: int) -> None:
+    """Mark a cache as one in which skips leave something out: no forward outside of the step, and no beam, may use it.
+
+    Args:
+        cache: The cache.
+        step: Number of the step.
+    """
+    cache.__dict__[SKIPS_MARK] = step
+    for name in ROW_CHANGES:
+        cache.__dict__[name] = partial(_refuse_rows, name)
 
 
-def check_whole(cache: Any) -> None:
-    """Refuse a cache in which skips left something out, outside of their step.
+def check_whole(cache: Any, step: int | None = None) -> None:
+    """Refuse a cache in which the skips of another step left something out.
+
+    Args:
+        cache: The cache, or None.
+        step: Number of the running step; None: no step is running.
 
     Raises:
-        ConfigError: The cache was written in a step that skipped layers.
+        ConfigError: The cache was written in another step, which skipped layers.
     """
-    if SKIPS_MARK in getattr(cache, "__dict__", ()):
+    if getattr(cache, "__dict__", {}).get(SKIPS_MARK, step) != step:
         raise ConfigError(
-            "past_key_values must not come from a step that skipped layers, as the keys and values of skipped layers "
-            "are missing; go on within the step, or begin with an empty cache."
+            "past_key_values must not come from another step that skipped layers, as the keys and values of skipped "
+            "layers are missing; go on within that step, or begin with an empty cache."
         )
 
 
@@ -140,7 +148,12 @@ def _copy(value: Any) -> Any:
     return type(value)(map(_copy, value)) if type(value) in (tuple, list) else value
 
 
-def _holds_tokens(layer: Any) -> bool:
+def holds_tokens(cache: Any) -> bool:
+    """Tell whether any layer at which transformers measures a cache has keys, values or a state."""
+    return any(_has_state(cache.layers[index]) for index in measured_layers(cache))
+
+
+def _has_state(layer: Any) -> bool:
     states = getattr(layer, "has_previous_state", None)
     if states is not None and any(states.values() if isinstance(states, dict) else [states]):
         return True

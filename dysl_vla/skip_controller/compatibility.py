@@ -16,10 +16,7 @@ from dysl_vla.skip_controller.plan import SkipPlan
 def skippable_layers(plan: SkipPlan) -> frozenset[int]:
     """Return the layers that a row may skip: those from the first exit of each block to before its target."""
     return frozenset(
-        layer
-        for block in plan.blocks
-        for place in plan.exits_of(block)[:1]
-        for layer in range(place, block.target)
+        layer for block in plan.blocks for place in plan.exits_of(block)[:1] for layer in range(place, block.target)
     )
 
 
@@ -69,8 +66,8 @@ def check_arguments(arguments: Mapping[str, Any], name: str, shares_keys: bool) 
     hidden = arguments[name]
     if hidden.ndim != 3:
         raise ConfigError(
-            f"layers must take hidden states of the shape (batch, tokens, hidden), got {tuple(hidden.shape)}; a decoder "
-            "with several streams of them cannot skip."
+            f"layers must take hidden states of the shape (batch, tokens, hidden), got {tuple(hidden.shape)}; several "
+            "streams of them cannot skip."
         )
     written = [key for key, value in arguments.items() if isinstance(value, Mapping)]
     if written and not shares_keys:
@@ -129,7 +126,7 @@ def run_device(layer: nn.Module, place: str) -> torch.device | None:
                 return torch.device(one.execution_device)
     if devices and not loaded:
         raise ConfigError(
-            f"decoder must have weights, and those of layer {place} are on the device meta; load them, or let accelerate "
-            "offload them."
+            f"decoder must have weights, and those of layer {place} are on the device meta; load them, or let "
+            "accelerate offload them."
         )
     return loaded[0] if loaded else None

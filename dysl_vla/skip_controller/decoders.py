@@ -38,7 +38,7 @@ class WrappedLayers:
         ConfigError: A layer's forward does not name its arguments; nothing is replaced then.
     """
 
-    def __init__(self, layers: nn.ModuleList, run: MethodType, *first: Any) -> None:
+    def __init__(self, layers: nn.ModuleList, run: Callable[..., Any], *first: Any) -> None:
         self.layers = layers
         self._names = [argument_names(layer) for layer in layers]
         self._wrapped = list(layers)

@@ -23,8 +23,6 @@ allow points, and `heads_trainer` optimises heads.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock, get_ident
@@ -41,9 +39,9 @@ from dysl_vla.skip_controller.caches import (
     check_measured,
     check_new,
     check_whole,
+    holds_tokens,
     mark_skips,
     restore_state,
-    states_of,
 )
 from dysl_vla.skip_controller.compatibility import check_arguments, check_heads, check_shared_keys, skippable_layers
 from dysl_vla.skip_controller.decoders import (
@@ -52,14 +50,12 @@ from dysl_vla.skip_controller.decoders import (
     argument_names,
     call,
     find_layers,
-    hidden_of,
     padding,
 )
 from dysl_vla.skip_controller.heads import SkipHeads
+from dysl_vla.skip_controller.passes import Attached, SkippingPasses
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.skip_controller.step import ForcedExits, Recording, Step, Verification
-
-_OF_A_PASS = ("_lock", "_owner", "_mode", "_jump_to", "_landed", "_passing")
 
 
 class Skipper:
@@ -75,17 +71,23 @@ class Skipper:
         self.layers = layers
         self.plan = plan
         self.heads = heads
-        self._shares_keys = check_shared_keys(layers, plan)
         self._idle()
         self._block_of = {
             layer: (number, block.target, layer - block.first)
             for number, block in enumerate(plan.blocks)
             for layer in range(block.first, block.target)
         }
-        self._exits = {layer for block in plan.blocks for layer in plan.exits_of(block)}
         self._block_at = {block.target: number for number, block in enumerate(plan.blocks)}
-        self._skippable = skippable_layers(plan)
+        self._shares_keys = check_shared_keys(layers, plan)
         self._decoder = WrappedLayers(layers, self._run_layer)
+        self._attached = Attached(
+            self._decoder,
+            heads,
+            self._block_of,
+            frozenset(layer for block in plan.blocks for layer in plan.exits_of(block)),
+            skippable_layers(plan),
+            self._shares_keys,
+        )
         self._followers = [
             WrappedLayers(follower, self._run_follower, number) for number, follower in enumerate(followers)
         ]
@@ -95,13 +97,10 @@ class Skipper:
     def _idle(self) -> None:
         self._lock = Lock()  # held as long as a mode runs
         self._owner = 0  # the thread whose forwards the mode is for
-        self._mode: Step | ForcedExits | Verification | Recording | None = None
-        self._jump_to = 0  # the layer before which no row of the running pass has anything to run
-        self._landed: list[int] = []  # for each row of the running pass, the layer that it jumps to
-        self._passing: Tensor | None = None  # what the layer before answered in the running pass
+        self._mode: SkippingPasses | ForcedExits | Verification | Recording | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PASS}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_owner", "_mode")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -152,7 +151,7 @@ class Skipper:
                 f"{allow_points.shape}."
             )
         step = Step(allow_points, threshold, padding(mask), force_skip)
-        with self._running(step):
+        with self._running(SkippingPasses(step, self._attached)):
             yield step
 
     @contextmanager
@@ -220,7 +219,7 @@ class Skipper:
             yield forced
 
     @contextmanager
-    def _running(self, mode: Step | ForcedExits | Verification | Recording) -> Iterator[None]:
+    def _running(self, mode: SkippingPasses | ForcedExits | Verification | Recording) -> Iterator[None]:
         self._check_idle()
         with self._lock:
             for wrapped in (self._decoder, *self._followers):
@@ -229,7 +228,7 @@ class Skipper:
             try:
                 yield
             finally:
-                self._mode, self._owner, self._passing = None, 0, None
+                self._mode, self._owner = None, 0
 
     def _check_idle(self) -> None:
         """Refuse what would wait for this thread itself; other threads wait for each other."""
@@ -249,10 +248,10 @@ class Skipper:
             if index == 0:
                 check_whole(cache_of(kwargs if len(args) < 2 else decoder.arguments(0, args, kwargs)))
             return decoder.originals[index](*args, **kwargs)
-        if isinstance(mode, Step):
-            if 0 < index < self._jump_to:  # all rows are on their way to a target: nothing to do, as fast as can be
-                return decoder.wrap_output(self._arrived(index, decoder.hidden(index, args, kwargs)))
-            return self._skipping(index, mode, decoder.arguments(index, args, kwargs))
+        if isinstance(mode, SkippingPasses):
+            if 0 < index < mode.jump_to:  # all rows are on their way to a target: nothing to do, as fast as can be
+                return decoder.wrap_output(mode.arrived(index, decoder.hidden(index, args, kwargs)))
+            return mode.run(index, decoder.arguments(index, args, kwargs))
         if isinstance(mode, Verification):
             return self._verifying(index, mode.step, decoder.arguments(index, args, kwargs))
         if isinstance(mode, ForcedExits):
@@ -268,11 +267,12 @@ class Skipper:
         mode, follower = self._mode, self._followers[number]
         if mode is None or self._owner != get_ident():
             return follower.originals[index](*args, **kwargs)
-        if isinstance(mode, Step):
-            if not mode.is_decided:
+        step = mode.step if isinstance(mode, SkippingPasses) else None
+        if step is not None:
+            if not step.is_decided:
                 raise ConfigError("followers must run after their decoder; one ran before it had decided what to skip.")
-            active = np.flatnonzero(mode.layers_run[:, index]).tolist()
-            is_whole = len(active) == len(mode.layers_run)
+            active = np.flatnonzero(step.layers_run[:, index]).tolist()
+            is_whole = len(active) == len(step.layers_run)
         elif isinstance(mode, ForcedExits):
             is_whole = bool(mode.layers_run[index])
             active = []
@@ -282,9 +282,9 @@ class Skipper:
         if is_whole:
             return follower.run(index, arguments)
         hidden = follower.hidden(index, args, kwargs)
-        if isinstance(mode, Step) and len(hidden) != len(mode.layers_run):
+        if step is not None and len(hidden) != len(step.layers_run):
             raise ConfigError(
-                f"followers must run the {len(mode.layers_run)} rows of the decoder that they follow, and one runs "
+                f"followers must run the {len(step.layers_run)} rows of the decoder that they follow, and one runs "
                 f"{len(hidden)}."
             )
         return follower.run(index, arguments, active) if active else follower.wrap_output(hidden)
@@ -342,17 +342,18 @@ class Skipper:
         check_arguments(arguments, self._decoder.hidden_name(0), self._shares_keys)
         if forced.is_first and forced.has_gradient and not torch.is_grad_enabled():
             raise ConfigError(
-                "use_reentrant must be False where gradient checkpointing is around whole layers: heads get no gradient "
-                "from a forward without one."
+                "use_reentrant must be False where gradient checkpointing is around whole layers: heads get no "
+                "gradient from a forward without one."
             )
         cache = cache_of(arguments)
         if cache is None or forced.layers_run.all():
             return
         if forced.is_first:
             check_new(cache)
-        else:
-            check_measured(cache, self._skippable)
-        mark_skips(cache)
+        check_whole(cache, forced.number)
+        if holds_tokens(cache):
+            check_measured(cache, self._attached.skippable)
+        mark_skips(cache, forced.number)
 
     def _land(self, block: int, forced: ForcedExits, hidden: Tensor) -> Tensor:
         """Return the input of a block's target."""
@@ -363,137 +364,6 @@ class Skipper:
         if forced.is_first:
             forced.targets[block] = hidden
         return hidden
-
-    def _skipping(self, index: int, step: Step, arguments: dict[str, Any]) -> Any:
-        decoder = self._decoder
-        name = decoder.hidden_name(index)
-        hidden: Tensor = arguments[name]
-        # Decide, or repeat what the first pass decided.
-        if index == 0:
-            self._begin_pass(step, hidden, arguments)
-        elif hidden is not self._passing:
-            hidden = arguments[name] = self._arrived(index, hidden)
-        if index in self._exits:
-            hidden = arguments[name] = self._maybe_skip(index, step, hidden)
-        active = [row for row, landed in enumerate(self._landed) if landed <= index]
-        if not step.is_decided:
-            step.layers_run[active, index] = True
-            step.is_decided = index == len(self.layers) - 1
-        # Run the layer for the rows that are not on their way to a target.
-        if not active:
-            self._passing = hidden
-            return decoder.wrap_output(hidden)
-        output = decoder.run(index, arguments, None if len(active) == hidden.shape[0] else active)
-        self._passing = hidden_of(output)
-        return output
-
-    def _arrived(self, index: int, hidden: Tensor) -> Tensor:
-        """Return a layer's input, in which rows on their way have what their adapter gave, and nothing else.
-
-        A model may add to hidden states between layers (deepstack); an adapter's output includes that.
-        """
-        if hidden is self._passing:
-            return hidden
-        rows = [row for row, landed in enumerate(self._landed) if landed >= index]
-        if not rows:
-            return hidden
-        assert self._passing is not None
-        if hidden.shape != self._passing.shape:
-            raise ConfigError(
-                f"static_layers must include {index - 1}: the model changes the shape of hidden states behind it, from "
-                f"{tuple(self._passing.shape)} to {tuple(hidden.shape)}, while rows skip; or keep the shape "
-                "(logits_to_keep=0)."
-            )
-        before = self._passing.to(hidden)
-        if len(rows) == len(self._landed):
-            self._passing = before
-            return before
-        chosen = torch.tensor(rows, device=hidden.device)
-        return hidden.index_copy(0, chosen, before[chosen])
-
-    def _begin_pass(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        check_arguments(arguments, self._decoder.hidden_name(0), self._shares_keys)
-        batch = len(hidden)
-        if batch != len(step.allow_points):
-            raise ConfigError(
-                f"allow_points must fit the batch; it has {len(step.allow_points)} rows, the batch has {batch}."
-            )
-        self._landed = [0] * batch
-        self._jump_to = 0
-        cache = cache_of(arguments)
-        if cache is not None:
-            self._check_cache(step, cache)
-        if step.is_decided:
-            return
-        step.targets = [{} for _ in range(batch)]
-        step.outputs = [{} for _ in range(batch)]
-        step.layers_run = np.zeros((batch, len(self.layers)), np.bool_)
-        step.first_skip = step.first_hidden = None
-        step.cache, step.states = cache, []
-
-    def _check_cache(self, step: Step, cache: Any) -> None:
-        """Refuse a cache that the running pass cannot go on from; the tokens that it may hold are the step's."""
-        if step.cache is None or not step.is_decided:
-            check_new(cache)
-        elif cache is step.cache:
-            check_measured(cache, self._skippable)
-        else:
-            check_whole(cache)
-
-    def _maybe_skip(self, index: int, step: Step, hidden: Tensor) -> Tensor:
-        """Return the hidden states at an exit, with the adapter's output in the rows that leave their block there."""
-        if step.is_decided:
-            rows = [row for row, targets in enumerate(step.targets) if index in targets]
-        else:
-            rows = self._decide(index, step, hidden)
-        if not rows:
-            return hidden
-        assert self.heads is not None
-        target = self._block_of[index][1]
-        for row in rows:
-            self._landed[row] = target
-        if not step.is_decided:
-            for row in rows:
-                step.targets[row][index] = target
-            if step.first_skip is None:
-                step.first_skip, step.first_hidden = index, hidden
-                if step.cache is not None:
-                    step.states = states_of(step.cache, index)
-                    mark_skips(step.cache)
-        adapter = self.heads.adapters[str(index)].forward  # a call takes a tenth longer; hooks on heads do not run
-        started = time.perf_counter()
-        if len(rows) == hidden.shape[0]:
-            hidden = adapter(hidden).to(hidden.dtype)  # autocast may return another dtype
-        else:
-            chosen = torch.tensor(rows, device=hidden.device)
-            hidden = hidden.index_copy(0, chosen, adapter(hidden[chosen]).to(hidden.dtype))
-        step.adapters_s += time.perf_counter() - started
-        self._jump_to = min(self._landed)
-        return hidden
-
-    def _decide(self, index: int, step: Step, hidden: Tensor) -> list[int]:
-        """Return the rows that skip at a dynamic layer."""
-        block, _, offset = self._block_of[index]
-        allowed = [
-            row
-            for row, landed in enumerate(self._landed)
-            if landed <= index and offset >= step.allow_points[row, block]
-        ]
-        if not allowed or step.force_skip:
-            return allowed
-        assert self.heads is not None
-        started = time.perf_counter()
-        controller = self.heads.controllers[str(index)].forward
-        if len(allowed) == hidden.shape[0]:
-            outputs = controller(hidden, step.mask)
-        else:
-            chosen = torch.tensor(allowed, device=hidden.device)
-            outputs = controller(hidden[chosen], None if step.mask is None else step.mask[chosen])
-        values = [1 / (1 + math.exp(-min(max(logit, -50.0), 50.0))) for logit in outputs.tolist()]
-        step.controllers_s += time.perf_counter() - started
-        for row, value in zip(allowed, values, strict=True):
-            step.outputs[row][index] = value
-        return [row for row, value in zip(allowed, values, strict=True) if value > step.threshold]
 
 
 def attach(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+_numbers = count(1)
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Step:
         states: The cache's states of the layers before the first skip, as the deciding pass left them.
         is_decided: Whether the deciding pass has ended; later ones keep its decisions.
         is_verified: Whether the full model's output has been computed from it.
+        number: A number that no other step of the process has.
     """
 
     allow_points: NDArray[np.int64]
@@ -49,6 +53,7 @@ class Step:
     states: list[tuple[type, dict[str, Any]]] = field(default_factory=list)
     is_decided: bool = False
     is_verified: bool = False
+    number: int = field(default_factory=_numbers.__next__)
 
 
 @dataclass
@@ -66,6 +71,7 @@ class ForcedExits:
         targets: Block to the input of its target in the first forward, (batch, tokens, hidden).
         adapted: Block to the adapter's output in the running forward, (batch, tokens, hidden).
         is_first: Whether the first forward has not ended yet.
+        number: A number that no other step of the process has.
     """
 
     exits: tuple[int | None, ...]
@@ -77,6 +83,7 @@ class ForcedExits:
     targets: dict[int, Tensor] = field(default_factory=dict)
     adapted: dict[int, Tensor] = field(default_factory=dict)
     is_first: bool = True
+    number: int = field(default_factory=_numbers.__next__)
 
 
 @dataclass
