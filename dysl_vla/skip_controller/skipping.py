@@ -394,6 +394,8 @@ def attach(
             raise ConfigError(f"{'followers' if number else 'decoder'} must not be already attached; detach it first.")
         if len(one) != plan.num_layers:
             raise ConfigError(f"followers must have the plan's {plan.num_layers} layers, and one has {len(one)}.")
+        if len({id(layer) for layer in one}) < len(one):
+            raise ConfigError("layers must each be in the list once; one that runs twice in a forward cannot skip.")
         for layer in one:
             argument_names(layer)
     if heads is not None:

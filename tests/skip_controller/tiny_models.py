@@ -17,6 +17,7 @@ from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan
 from dysl_vla.skip_controller.decoders import find_all_layers
 
 DEPTH, WIDTH, VOCABULARY, TOKENS, IMAGE = 6, 32, 64, 9, 60
+SPECIAL = list(range(50, VOCABULARY))  # tokens that stand for images and the like, and are not generated
 PLAN = SkipPlan(num_layers=DEPTH, static_layers=(0, 3, 5))
 COLUMNS = ("bit-identical", "skips", "cache", "generate", "verify", "left padding", "batch rows")
 SIZES: dict[str, Any] = {
@@ -158,29 +159,108 @@ ARCHITECTURES = [
     Architecture("Mixtral", causal("Mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2)),
     Architecture(
         "SmolVLM",
-        vision("SmolVLM", vision_config=VISION, text_config={"model_type": "llama", **GROUPED}, image_token_id=IMAGE, scale_factor=1),
+        vision(
+            "SmolVLM",
+            vision_config=VISION,
+            text_config={"model_type": "llama", **GROUPED},
+            image_token_id=IMAGE,
+            scale_factor=1,
+        ),
         pixels(1, 3, 16, 16),
     ),
     Architecture(
         "PaliGemma",
-        vision("PaliGemma", vision_config={"model_type": "siglip_vision_model", **VISION, "projection_dim": WIDTH, "vision_use_head": False}, text_config={"model_type": "gemma", **GEMMA}, projection_dim=WIDTH, image_token_id=IMAGE, hidden_size=WIDTH),
+        vision(
+            "PaliGemma",
+            vision_config={
+                "model_type": "siglip_vision_model",
+                **VISION,
+                "projection_dim": WIDTH,
+                "vision_use_head": False,
+            },
+            text_config={"model_type": "gemma", **GEMMA},
+            projection_dim=WIDTH,
+            image_token_id=IMAGE,
+            hidden_size=WIDTH,
+        ),
         pixels(3, 16, 16),
     ),
     Architecture(
         "Qwen2.5-VL",
-        vision("Qwen2_5_VL", vision_config={**QWEN_VISION, "window_size": 32, "fullatt_block_indexes": [1]}, text_config={**GROUPED, "rope_parameters": MROPE}, **QWEN_TOKENS),
+        vision(
+            "Qwen2_5_VL",
+            vision_config={**QWEN_VISION, "window_size": 32, "fullatt_block_indexes": [1]},
+            text_config={**GROUPED, "rope_parameters": MROPE},
+            **QWEN_TOKENS,
+        ),
         patches,
     ),
     Architecture(
         "Qwen3-VL",
-        vision("Qwen3VL", vision_config={**QWEN_VISION, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}, text_config={**GEMMA, "rope_parameters": MROPE}, **QWEN_TOKENS),
+        vision(
+            "Qwen3VL",
+            vision_config={**QWEN_VISION, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+            text_config={**GEMMA, "rope_parameters": MROPE},
+            **QWEN_TOKENS,
+        ),
         patches,
     ),
-    Architecture("Gemma 4", causal("Gemma4", **GEMMA, **WINDOWED, num_kv_shared_layers=2, hidden_size_per_layer_input=4, vocab_size_per_layer_input=VOCABULARY, global_head_dim=8), plan=SkipPlan(DEPTH, (0, 1,2,3,5))),
-    Architecture("Gemma 3n", causal("Gemma3n", **{**GEMMA, "intermediate_size": [48]*6}, **WINDOWED, num_kv_shared_layers=2, hidden_size_per_layer_input=4, vocab_size_per_layer_input=VOCABULARY, laurel_rank=4, activation_sparsity_pattern=[0.0]*6), plan=SkipPlan(DEPTH, (0, 1,2,3,5))),
-    Architecture("LFM2", causal("Lfm2", **GROUPED, layer_types=["conv", "full_attention"] * 3), plan=SkipPlan(DEPTH, (0, 1, 3, 5))),
-    Architecture("Qwen3-Next", causal("Qwen3Next", **GEMMA, layer_types=["linear_attention", "full_attention"] * 3, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16), plan=SkipPlan(DEPTH, (0, 1, 4))),
-    Architecture("MPT", lambda: transformers.MptForCausalLM(transformers.MptConfig(d_model=WIDTH, n_heads=4, n_layers=DEPTH, vocab_size=VOCABULARY, max_seq_len=64, expansion_ratio=2))),
+    Architecture(
+        "Gemma 4",
+        causal(
+            "Gemma4",
+            **GEMMA,
+            **WINDOWED,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=4,
+            vocab_size_per_layer_input=VOCABULARY,
+            global_head_dim=8,
+        ),
+        plan=SkipPlan(DEPTH, (0, 1, 2, 3, 5)),
+    ),
+    Architecture(
+        "Gemma 3n",
+        causal(
+            "Gemma3n",
+            **{**GEMMA, "intermediate_size": [48] * 6},
+            **WINDOWED,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=4,
+            vocab_size_per_layer_input=VOCABULARY,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 6,
+        ),
+        refused=dict.fromkeys(COLUMNS, "several streams"),
+        plan=SkipPlan(DEPTH, (0, 1, 2, 3, 5)),
+    ),
+    Architecture(
+        "LFM2", causal("Lfm2", **GROUPED, layer_types=["conv", "full_attention"] * 3), plan=SkipPlan(DEPTH, (0, 1, 4))
+    ),
+    Architecture(
+        "Qwen3-Next",
+        causal(
+            "Qwen3Next",
+            **GEMMA,
+            layer_types=["linear_attention", "full_attention"] * 3,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        ),
+        plan=SkipPlan(DEPTH, (0, 1, 4)),
+    ),
+    Architecture(
+        "MPT",
+        lambda: transformers.MptForCausalLM(
+            transformers.MptConfig(
+                d_model=WIDTH, n_heads=4, n_layers=DEPTH, vocab_size=VOCABULARY, max_seq_len=64, expansion_ratio=2
+            )
+        ),
+    ),
 ]
 
 
@@ -227,7 +307,9 @@ def inputs_of(architecture: Architecture, rows: int, *, is_padded: bool = False)
     return inputs | architecture.images(rows)
 
 
-def row_of(architecture: Architecture, inputs: Mapping[str, Tensor], row: int, *, bare: bool = False) -> dict[str, Tensor]:
+def row_of(
+    architecture: Architecture, inputs: Mapping[str, Tensor], row: int, *, bare: bool = False
+) -> dict[str, Tensor]:
     """Return the arguments of one row, without its padding where asked."""
     one = {}
     first = int((1 - inputs["attention_mask"][row]).sum()) if bare else 0
@@ -270,8 +352,10 @@ def layers_removed(model: nn.Module, heads: SkipHeads, jumps: Mapping[int, int])
     removed = [layer for place, target in jumps.items() for layer in range(place, target)]
     for index in removed:
         layers[index].forward = partial(absent, index)
-    for target in jumps.values():
-        handles.append(layers[target].register_forward_pre_hook(partial(substitute, target), with_kwargs=True))
+    handles += [
+        layers[target].register_forward_pre_hook(partial(substitute, target), with_kwargs=True)
+        for target in jumps.values()
+    ]
     try:
         yield
     finally:
@@ -285,7 +369,7 @@ def decode_without_cache(model: nn.Module, inputs: Mapping[str, Tensor], tokens:
     """Decode greedily, and run the whole sequence for each token."""
     grown = dict(inputs)
     for _ in range(tokens):
-        last = model(**grown, use_cache=False).logits[:, -1].argmax(dim=-1, keepdim=True)
+        last = model(**grown, use_cache=False).logits[:, -1, : SPECIAL[0]].argmax(dim=-1, keepdim=True)
         grown["input_ids"] = torch.cat([grown["input_ids"], last], dim=1)
         for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 1)):
             if name in grown:
