@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller.decoders import BATCH_FIRST
 from dysl_vla.skip_controller.heads import SkipHeads
 from dysl_vla.skip_controller.plan import SkipPlan
 
@@ -69,7 +70,7 @@ def check_arguments(arguments: Mapping[str, Any], name: str, shares_keys: bool) 
             f"layers must take hidden states of the shape (batch, tokens, hidden), got {tuple(hidden.shape)}; several "
             "streams of them cannot skip."
         )
-    written = [key for key, value in arguments.items() if isinstance(value, Mapping)]
+    written = [key for key, value in arguments.items() if isinstance(value, Mapping) and key not in BATCH_FIRST]
     if written and not shares_keys:
         raise ConfigError(
             f"layers must not hand states to later layers, as they may by the argument {written[0]}: a skipped layer "

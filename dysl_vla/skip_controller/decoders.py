@@ -290,7 +290,7 @@ def run_rows(original: Callable[..., Any], name: str, arguments: Mapping[str, An
     hidden: Tensor = arguments[name]
     others = {key: value for key, value in arguments.items() if key != name}
     chosen = torch.tensor(rows, device=hidden.device)
-    if all(key in BATCH_FIRST + NOT_BATCHED or not _has_tensor(value) for key, value in others.items()):
+    if all(_has_known_rows(key, value) for key, value in others.items()):
         few = {key: _rows(key, v, chosen, len(hidden)) if key in BATCH_FIRST else v for key, v in others.items()}
         output = original(hidden[chosen], **few)
         first = hidden_of(output)
@@ -299,6 +299,13 @@ def run_rows(original: Callable[..., Any], name: str, arguments: Mapping[str, An
         first = hidden_of(output)[chosen]
     kept = hidden.index_copy(0, chosen, first.to(hidden.dtype))
     return type(output)((kept, *output[1:])) if isinstance(output, (tuple, list)) else kept
+
+
+def _has_known_rows(key: str, value: Any) -> bool:
+    """Tell whether it is known which part of an argument belongs to which row."""
+    if key in BATCH_FIRST:  # an object of another kind, as of flex attention, has its rows inside
+        return value is None or isinstance(value, (Tensor, tuple, list))
+    return key in NOT_BATCHED or not _has_tensor(value)
 
 
 def _has_tensor(value: Any) -> bool:

@@ -19,6 +19,10 @@ values of each layer): in each row they skip the layers that the row skipped, an
 
 The first layer always runs: models count cached tokens there, and it shows what a layer returns. `guidance` chooses
 allow points, and `heads_trainer` optimises heads.
+
+A step, and each of the other modes, belongs to the thread that enters it: forwards of other threads run the full model
+meanwhile, and another thread that enters one waits until it has ended. A copy of an attached model (`copy.deepcopy`,
+`pickle`, `torch.save`) is attached to copies of the heads.
 """
 
 from __future__ import annotations
@@ -291,11 +295,13 @@ class Skipper:
 
     def _verifying(self, index: int, step: Step, arguments: dict[str, Any]) -> Any:
         decoder = self._decoder
-        if index == 0 and not step.is_verified:
-            self._check_verification(step, cache_of(arguments))
-        if step.first_skip is None or step.is_verified:
-            return call(decoder.originals[index], decoder.hidden_name(index), arguments)
         name, cache = decoder.hidden_name(index), cache_of(arguments)
+        if step.first_skip is None or step.is_verified:
+            return call(decoder.originals[index], name, arguments)
+        if index == 0 and cache is not None:
+            if step.cache is None:
+                raise ConfigError("past_key_values must be in the step, too, when its verification has a cache.")
+            check_new(cache)
         is_whole = self._shares_keys  # what the first layers hand to later ones is not kept
         if index < step.first_skip and not is_whole:
             if cache is not None:
@@ -306,13 +312,6 @@ class Skipper:
             step.first_hidden, step.states = None, []
         step.is_verified = index == len(self.layers) - 1
         return call(decoder.originals[index], name, arguments)
-
-    def _check_verification(self, step: Step, cache: Any) -> None:
-        if cache is None:
-            return
-        if step.cache is None:
-            raise ConfigError("past_key_values must be in the step, too, when its verification has a cache.")
-        check_new(cache)
 
     def _run_forced(self, index: int, forced: ForcedExits, arguments: dict[str, Any]) -> Any:
         decoder = self._decoder
