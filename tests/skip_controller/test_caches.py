@@ -144,7 +144,7 @@ def test_a_layer_whose_keys_others_read_must_be_static() -> None:
 
 @torch.inference_mode()
 def test_layers_that_hand_states_to_others_in_an_unknown_way_are_refused() -> None:
-    model, skipper, _ = attached()
+    _, skipper, _ = attached()
     with pytest.raises(ConfigError, match="by the argument notes"), forced(skipper, points_of(LLAMA, 2)):
         skipper.layers[0](torch.zeros(2, 3, 32), notes={})
 
@@ -153,8 +153,8 @@ def test_layers_that_hand_states_to_others_in_an_unknown_way_are_refused() -> No
 def test_masks_sized_at_a_layer_that_may_be_skipped_are_refused_with_a_cache_alone() -> None:
     architecture = BY_NAME["Gemma 3, first full layer dynamic"]
     model, skipper, inputs = attached(architecture)
-    with pytest.raises(ConfigError, match="static_layers must include layer 1 .* first layer of full attention"):
-        with forced(skipper, [[99, 99]] * 2):  # whatever is skipped: a step is refused or not by its plan
-            generate(model, inputs)
+    reason = r"static_layers must include layer 1 .* first layer of full attention"
+    with pytest.raises(ConfigError, match=reason), forced(skipper, [[99, 99]] * 2):  # by its plan, whatever is skipped
+        generate(model, inputs)
     with forced(skipper, points_of(architecture, 2)):
         assert generate(model, inputs, use_cache=False).shape == (2, 9 + NEW_TOKENS)
