@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller import SkipHeads, Skipper, attach, detach
-from dysl_vla.skip_controller.decoders import MARK, find_all_layers, find_layers
+from dysl_vla.skip_controller.decoders import MARK, find_all_layers, find_layers, padding
 from tests.skip_controller.test_architectures import forced
 from tests.skip_controller.tiny_models import ARCHITECTURES, PLAN, WIDTH, inputs_of, layers_removed, make, make_heads
 
@@ -302,10 +302,9 @@ def test_weights_of_eight_and_four_bits_skip_in_the_dtype_of_their_norms(quantis
 
 def test_weights_of_one_byte_do_not_tell_the_dtype(model: nn.Module, expected: tuple[Tensor, Tensor]) -> None:
     for layer in find_all_layers(model):
-        layer.self_attn.q_proj.register_parameter(
-            "code", nn.Parameter(torch.ones(2, 2, dtype=torch.uint8), requires_grad=False)
-        )
-        layer.self_attn.q_proj.register_parameter("scale", nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn)))
+        codes = torch.ones(2, 2, dtype=torch.uint8)  # parameters of the layer come before those of its parts
+        layer.register_parameter("codes", nn.Parameter(codes, requires_grad=False))
+        layer.register_parameter("scales", nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn)))
     assert_right(attach(model, PLAN, make_heads(LLAMA)), model, expected)
     detach(model)
     with pytest.raises(ConfigError, match=r"dtype torch\.float32, got torch\.float16"):
@@ -381,6 +380,8 @@ def test_a_decision_copies_from_the_device_once_an_exit_and_never_where_guidance
     rotary = (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
     assert count([[0, 0], [99, 0]]) == ["tolist"] * 3  # exits 1, 2 and 4
     assert count([[99, 99]] * 2) == []
+    hidden_by = torch.ones(2, 4, device="meta")  # as on an accelerator, its values cannot be asked for
+    assert padding(hidden_by) is hidden_by
     assert count([[0, 0], [99, 0]], force_skip=True) == []
 
 
