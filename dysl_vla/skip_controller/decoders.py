@@ -45,13 +45,16 @@ class WrappedLayers:
         self._run, self._first = run, first
         self._output_type: type | None = None  # the container that a layer returns; None: no container
         self.originals: list[Callable[..., Any]] = [layer.forward for layer in layers]
+        self._intact: list[Any] = []  # the forwards that were found to lead here
         for index, layer in enumerate(layers):
             layer.forward = partial(run, *first, index)  # no closure: it survives a copy
+            self._intact.append(layer.forward)
 
     def __getstate__(self) -> dict[str, Any]:
         # A layer's own forward would be looked up by its name, which leads to the replacement.
         pairs = zip(self._wrapped, self.originals, strict=True)
-        return self.__dict__ | {"originals": [None if _is_own(layer, one) else one for layer, one in pairs]}
+        originals = [None if _is_own(layer, one) else one for layer, one in pairs]
+        return self.__dict__ | {"originals": originals, "_intact": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -74,16 +77,17 @@ class WrappedLayers:
         Raises:
             ConfigError: A layer, or its forward, was replaced since by something that does not lead here.
         """
-        intact = len(self.layers) == len(self._wrapped) and all(
-            layer is now and self._leads_here(layer.__dict__.get("forward"), index)
-            for index, (layer, now) in enumerate(zip(self._wrapped, self.layers, strict=True))
-        )
+        forwards = [layer.__dict__.get("forward") for layer in self.layers]
+        if forwards == self._intact and list(self.layers) == self._wrapped:
+            return
+        intact = list(self.layers) == self._wrapped and all(map(self._leads_here, forwards, range(len(forwards))))
         if not intact:
             raise ConfigError(
                 "layers must be those that were attached, with the forward that `attach` gave them, and a layer or its "
                 "forward was replaced since: by a hook that was added or removed, by torch.compile, or by `detach`; "
                 "detach, and attach again when the model is ready."
             )
+        self._intact = forwards
 
     def _leads_here(self, forward: Any, index: int) -> bool:
         """Tell whether a forward is the replacement, or wraps it and says so by `__wrapped__`."""
@@ -107,8 +111,13 @@ class WrappedLayers:
         found: Tensor = args[0] if args else kwargs[self._names[index][0]]
         return found
 
-    def arguments(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, index: int, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return all arguments that a layer is called with, by name.
+
+        Args:
+            index: Index of the layer.
+            args: Its positional arguments.
+            kwargs: Its other arguments, which get the positional ones as well.
 
         Raises:
             ConfigError: The layer is called with more positional arguments than it names.
@@ -119,7 +128,8 @@ class WrappedLayers:
                 f"layers must name their arguments; layer {index} names {len(names)}, and is called with {len(args)} "
                 "positional ones."
             )
-        return dict(zip(names, args, strict=False)) | dict(kwargs)
+        kwargs.update(zip(names, args, strict=False))
+        return kwargs
 
     def run(self, index: int, arguments: dict[str, Any], rows: Sequence[int] | None = None) -> Any:
         """Run a layer's own forward.
@@ -270,7 +280,8 @@ def call(forward: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -
         name: The name of its first argument, the hidden states.
         arguments: All its arguments, by name.
     """
-    return forward(arguments[name], **{key: value for key, value in arguments.items() if key != name})
+    others = dict(arguments)
+    return forward(others.pop(name), **others)
 
 
 def hidden_of(output: Any) -> Any:

@@ -76,7 +76,7 @@ class SkippingPasses:
             index: Index of the layer.
             arguments: All its arguments, by name.
         """
-        decoder = self._attached.layers
+        step, decoder = self.step, self._attached.layers
         name = decoder.hidden_name(index)
         hidden: Tensor = arguments[name]
         # Decide, or repeat what the first pass decided.
@@ -87,14 +87,14 @@ class SkippingPasses:
         if index in self._attached.exits:
             hidden = arguments[name] = self._maybe_skip(index, hidden)
         active = [row for row, landed in enumerate(self._landed) if landed <= index]
-        if not self.step.is_decided:
-            self.step.layers_run[active, index] = True
-            self.step.is_decided = index == len(decoder.layers) - 1
+        if not step.is_decided:
+            step.layers_run[active, index] = True
+            step.is_decided = index == len(decoder.originals) - 1
         # Run the layer for the rows that are not on their way to a target.
         if not active:
             self._passing = hidden
             return decoder.wrap_output(hidden)
-        output = decoder.run(index, arguments, None if len(active) == hidden.shape[0] else active)
+        output = decoder.run(index, arguments, None if len(active) == len(self._landed) else active)
         self._passing = hidden_of(output)
         return output
 

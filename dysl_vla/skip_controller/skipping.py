@@ -250,7 +250,7 @@ class Skipper:
         mode, decoder = self._mode, self._decoder
         if mode is None or self._owner != get_ident():
             if index == 0:
-                check_whole(cache_of(kwargs if len(args) < 2 else decoder.arguments(0, args, kwargs)))
+                check_whole(cache_of(kwargs if len(args) < 2 else decoder.arguments(0, args, dict(kwargs))))
             return decoder.originals[index](*args, **kwargs)
         if isinstance(mode, SkippingPasses):
             if 0 < index < mode.jump_to:  # all rows are on their way to a target: nothing to do, as fast as can be
@@ -261,7 +261,7 @@ class Skipper:
         if isinstance(mode, ForcedExits):
             return self._run_forced(index, mode, decoder.arguments(index, args, kwargs))
         if index == 0:
-            check_whole(cache_of(decoder.arguments(0, args, kwargs)))
+            check_whole(cache_of(decoder.arguments(0, args, dict(kwargs))))
             mode.forwards.append([])
         mode.forwards[-1].append(decoder.hidden(index, args, kwargs))
         return decoder.originals[index](*args, **kwargs)
@@ -384,8 +384,9 @@ def attach(
         The handle; outputs and gradients are unchanged until its `step` is used.
 
     Raises:
-        ConfigError: The decoder has no list of layers of the plan's depth, the heads are of another plan, width, dtype
-            or device, or it is attached already.
+        ConfigError: The decoder has no list of layers of the plan's depth, or several; it is attached already; its
+            layers hide their arguments, or the plan may skip one whose keys and values others read; or the heads are of
+            another plan, width, dtype or device. Nothing is wrapped then.
     """
     layers = find_layers(decoder, plan.num_layers)
     for number, one in enumerate((layers, *followers)):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller import SkipHeads, Skipper, attach, detach
 from dysl_vla.skip_controller.decoders import MARK, find_all_layers, find_layers, padding
+from dysl_vla.skip_controller.torch_backend import Forward, TorchBackend
 from tests.skip_controller.test_architectures import forced
 from tests.skip_controller.tiny_models import ARCHITECTURES, PLAN, WIDTH, inputs_of, layers_removed, make, make_heads
 
@@ -106,6 +107,32 @@ def test_a_forward_of_another_thread_within_a_step_is_the_full_model(
         assert not step.is_decided
         torch.testing.assert_close(logits(model), expected[1])
     assert torch.equal(answers[0], expected[0])
+
+
+def test_an_act_that_runs_its_layers_in_another_thread_is_refused(model: nn.Module) -> None:
+    def act(_: Any, __: Forward) -> Tensor:
+        thread = threading.Thread(target=logits, args=(model,))
+        thread.start()
+        thread.join()
+        return torch.zeros(2, 1, 1)
+
+    backend = TorchBackend(attach(model, PLAN, make_heads(LLAMA)), act, lambda *_: None, threshold=0.5)
+    with pytest.raises(ConfigError, match="in the thread that calls it"):
+        backend.run((INPUTS, None), np.zeros((2, 2), np.int64))
+
+
+def test_the_layers_of_another_call_style_run_in_plain_and_recorded_forwards() -> None:
+    class Plain(nn.Module):
+        def forward(self, hidden: Tensor, past_key_values: Any = None, scale: float = 1.0) -> Tensor:
+            return hidden * scale
+
+    layers = nn.ModuleList(Plain() for _ in range(6))
+    skipper = attach(layers, PLAN)
+    hidden = torch.ones(1, 2, WIDTH)
+    assert torch.equal(layers[0](hidden, None, scale=2.0), 2 * hidden)
+    with skipper.record() as forwards:
+        assert torch.equal(layers[0](hidden, None, scale=2.0), 2 * hidden)
+    assert torch.equal(forwards[0][0], hidden)
 
 
 def saved(model: nn.Module) -> nn.Module:
