@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dysl_vla.errors import ConfigError
+from dysl_vla.skip_controller.decoders import argument_names, hidden_of
 
 
 def similarities(layers: nn.ModuleList, run: Callable[[], object], mask: Tensor | None = None) -> NDArray[np.float64]:
@@ -30,11 +31,10 @@ def similarities(layers: nn.ModuleList, run: Callable[[], object], mask: Tensor 
         ConfigError: A layer was not run.
     """
     means: list[list[float]] = [[] for _ in layers]
+    names = [argument_names(layer)[0] for layer in layers]
 
     def hook(index: int, _: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: object) -> None:
-        before = args[0] if args else next(iter(kwargs.values()))
-        after = output[0] if isinstance(output, (tuple, list)) else output
-        assert isinstance(after, Tensor)
+        before, after = args[0] if args else kwargs[names[index]], hidden_of(output)
         cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
         weight = torch.ones_like(cosine) if mask is None or means[index] else mask.to(cosine.dtype)
         means[index].append(float((cosine * weight).sum() / weight.sum()))

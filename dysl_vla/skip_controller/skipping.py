@@ -19,15 +19,17 @@ values of each layer): in each row they skip the layers that the row skipped, an
 
 The first layer always runs: models count cached tokens there, and it shows what a layer returns. `guidance` chooses
 allow points, and `heads_trainer` optimises heads.
+
+A step, and each of the other modes, belongs to the thread that enters it: forwards of other threads run the full model
+meanwhile, and another thread that enters one waits until it has ended. A copy of an attached model (`copy.deepcopy`,
+`pickle`, `torch.save`) is attached to copies of the heads.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from threading import Lock, get_ident
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,26 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.skip_controller.decoders import MARK, WrappedLayers, cache_of, find_layers, padding
+from dysl_vla.skip_controller.caches import (
+    cache_of,
+    check_measured,
+    check_new,
+    check_whole,
+    holds_tokens,
+    mark_skips,
+    restore_state,
+)
+from dysl_vla.skip_controller.compatibility import check_arguments, check_heads, check_shared_keys, skippable_layers
+from dysl_vla.skip_controller.decoders import (
+    MARK,
+    WrappedLayers,
+    argument_names,
+    call,
+    find_layers,
+    padding,
+)
 from dysl_vla.skip_controller.heads import SkipHeads
+from dysl_vla.skip_controller.passes import Attached, SkippingPasses
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.skip_controller.step import ForcedExits, Recording, Step, Verification
 
@@ -55,28 +75,52 @@ class Skipper:
         self.layers = layers
         self.plan = plan
         self.heads = heads
-        self._mode: Step | ForcedExits | Verification | Recording | None = None
-        self._jump_to = 0  # the layer before which no row of the running pass has anything to run
-        self._landed: list[int] = []  # for each row of the running pass, the layer that it jumps to
+        self._idle()
         self._block_of = {
             layer: (number, block.target, layer - block.first)
             for number, block in enumerate(plan.blocks)
             for layer in range(block.first, block.target)
         }
-        self._exits = {layer for block in plan.blocks for layer in plan.exits_of(block)}
         self._block_at = {block.target: number for number, block in enumerate(plan.blocks)}
+        self._shares_keys = check_shared_keys(layers, plan)
         self._decoder = WrappedLayers(layers, self._run_layer)
-        self._followers: list[WrappedLayers] = []
-        for number, follower in enumerate(followers):
-            self._followers.append(WrappedLayers(follower, partial(self._run_follower, number)))
+        self._attached = Attached(
+            self._decoder,
+            heads,
+            self._block_of,
+            frozenset(layer for block in plan.blocks for layer in plan.exits_of(block)),
+            skippable_layers(plan),
+            self._shares_keys,
+        )
+        self._followers = [
+            WrappedLayers(follower, self._run_follower, number) for number, follower in enumerate(followers)
+        ]
         for attached in (layers, *followers):
             attached.__dict__[MARK] = self
 
+    def _idle(self) -> None:
+        self._lock = Lock()  # held as long as a mode runs
+        self._owner = 0  # the thread whose forwards the mode is for
+        self._mode: SkippingPasses | ForcedExits | Verification | Recording | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_owner", "_mode")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._idle()
+
     def detach(self) -> None:
-        """Restore the layers' own forward."""
-        for wrapped in (self._decoder, *self._followers):
-            wrapped.restore()
-            del wrapped.layers.__dict__[MARK]
+        """Restore the layers' own forward, when no other thread uses it.
+
+        Raises:
+            ConfigError: A step is running.
+        """
+        self._check_idle()
+        with self._lock:
+            for wrapped in (self._decoder, *self._followers):
+                wrapped.restore()
+                wrapped.layers.__dict__.pop(MARK, None)
 
     @contextmanager
     def step(
@@ -102,7 +146,7 @@ class Skipper:
 
         Raises:
             ConfigError: The decoder was attached without heads, the allow points are of another number of blocks,
-                another step is running, or a cache holds tokens of before the step.
+                this thread runs another step, the layers were replaced since, or a cache cannot be used in a step.
         """
         self._check_heads()
         if allow_points.ndim != 2 or allow_points.shape[1] != len(self.plan.blocks):
@@ -111,7 +155,7 @@ class Skipper:
                 f"{allow_points.shape}."
             )
         step = Step(allow_points, threshold, padding(mask), force_skip)
-        with self._running(step):
+        with self._running(SkippingPasses(step, self._attached)):
             yield step
 
     @contextmanager
@@ -180,21 +224,26 @@ class Skipper:
                 )
             if place is not None and not is_mixture:
                 layers_run[place : block.target] = False
-        forced = ForcedExits(tuple(exits), is_mixture, padding(mask), layers_run, is_checkpointed)
+        has_gradient = torch.is_grad_enabled()
+        forced = ForcedExits(tuple(exits), is_mixture, padding(mask), layers_run, has_gradient, is_checkpointed)
         with self._running(forced):
             yield forced
 
     @contextmanager
-    def _running(self, mode: Step | ForcedExits | Verification | Recording) -> Iterator[None]:
+    def _running(self, mode: SkippingPasses | ForcedExits | Verification | Recording) -> Iterator[None]:
         self._check_idle()
-        self._mode = mode
-        try:
-            yield
-        finally:
-            self._mode = None
+        with self._lock:
+            for wrapped in (self._decoder, *self._followers):
+                wrapped.check_intact()
+            self._owner, self._mode = get_ident(), mode
+            try:
+                yield
+            finally:
+                self._mode, self._owner = None, 0
 
     def _check_idle(self) -> None:
-        if self._mode is not None:
+        """Refuse what would wait for this thread itself; other threads wait for each other."""
+        if self._mode is not None and self._owner == get_ident():
             raise ConfigError("step must be the only one, and another one is running; end it first.")
 
     def _check_heads(self) -> None:
@@ -206,17 +255,20 @@ class Skipper:
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
         mode, decoder = self._mode, self._decoder
-        if mode is None:
+        if mode is None or self._owner != get_ident():
+            if index == 0:
+                check_whole(cache_of(kwargs if len(args) < 2 else decoder.arguments(0, args, dict(kwargs))))
             return decoder.originals[index](*args, **kwargs)
-        if isinstance(mode, Step):
-            if 0 < index < self._jump_to:  # all rows are on their way to a target: nothing to do, as fast as can be
-                return decoder.wrap_output(decoder.hidden(index, args, kwargs))
-            return self._skipping(index, mode, decoder.arguments(index, args, kwargs))
+        if isinstance(mode, SkippingPasses):
+            if 0 < index < mode.jump_to:  # all rows are on their way to a target: nothing to do, as fast as can be
+                return decoder.wrap_output(mode.arrived(index, decoder.hidden(index, args, kwargs)))
+            return mode.run(index, decoder.arguments(index, args, kwargs))
         if isinstance(mode, Verification):
             return self._verifying(index, mode.step, decoder.arguments(index, args, kwargs))
         if isinstance(mode, ForcedExits):
             return self._run_forced(index, mode, decoder.arguments(index, args, kwargs))
         if index == 0:
+            check_whole(cache_of(decoder.arguments(0, args, dict(kwargs))))
             mode.forwards.append([])
         mode.forwards[-1].append(decoder.hidden(index, args, kwargs))
         return decoder.originals[index](*args, **kwargs)
@@ -224,11 +276,14 @@ class Skipper:
     def _run_follower(self, number: int, index: int, *args: Any, **kwargs: Any) -> Any:
         """Run a follower's layer for the rows whose decoder ran the layer of the same index."""
         mode, follower = self._mode, self._followers[number]
-        if isinstance(mode, Step):
-            if not mode.is_decided:
+        if mode is None or self._owner != get_ident():
+            return follower.originals[index](*args, **kwargs)
+        step = mode.step if isinstance(mode, SkippingPasses) else None
+        if step is not None:
+            if not step.is_decided:
                 raise ConfigError("followers must run after their decoder; one ran before it had decided what to skip.")
-            active = np.flatnonzero(mode.layers_run[:, index]).tolist()
-            is_whole = len(active) == len(mode.layers_run)
+            active = np.flatnonzero(step.layers_run[:, index]).tolist()
+            is_whole = len(active) == len(step.layers_run)
         elif isinstance(mode, ForcedExits):
             is_whole = bool(mode.layers_run[index])
             active = []
@@ -239,38 +294,39 @@ class Skipper:
             is_checkpointed = isinstance(mode, ForcedExits) and mode.is_checkpointed
             return follower.run(index, arguments, is_checkpointed=is_checkpointed)
         hidden = follower.hidden(index, args, kwargs)
-        if isinstance(mode, Step) and len(hidden) != len(mode.layers_run):
+        if step is not None and len(hidden) != len(step.layers_run):
             raise ConfigError(
-                f"followers must run the {len(mode.layers_run)} rows of the decoder that they follow, and one runs "
+                f"followers must run the {len(step.layers_run)} rows of the decoder that they follow, and one runs "
                 f"{len(hidden)}."
             )
         return follower.run(index, arguments, active) if active else follower.wrap_output(hidden)
 
     def _verifying(self, index: int, step: Step, arguments: dict[str, Any]) -> Any:
         decoder = self._decoder
-        if step.first_skip is None or step.is_verified:
-            return decoder.originals[index](**arguments)
         name, cache = decoder.hidden_name(index), cache_of(arguments)
-        if index < step.first_skip:
+        if step.first_skip is None or step.is_verified:
+            return call(decoder.originals[index], name, arguments)
+        if index == 0 and cache is not None:
+            if step.cache is None:
+                raise ConfigError("past_key_values must be in the step, too, when its verification has a cache.")
+            check_new(cache)
+        is_whole = self._shares_keys  # what the first layers hand to later ones is not kept
+        if index < step.first_skip and not is_whole:
             if cache is not None:
-                self._copy_cache(index, step, cache)
+                restore_state(cache, index, step.states[index])
             return decoder.wrap_output(arguments[name])
         if index == step.first_skip:
-            arguments[name], step.first_hidden = step.first_hidden, None
+            arguments[name] = arguments[name] if is_whole else step.first_hidden
+            step.first_hidden, step.states = None, []
         step.is_verified = index == len(self.layers) - 1
-        return decoder.originals[index](**arguments)
-
-    def _copy_cache(self, index: int, step: Step, cache: Any) -> None:
-        """Copy what a layer before the first skip wrote for the prompt, as the full model would, to a new cache."""
-        if step.cache is None or (index == 0 and cache.get_seq_length() > 0):
-            raise ConfigError("past_key_values must be an empty cache when a step and its verification begin.")
-        written = step.cache.layers[index]
-        cache.update(written.keys[..., : step.tokens, :], written.values[..., : step.tokens, :], index)
+        return call(decoder.originals[index], name, arguments)
 
     def _run_forced(self, index: int, forced: ForcedExits, arguments: dict[str, Any]) -> Any:
         decoder = self._decoder
         name = decoder.hidden_name(index)
         hidden: Tensor = arguments[name]
+        if index == 0:
+            self._begin_forced(forced, arguments)
         if index in self._block_at:
             arguments[name] = hidden = self._land(self._block_at[index], forced, hidden)
         elif index in self._block_of:
@@ -289,6 +345,23 @@ class Skipper:
             forced.is_first = False
         return output
 
+    def _begin_forced(self, forced: ForcedExits, arguments: dict[str, Any]) -> None:
+        check_arguments(arguments, self._decoder.hidden_name(0), self._shares_keys)
+        if forced.is_first and forced.has_gradient and not torch.is_grad_enabled():
+            raise ConfigError(
+                "use_reentrant must be False where gradient checkpointing is around whole layers: heads get no "
+                "gradient from a forward without one."
+            )
+        cache = cache_of(arguments)
+        if cache is None or forced.layers_run.all():
+            return
+        if forced.is_first:
+            check_new(cache)
+        check_whole(cache, forced.number)
+        if holds_tokens(cache):
+            check_measured(cache, self._attached.skippable)
+        mark_skips(cache, forced.number)
+
     def _land(self, block: int, forced: ForcedExits, hidden: Tensor) -> Tensor:
         """Return the input of a block's target."""
         if forced.exits[block] is not None:
@@ -298,95 +371,6 @@ class Skipper:
         if forced.is_first:
             forced.targets[block] = hidden
         return hidden
-
-    def _skipping(self, index: int, step: Step, arguments: dict[str, Any]) -> Any:
-        decoder = self._decoder
-        name = decoder.hidden_name(index)
-        hidden: Tensor = arguments[name]
-        # Decide, or repeat what the first pass decided.
-        if index == 0:
-            self._begin_pass(step, hidden, arguments)
-        elif index in self._exits:
-            hidden = arguments[name] = self._maybe_skip(index, step, hidden)
-        active = [row for row, landed in enumerate(self._landed) if landed <= index]
-        if not step.is_decided:
-            step.layers_run[active, index] = True
-            step.is_decided = index == len(self.layers) - 1
-        # Run the layer for the rows that are not on their way to a target.
-        if not active:
-            return decoder.wrap_output(hidden)
-        return decoder.run(index, arguments, None if len(active) == hidden.shape[0] else active)
-
-    def _begin_pass(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        batch, tokens = hidden.shape[:2]
-        if batch != len(step.allow_points):
-            raise ConfigError(
-                f"allow_points must fit the batch; it has {len(step.allow_points)} rows, the batch has {batch}."
-            )
-        self._landed = [0] * batch
-        self._jump_to = 0
-        if step.is_decided:
-            return
-        cache = cache_of(arguments)
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ConfigError("past_key_values must be an empty cache when a step begins, got one that holds tokens.")
-        step.targets = [{} for _ in range(batch)]
-        step.outputs = [{} for _ in range(batch)]
-        step.layers_run = np.zeros((batch, len(self.layers)), np.bool_)
-        step.first_skip = step.first_hidden = None
-        step.tokens, step.cache = tokens, cache
-
-    def _maybe_skip(self, index: int, step: Step, hidden: Tensor) -> Tensor:
-        """Return the hidden states at an exit, with the adapter's output in the rows that leave their block there."""
-        if step.is_decided:
-            rows = [row for row, targets in enumerate(step.targets) if index in targets]
-        else:
-            rows = self._decide(index, step, hidden)
-        if not rows:
-            return hidden
-        assert self.heads is not None
-        target = self._block_of[index][1]
-        for row in rows:
-            self._landed[row] = target
-        if not step.is_decided:
-            for row in rows:
-                step.targets[row][index] = target
-            if step.first_skip is None:
-                step.first_skip, step.first_hidden = index, hidden
-        adapter = self.heads.adapters[str(index)].forward  # a call takes a tenth longer; hooks on heads do not run
-        started = time.perf_counter()
-        if len(rows) == hidden.shape[0]:
-            hidden = adapter(hidden).to(hidden.dtype)  # autocast may return another dtype
-        else:
-            chosen = torch.tensor(rows, device=hidden.device)
-            hidden = hidden.index_copy(0, chosen, adapter(hidden[chosen]).to(hidden.dtype))
-        step.adapters_s += time.perf_counter() - started
-        self._jump_to = min(self._landed)
-        return hidden
-
-    def _decide(self, index: int, step: Step, hidden: Tensor) -> list[int]:
-        """Return the rows that skip at a dynamic layer."""
-        block, _, offset = self._block_of[index]
-        allowed = [
-            row
-            for row, landed in enumerate(self._landed)
-            if landed <= index and offset >= step.allow_points[row, block]
-        ]
-        if not allowed or step.force_skip:
-            return allowed
-        assert self.heads is not None
-        started = time.perf_counter()
-        controller = self.heads.controllers[str(index)].forward
-        if len(allowed) == hidden.shape[0]:
-            outputs = controller(hidden, step.mask)
-        else:
-            chosen = torch.tensor(allowed, device=hidden.device)
-            outputs = controller(hidden[chosen], None if step.mask is None else step.mask[chosen])
-        values = [1 / (1 + math.exp(-min(max(logit, -50.0), 50.0))) for logit in outputs.tolist()]
-        step.controllers_s += time.perf_counter() - started
-        for row, value in zip(allowed, values, strict=True):
-            step.outputs[row][index] = value
-        return [row for row, value in zip(allowed, values, strict=True) if value > step.threshold]
 
 
 def attach(
@@ -408,8 +392,9 @@ def attach(
         The handle; outputs and gradients are unchanged until its `step` is used.
 
     Raises:
-        ConfigError: The decoder has no list of layers of the plan's depth, the heads are of another plan, width, dtype
-            or device, or it is attached already.
+        ConfigError: The decoder has no list of layers of the plan's depth, or several; it is attached already; its
+            layers hide their arguments, or the plan may skip one whose keys and values others read; or the heads are of
+            another plan, width, dtype or device. Nothing is wrapped then.
     """
     layers = find_layers(decoder, plan.num_layers)
     for number, one in enumerate((layers, *followers)):
@@ -417,23 +402,13 @@ def attach(
             raise ConfigError(f"{'followers' if number else 'decoder'} must not be already attached; detach it first.")
         if len(one) != plan.num_layers:
             raise ConfigError(f"followers must have the plan's {plan.num_layers} layers, and one has {len(one)}.")
+        if len({id(layer) for layer in one}) < len(one):
+            raise ConfigError("layers must each be in the list once; one that runs twice in a forward cannot skip.")
+        for layer in one:
+            argument_names(layer)
     if heads is not None:
-        if heads.plan != plan:
-            raise ConfigError(f"heads must be made for the plan, {plan}; these were made for {heads.plan}.")
-        _check_heads(heads, layers)
+        check_heads(heads, plan, layers)
     return Skipper(layers, plan, heads, followers)
-
-
-def _check_heads(heads: SkipHeads, layers: nn.ModuleList) -> None:
-    """Refuse heads whose width, dtype or device is not the layers'; the layers' norms have exactly the width."""
-    mine, theirs = next(heads.parameters()), next(layers.parameters())
-    widths = {p.shape[0] for name, p in layers[0].named_parameters() if p.ndim == 1 and "norm" in name}
-    if widths and heads.config.hidden_size not in widths:
-        raise ConfigError(f"heads must have the decoder's width of {min(widths)}, got {heads.config.hidden_size}.")
-    is_cast = torch.is_autocast_enabled(theirs.device.type)
-    for what, one, other in (("dtype", mine.dtype, theirs.dtype), ("device", mine.device, theirs.device)):
-        if one != other and not (what == "dtype" and is_cast):
-            raise ConfigError(f"heads must be of the decoder's {what} {other}, got {one}; use heads.to({other}).")
 
 
 def detach(decoder: nn.Module) -> None:

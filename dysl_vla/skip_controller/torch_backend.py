@@ -100,6 +100,9 @@ class TorchBackend:
         Args:
             inputs: What the policy's `collate` returned: inputs, and the padding of the first forward.
             allow_points: (batch, blocks), see `Backend`.
+
+        Raises:
+            ConfigError: The policy's `act` did not run the decoder, or did so in another thread.
         """
         batch, mask = inputs
         with self._skipper.step(
@@ -108,6 +111,8 @@ class TorchBackend:
             forward = Forward(step)
             actions = to_numpy(self._act(batch, forward))
             llm_s, decode_s = forward.times()
+        if not step.is_decided:
+            raise ConfigError("act must run all layers of the policy's `layers`, in the thread that calls it.")
         return PassResult(
             actions,
             step.targets,

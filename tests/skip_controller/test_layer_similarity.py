@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from dysl_vla.errors import ConfigError
@@ -53,6 +54,17 @@ def test_similarity_compares_what_a_layer_gets_with_what_it_gives() -> None:
     assert measured.shape == (3,)
     assert measured[1] == pytest.approx(1)
     assert max(measured[0], measured[2]) < 0.9
+
+
+def test_similarity_finds_the_hidden_states_among_keywords() -> None:
+    class Half(nn.Module):
+        def forward(self, hidden: Tensor, other: Tensor) -> Tensor:
+            return hidden + other
+
+    layers = nn.ModuleList([Half()])
+    hidden = torch.tensor([[[1.0, 0.0]]])
+    measured = similarities(layers, lambda: layers[0](other=torch.tensor([[[0.0, 1.0]]]), hidden=hidden))
+    assert measured[0] == pytest.approx(math.sqrt(0.5))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99])

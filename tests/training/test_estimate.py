@@ -211,7 +211,7 @@ def test_policies_of_others_are_estimated_without_their_weights(kind: type[OwnPo
         one = rehearsal(policy, batch=2)
         return replace(one, observation=policy.spec.blank_observation("push the red cube")), 100
 
-    found = list(budgets(rehearse, ComputeConfig(), checkpointing="off"))
+    found = list(budgets(rehearse, ComputeConfig(), CPU, checkpointing="off"))
     assert found
     assert all(budget.estimate.total > 0 and not budget.estimate.is_measured for budget in found)
 
@@ -230,7 +230,7 @@ def test_a_policy_that_needs_its_weights_is_measured(capsys: pytest.CaptureFixtu
         asked.append(compute.device)
         return rehearsal(Stubborn(16, **TINY).to(compute.device or "cpu")), 100
 
-    found = list(budgets(rehearse, ComputeConfig()))
+    found = list(budgets(rehearse, ComputeConfig(), CPU))
     assert asked == ["meta", None]
     assert [budget.estimate.is_measured for budget in found] == [True, True]
     assert "is loaded to measure a step" in capsys.readouterr().err
@@ -276,12 +276,14 @@ def test_checkpointing_is_chosen_where_memory_is_too_short_without(
     text = dry_run(config)
     [row] = [line for line in text.splitlines() if line.startswith("| **needed**")]
     assert row.count("|") == 4  # without, and with it
-    short = [budget.needed for budget in budgets(lambda _: (rehearsal(on_meta(256, TINY)), 1), ComputeConfig())]
+    short = [budget.needed for budget in budgets(lambda _: (rehearsal(on_meta(256, TINY)), 1), ComputeConfig(), CPU)]
     assert short[1] < short[0]
     monkeypatch.setattr(dry_run_module, "free_memory", lambda _: short[1])
     monkeypatch.setattr(dry_run_module, "SMALL_SHARE", 0.0)
     for asked, chosen in (("auto", True), ("on", True)):
         rehearse = lambda _: (rehearsal(on_meta(256, TINY)), 1)  # noqa: E731
-        assert dry_run_module.choose_checkpointing(rehearse, ComputeConfig(), teacher, asked) is chosen
+        found = dry_run_module.choose_checkpointing(rehearse, str(teacher), ComputeConfig(), asked, None)
+        assert found.is_checkpointed is chosen
+        assert found.reserve > 0
     with pytest.raises(ConfigError, match="--checkpointing on"):
-        dry_run_module.choose_checkpointing(rehearse, ComputeConfig(), teacher, "off")
+        dry_run_module.choose_checkpointing(rehearse, str(teacher), ComputeConfig(), "off", None)
