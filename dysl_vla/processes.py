@@ -168,8 +168,8 @@ def _ended_together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        minutes = round(TIMEOUT.total_seconds() / 60)
         raise DyslError(
-            f"another process of this run has ended ({reason}), so this one ends as well; what the other one printed "
-            "says why, and the same command goes on from the last state."
+            f"another process of this run has ended, or has not answered for {minutes} minutes, so this one ends as "
+            "well; what the other one printed says why, and the same command goes on from the last state."
         ) from error

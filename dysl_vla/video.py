@@ -69,6 +69,7 @@ class VideoReader:
 
     Args:
         path: The file. It stays open until `close`.
+        far_s: A time that lies further ahead than this, in seconds, is sought.
 
     Attributes:
         path: The file.
@@ -77,8 +78,9 @@ class VideoReader:
         DatasetError: The file is missing, cut off or no video; methods that read raise it as well.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, far_s: float = FAR_S) -> None:
         self.path = path
+        self._far_s = far_s
         self._before: tuple[float, av.VideoFrame] | None = None
         self._after: tuple[float, av.VideoFrame] | None = None
         self._since = math.inf
@@ -131,7 +133,7 @@ class VideoReader:
     def _is_elsewhere(self, time_s: float) -> bool:
         """Tell whether a time is before the present pictures, or so far behind them that it is sought."""
         since = self._since if self._before is None else self._before[0]
-        return time_s < since or (self._after is not None and time_s > self._after[0] + FAR_S)
+        return time_s < since or (self._after is not None and time_s > self._after[0] + self._far_s)
 
     def _seek(self, time_s: float) -> None:
         """Go to the last key frame before a time."""

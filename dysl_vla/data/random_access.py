@@ -22,6 +22,9 @@ from dysl_vla.video import VideoReader
 OPEN_VIDEOS = 64
 """Number of videos that stay open; opening one costs about as much as decoding some of its pictures."""
 
+FAR_S = 0.5
+"""Seconds to a next picture for which it is sought; about half of the distance of key frames that is common."""
+
 
 class FrameSource:
     """Frames and their moved copies; `source[rows]` reads some. It can be sent to another process.
@@ -104,7 +107,7 @@ class FrameSource:
         else:
             if len(self._videos) == OPEN_VIDEOS:
                 self._videos.popitem(last=False)[1].close()
-            self._videos[path] = VideoReader(path)
+            self._videos[path] = VideoReader(path, far_s=FAR_S)
         return self._videos[path]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -61,6 +61,7 @@ with needs_extra("policy"):
     from dysl_vla.training.heads_state import Progress, restore_heads_state, save_heads_state
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
+STREAM = {"auto": None, "always": True, "never": False}
 REPORT_EVERY = 50
 SAVE_EVERY = 500
 
@@ -85,9 +86,9 @@ class DistillRunConfig:
     """Number of frames to train on, evenly spread."""
     augment_copies: int = 0
     """Number of copies of each frame to train on, too, with images moved by up to 4 pixels."""
-    stream: bool | None = None
-    """Whether frames are read from the dataset and encoded for each step, in place of once and kept in memory. When not
-    given, they are where they do not fit."""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """Whether frames are read from the dataset and encoded for each step, in place of once and kept in memory; auto:
+    where they do not fit."""
     init_heads: bool = False
     """Start from the heads that the policy comes with, with their plan and without stage 1, instead of new ones."""
     adapter_size: int | None = None
@@ -106,6 +107,8 @@ class DistillRunConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}.")
+        if self.stream not in STREAM:
+            raise ConfigError(f"stream must be one of {', '.join(STREAM)}, got {self.stream!r}.")
         if self.importance is not None:
             importance_measures.get(self.importance)
         for name in ("plan", "adapter_size", "controller_size"):
@@ -328,7 +331,7 @@ class _Run:
 
     def _frames(self) -> Encoded:
         config, policy = self._config, self._policy
-        stream = self._progress.is_streamed if config.stream is None else config.stream
+        stream = self._progress.is_streamed if config.stream == "auto" else STREAM[config.stream]
         split = split_of(self._demonstrations, policy.provenance)
         frames = encode(
             policy,
@@ -351,7 +354,7 @@ class _Run:
         spec = self._policy.spec
         lookahead = min(LOOKAHEAD, spec.chunk_length - spec.execute_steps)
         self._heads.to(next(self._policy.layers.parameters()).dtype)
-        replay = Replay(self._policy, self._demonstrations, stream=config.stream or None)
+        replay = Replay(self._policy, self._demonstrations, stream=STREAM[config.stream] or None)
         statistics = replay.statistics(self._skipper, lookahead, self._importance)
         self._skipper.detach()
         settings = SkipSettings(

@@ -71,7 +71,7 @@ def encode(
         chosen = _moments(demonstrations, chosen, policy.spec.execute_steps)
         if stream:
             raise ConfigError(
-                "stream must be left out for a policy with memory, whose frames are encoded in the order of their "
+                "stream must not be always for a policy with memory, whose frames are encoded in the order of their "
                 "episodes and kept; give fewer --frames where memory is short."
             )
     total = len(chosen) * (1 + augment_copies)
@@ -81,19 +81,10 @@ def encode(
     with progress, closing(_encoded(policy, demonstrations, chosen, resizes, augment_copies)) as batches:
         for index, some in batches if not stream else ():
             if not items:
-                free, needed = (
-                    free_memory(some),
-                    processes.local_count * sum(map(tensor_bytes, some)) * total // len(some),
-                )
-                if stream is None and not policy.has_memory:
-                    stream = processes.is_any(free is not None and needed > MEMORY_SHARE * free)
+                needed = tensor_bytes(some) * total // len(some)
+                stream = _must_stream(policy, needed, total, free_memory(some), stream, processes)
                 if stream:
                     break
-                if free is not None and needed > free:
-                    fix = "give fewer --frames" if policy.has_memory else "give --stream, or fewer --frames"
-                    raise ConfigError(
-                        f"memory: {total} encoded frames need {needed / 1e9:.1f} GB, there are {free / 1e9:.1f}; {fix}."
-                    )
             indices += index
             items += some
             progress.update(len(some))
@@ -101,6 +92,33 @@ def encode(
         source = FrameSource(demonstrations, chosen, augment_copies, resizes, SHIFT)
         return StreamedFrames(policy, source, processes.local_count)
     return KeptFrames(np.array(indices, np.int64), items)
+
+
+def _must_stream(
+    policy: SkippablePolicy, needed: int, total: int, free: int | None, stream: bool | None, processes: Processes
+) -> bool:
+    """Decide whether frames are streamed, alike in all processes, and refuse to keep what does not fit.
+
+    Args:
+        policy: The policy.
+        needed: Bytes that they take in each process.
+        total: Their number.
+        free: The free bytes of memory; None: unknown.
+        stream: What was asked for; None: what fits.
+        processes: The processes.
+
+    Raises:
+        ConfigError: They do not fit, and must be kept.
+    """
+    needed *= processes.local_count
+    if stream is None and not policy.has_memory:
+        stream = processes.is_any(free is not None and needed > MEMORY_SHARE * free)
+    if not stream and free is not None and needed > free:
+        fix = "give fewer --frames" if policy.has_memory else "give --stream always, or fewer --frames"
+        raise ConfigError(
+            f"memory: {total} encoded frames need {needed / 1e9:.1f} GB, there are {free / 1e9:.1f}; {fix}."
+        )
+    return bool(stream)
 
 
 def _encoded(

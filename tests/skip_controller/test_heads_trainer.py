@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from dysl_vla.errors import ConfigError
+from dysl_vla.processes import Processes
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach
 from dysl_vla.skip_controller.heads_trainer import DistillConfig, HeadsTrainer, mixed_precision, relative_error
 
+T = TypeVar("T")
 PLAN = SkipPlan(num_layers=6, static_layers=(0, 3, 5))
 
 
@@ -163,3 +170,73 @@ def test_padding_does_not_count() -> None:
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     assert relative_error(predicted, wanted, mask) == 0
     assert relative_error(predicted, wanted) == pytest.approx(5 / 6)
+
+
+class Half(Processes):
+    """One of two processes, which are threads here, and each of which keeps its share of the rows."""
+
+    count = 2
+    slots: ClassVar[list[Any]] = [None, None]
+    barrier = threading.Barrier(2, timeout=60)
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def exchange(self, value: Any) -> list[Any]:
+        self.slots[self.rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        for tensor, *both in zip(tensors, *self.exchange([tensor.clone() for tensor in tensors]), strict=True):
+            tensor.copy_(sum(both) / 2)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        return torch.cat(self.exchange(values))
+
+
+def in_two(work: Callable[[Half], T]) -> list[T]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, [Half(0), Half(1)]))
+
+
+def train_padded(processes: Processes, data: Tensor, lengths: np.ndarray, objective: str) -> dict[str, Tensor]:
+    trainer, _ = make(objective, adapter_steps=4, skip_steps=8)
+    trainer._processes = processes
+    mask = (torch.arange(data.shape[1]) >= data.shape[1] - torch.from_numpy(lengths)[:, None]).long()
+    for _ in range(12):
+        rng = trainer.rng()
+        rows = processes.share(np.sort(rng.integers(0, len(data), 16)))
+        batch = {"inputs_embeds": data[rows], "attention_mask": mask[rows]}, mask[rows]
+        trainer.update(batch, trainer.answer(batch), rng)
+    return {name: value.detach().clone() for name, value in trainer.parameters.items()} | {
+        "tolerance": torch.tensor(trainer.tolerance)
+    }
+
+
+@pytest.mark.parametrize("objective", ["tolerance", "mixture"])
+def test_two_processes_learn_what_one_does_also_where_one_has_more_padding(objective: str) -> None:
+    data = torch.randn(64, 7, 16, generator=torch.Generator().manual_seed(2))
+    lengths = np.where(np.arange(64) < 32, 7, 2)  # rows are sorted, so that the second process has the padding
+    make()  # whatever is made first has been made
+    whole = train_padded(Processes(), data, lengths, objective)
+    halves = in_two(lambda half: train_padded(half, data, lengths, objective))
+    for name, value in whole.items():
+        assert torch.equal(halves[0][name], halves[1][name]), name
+        torch.testing.assert_close(halves[0][name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()), msg=name)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_both_in_the_same_step() -> None:
+    data = torch.randn(16, 5, 16)
+    data[12] = torch.nan
+
+    def work(half: Half) -> int:
+        trainer, _ = make(adapter_steps=4)
+        trainer._processes = half
+        with pytest.raises(ConfigError, match="learning_rate must be lower: the loss is nan at step 0"):
+            trainer.update(({"inputs_embeds": data[half.share(np.arange(16))]}, None), None, trainer.rng())
+        return trainer.step
+
+    assert in_two(work) == [0, 0]

@@ -44,7 +44,7 @@ def test_streamed_frames_train_the_same_heads_to_the_bit_also_when_the_run_was_s
     teacher: Path, plan: Path, mock_demos: Path, distilled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = distilled.parent / "streamed"
-    config = DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, stream=True, training=TRAINING)
+    config = DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, stream="always", training=TRAINING)
     forms: list[type[Encoded]] = []
     original = distill_module.Batches
 
@@ -66,7 +66,7 @@ def test_streamed_frames_train_the_same_heads_to_the_bit_also_when_the_run_was_s
         with pytest.raises(KeyboardInterrupt):
             distill(config)
     assert not multiprocessing.active_children()
-    distill(replace(config, stream=None))  # goes on as it began
+    distill(replace(config, stream="auto"))  # goes on as it began
     assert forms == [StreamedFrames] * 2
     ends, expected = (load_file(folder / "skip.safetensors") for folder in (out, distilled))
     assert ends.keys() == expected.keys()
@@ -100,13 +100,13 @@ def test_what_does_not_fit_is_streamed_unless_it_shall_be_kept(
         assert isinstance(encode(tiny_policy, demonstrations, chosen, "frames"), kind)
     encode(tiny_policy, demonstrations, chosen, "frames", stream=False)
     monkeypatch.setattr(encoding, "available_memory", lambda: 39 * item.nbytes)
-    with pytest.raises(ConfigError, match=r"^memory: 40 encoded frames need .*give --stream"):
+    with pytest.raises(ConfigError, match=r"^memory: 40 encoded frames need .*give --stream always"):
         encode(tiny_policy, demonstrations, chosen, "frames", stream=False)
     recurrent = Recurrent.make()
     monkeypatch.setattr(encoding, "available_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"^memory: .*give fewer --frames"):
         encode(recurrent, demonstrations, chosen, "frames")
-    with pytest.raises(ConfigError, match=r"^stream must be left out for a policy with memory"):
+    with pytest.raises(ConfigError, match=r"^stream must not be always for a policy with memory"):
         encode(recurrent, demonstrations, chosen, "frames", stream=True)
 
 
