@@ -82,7 +82,7 @@ def encode(
         for index, some in batches if not stream else ():
             if not items:
                 needed = tensor_bytes(some) * total // len(some)
-                stream = _must_stream(policy, needed, total, free_memory(some), stream, processes)
+                stream = _must_stream(policy, needed, total, free=free_memory(some), stream=stream, processes=processes)
                 if stream:
                     break
             indices += index
@@ -95,7 +95,13 @@ def encode(
 
 
 def _must_stream(
-    policy: SkippablePolicy, needed: int, total: int, free: int | None, stream: bool | None, processes: Processes
+    policy: SkippablePolicy,
+    needed: int,
+    total: int,
+    *,
+    free: int | None,
+    stream: bool | None,
+    processes: Processes,
 ) -> bool:
     """Decide whether frames are streamed, alike in all processes, and refuse to keep what does not fit.
 

@@ -197,14 +197,18 @@ class Half(Processes):
         return torch.cat(self.exchange(values))
 
 
-def in_two(work: Callable[[Half], T]) -> list[T]:
+def in_two(work: Callable[[HeadsTrainer, Processes], T], objective: str = "tolerance") -> list[T]:
+    halves = [Half(0), Half(1)]
+    trainers = [make(objective, adapter_steps=4, skip_steps=8)[0] for _ in halves]
+    for trainer, half in zip(trainers, halves, strict=True):
+        trainer._processes = half
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(work, [Half(0), Half(1)]))
+        return list(pool.map(work, trainers, halves))
 
 
-def train_padded(processes: Processes, data: Tensor, lengths: np.ndarray, objective: str) -> dict[str, Tensor]:
-    trainer, _ = make(objective, adapter_steps=4, skip_steps=8)
-    trainer._processes = processes
+def train_padded(trainer: HeadsTrainer, processes: Processes) -> dict[str, Tensor]:
+    data = torch.randn(64, 7, 16, generator=torch.Generator().manual_seed(2))
+    lengths = np.where(np.arange(64) < 32, 7, 2)  # rows are sorted, so that the second process has the padding
     mask = (torch.arange(data.shape[1]) >= data.shape[1] - torch.from_numpy(lengths)[:, None]).long()
     for _ in range(12):
         rng = trainer.rng()
@@ -218,11 +222,8 @@ def train_padded(processes: Processes, data: Tensor, lengths: np.ndarray, object
 
 @pytest.mark.parametrize("objective", ["tolerance", "mixture"])
 def test_two_processes_learn_what_one_does_also_where_one_has_more_padding(objective: str) -> None:
-    data = torch.randn(64, 7, 16, generator=torch.Generator().manual_seed(2))
-    lengths = np.where(np.arange(64) < 32, 7, 2)  # rows are sorted, so that the second process has the padding
-    make()  # whatever is made first has been made
-    whole = train_padded(Processes(), data, lengths, objective)
-    halves = in_two(lambda half: train_padded(half, data, lengths, objective))
+    whole = train_padded(make(objective, adapter_steps=4, skip_steps=8)[0], Processes())
+    halves = in_two(train_padded, objective)
     for name, value in whole.items():
         assert torch.equal(halves[0][name], halves[1][name]), name
         torch.testing.assert_close(halves[0][name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()), msg=name)
@@ -232,11 +233,10 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_both_in_the_same_step() -
     data = torch.randn(16, 5, 16)
     data[12] = torch.nan
 
-    def work(half: Half) -> int:
-        trainer, _ = make(adapter_steps=4)
-        trainer._processes = half
+    def work(trainer: HeadsTrainer, processes: Processes) -> int:
+        rows = processes.share(np.arange(16))
         with pytest.raises(ConfigError, match="learning_rate must be lower: the loss is nan at step 0"):
-            trainer.update(({"inputs_embeds": data[half.share(np.arange(16))]}, None), None, trainer.rng())
+            trainer.update(({"inputs_embeds": data[rows]}, None), None, trainer.rng())
         return trainer.step
 
     assert in_two(work) == [0, 0]

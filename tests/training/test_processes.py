@@ -28,15 +28,15 @@ LAUNCH = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", 
 QUIET = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
 
 
-def launch(teacher: Path, plan: Path, demos: Path, out: Path, fault: str = "", batch: int = 8) -> tuple[int, str]:
+def launch(config: DistillRunConfig, out: Path, fault: str = "") -> tuple[int, str]:
     """Run `dysl distill` in two processes, and return the launcher's exit code and what was printed."""
     options = {
-        "policy": teacher,
-        "plan": plan,
-        "data": demos,
+        "policy": config.policy,
+        "plan": config.plan,
+        "data": config.data,
         "out": out,
-        "frames": 100,
-        "batch": batch,
+        "frames": config.frames,
+        "batch": TRAINED.batch,
         "adapter-steps": TRAINED.adapter_steps,
         "skip-steps": TRAINED.skip_steps,
         "warmup": TRAINED.warmup,
@@ -73,26 +73,26 @@ def test_two_processes_train_the_heads_of_one_and_go_on_after_ctrl_c_and_after_a
     one, two, stopped = (tmp_path / name for name in ("one", "two", "stopped"))
     config = DistillRunConfig(mock_demos, one, str(teacher), plan, frames=100, training=TRAINED)
     alone = load_file(distill(config) / "skip.safetensors")
-    code, printed = launch(teacher, plan, mock_demos, two)
+    code, printed = launch(config, two)
     assert code == 0, printed
     assert printed.count("Distilled: ") == 1
     together = load_file(two / "skip.safetensors")
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
     # Ctrl-C: the step that runs is finished and kept by all.
-    code, printed = launch(teacher, plan, mock_demos, stopped, f"0 10 {signal.SIGINT.value}")
+    code, printed = launch(config, stopped, f"0 10 {signal.SIGINT.value}")
     assert code != 0
     assert printed.count("dysl distill: interrupted") == 2, printed
     with safe_open(stopped / STATE_FILE, framework="pt") as file:
         assert file.metadata()["step"] == "11"
     # A process is killed: no other one is left, and the run goes on from its state.
-    code, printed = launch(teacher, plan, mock_demos, stopped, f"1 20 {signal.SIGKILL.value}")
+    code, printed = launch(config, stopped, f"1 20 {signal.SIGKILL.value}")
     assert code != 0
     deadline = time.monotonic() + 10
     while running(stopped) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not running(stopped)
-    code, printed = launch(teacher, plan, mock_demos, stopped)
+    code, printed = launch(config, stopped)
     assert code == 0, printed
     ends = load_file(stopped / "skip.safetensors")
     assert all(torch.equal(value, together[name]) for name, value in ends.items())
