@@ -74,56 +74,59 @@ def encode(
                 "stream must not be always for a policy with memory, whose frames are encoded in the order of their "
                 "episodes and kept; give fewer --frames where memory is short."
             )
-    total = len(chosen) * (1 + augment_copies)
+    if not stream:
+        batches = _encoded(policy, demonstrations, chosen, resizes, augment_copies)
+        total = len(chosen) * (1 + augment_copies)
+        bar = tqdm(total=total, desc=f"encoding {what}", unit="frame", disable=not processes.is_main)
+        with closing(batches), bar:
+            kept = _kept(policy, batches, bar, stream, processes)
+        if kept is not None:
+            return kept
+    source = FrameSource(demonstrations, chosen, augment_copies, resizes, SHIFT)
+    return StreamedFrames(policy, source, processes.local_count)
+
+
+def _kept(
+    policy: SkippablePolicy,
+    batches: Iterator[tuple[list[int], list[Any]]],
+    bar: tqdm[Any],
+    stream: bool | None,
+    processes: Processes,
+) -> KeptFrames | None:
+    """Keep all frames; None where they are to be streamed, which the first of them decide."""
     items: list[Any] = []
     indices: list[int] = []
-    progress = tqdm(total=total, desc=f"encoding {what}", unit="frame", disable=not processes.is_main or bool(stream))
-    with progress, closing(_encoded(policy, demonstrations, chosen, resizes, augment_copies)) as batches:
-        for index, some in batches if not stream else ():
-            if not items:
-                needed = tensor_bytes(some) * total // len(some)
-                stream = _must_stream(policy, needed, total, free=free_memory(some), stream=stream, processes=processes)
-                if stream:
-                    break
-            indices += index
-            items += some
-            progress.update(len(some))
-    if stream:
-        source = FrameSource(demonstrations, chosen, augment_copies, resizes, SHIFT)
-        return StreamedFrames(policy, source, processes.local_count)
+    for index, some in batches:
+        if not items and _must_stream(policy, tensor_bytes(some) * bar.total // len(some), some, stream, processes):
+            return None
+        indices += index
+        items += some
+        bar.update(len(some))
     return KeptFrames(np.array(indices, np.int64), items)
 
 
 def _must_stream(
-    policy: SkippablePolicy,
-    needed: int,
-    total: int,
-    *,
-    free: int | None,
-    stream: bool | None,
-    processes: Processes,
+    policy: SkippablePolicy, needed: int, some: list[Any], stream: bool | None, processes: Processes
 ) -> bool:
     """Decide whether frames are streamed, alike in all processes, and refuse to keep what does not fit.
 
     Args:
         policy: The policy.
-        needed: Bytes that they take in each process.
-        total: Their number.
-        free: The free bytes of memory; None: unknown.
+        needed: Bytes that all of them take in each process.
+        some: Some of them, on the device that keeps them.
         stream: What was asked for; None: what fits.
         processes: The processes.
 
     Raises:
         ConfigError: They do not fit, and must be kept.
     """
+    free = free_memory(some)
     needed *= processes.local_count
     if stream is None and not policy.has_memory:
         stream = processes.is_any(free is not None and needed > MEMORY_SHARE * free)
     if not stream and free is not None and needed > free:
         fix = "give fewer --frames" if policy.has_memory else "give --stream always, or fewer --frames"
-        raise ConfigError(
-            f"memory: {total} encoded frames need {needed / 1e9:.1f} GB, there are {free / 1e9:.1f}; {fix}."
-        )
+        raise ConfigError(f"memory: encoded frames need {needed / 1e9:.1f} GB, there are {free / 1e9:.1f}; {fix}.")
     return bool(stream)
 
 

@@ -76,17 +76,17 @@ def test_streamed_frames_train_the_same_heads_to_the_bit_also_when_the_run_was_s
 def test_copies_are_streamed_behind_their_frame(tiny_policy: MiniVLA, mock_demos: Path) -> None:
     demonstrations, chosen = Demonstrations(mock_demos), np.arange(3, 40, 2)
     kept, streamed = (
-        encode(tiny_policy, demonstrations, chosen, "frames", augment_copies=1, stream=stream)
+        encode(tiny_policy, demonstrations, chosen, "frames", augment_copies=2, stream=stream)
         for stream in (False, True)
     )
     assert isinstance(kept, KeptFrames)
     assert isinstance(streamed, StreamedFrames)
     assert streamed.indices.tolist() == kept.indices.tolist()
     parts = list(streamed.batches(8))
-    assert [rows.stop for rows, _ in parts] == [8, 16, 24, 32, 38]
-    expected = stacked(kept.rows(np.arange(38)))
+    assert [rows.stop for rows, _ in parts] == [8, 16, 24, 32, 40, 48, 56, 57]
+    expected = stacked(kept.rows(np.arange(57)))
     torch.testing.assert_close(stacked([item for _, items in parts for item in items]), expected, atol=1e-5, rtol=0)
-    rows = np.array([3, 3, 20, 37])
+    rows = np.array([3, 3, 20, 56])
     torch.testing.assert_close(stacked(streamed.rows(rows)), expected[rows], atol=1e-5, rtol=0)
 
 
@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_streamed_unless_it_shall_be_kept(
         assert isinstance(encode(tiny_policy, demonstrations, chosen, "frames"), kind)
     encode(tiny_policy, demonstrations, chosen, "frames", stream=False)
     monkeypatch.setattr(encoding, "available_memory", lambda: 39 * item.nbytes)
-    with pytest.raises(ConfigError, match=r"^memory: 40 encoded frames need .*give --stream always"):
+    with pytest.raises(ConfigError, match=r"^memory: encoded frames need .*give --stream always"):
         encode(tiny_policy, demonstrations, chosen, "frames", stream=False)
     recurrent = Recurrent.make()
     monkeypatch.setattr(encoding, "available_memory", lambda: 1000)
@@ -117,9 +117,14 @@ def test_a_replay_that_is_streamed_is_the_same(
     policy = load_skippable_policy(str(distilled))
     demonstrations = Demonstrations(mock_demos)
     with closing(load_dysl(policy, distilled, 0.5)) as dysl:
-        kept, streamed = (Replay(policy, demonstrations, stream=stream).play(dysl) for stream in (False, True))
+        replays = [Replay(policy, demonstrations, stream=stream) for stream in (False, True)]
+        kept, streamed = (replay.play(dysl) for replay in replays)
+        dysl.set_skip(0.0)
+        full = replays[1].play(dysl)
     assert [trace.layers for trace in streamed.traces] == [trace.layers for trace in kept.traces]
     np.testing.assert_allclose(streamed.errors, kept.errors, atol=1e-5)
+    assert len(replays[1]) > 1
+    np.testing.assert_allclose(full.errors, 0, atol=1e-5)  # what is played is what was answered
 
 
 def test_a_reader_that_fails_is_one_error(tiny_policy: MiniVLA, mock_demos: Path, tmp_path: Path) -> None:
