@@ -48,9 +48,9 @@ def test_streamed_frames_train_the_same_heads_to_the_bit_also_when_the_run_was_s
     forms: list[type[Encoded]] = []
     original = distill_module.Batches
 
-    def batches(policy: Any, trainer: Any, frames: Encoded, *arguments: Any) -> Any:
+    def batches(policy: Any, trainer: Any, frames: Encoded, *arguments: Any, **options: Any) -> Any:
         forms.append(type(frames))
-        return original(policy, trainer, frames, *arguments)
+        return original(policy, trainer, frames, *arguments, **options)
 
     monkeypatch.setattr(distill_module, "Batches", batches)
     monkeypatch.setattr(distill_module, "SAVE_EVERY", 30)
