@@ -78,11 +78,13 @@ def _calibrate(arguments: Sequence[str]) -> int:
     from dysl_vla.training.calibrate import CalibrateConfig, calibrate, read_plan
     from dysl_vla.training.presets import paper_calibration
 
-    config = _parse_preset(CalibrateConfig, arguments, "dysl calibrate", paper_calibration)
+    parsed = _parse_preset(CalibrateConfig, arguments, "dysl calibrate", paper_calibration)
+    config = parsed.config
     path = calibrate(config)
     plan = read_plan(path)
     print(f"{path}: static layers {', '.join(map(str, plan.static_layers))} of {plan.num_layers}.")
     command = f"dysl distill --policy {config.policy} --data {config.data} --plan {path} --out {config.policy}-fast"
+    command += f" --preset {parsed.preset}" if parsed.preset else ""
     print(f"Train adapters and controllers: {command}")
     return 0
 
@@ -93,7 +95,7 @@ def _distill(arguments: Sequence[str]) -> int:
     from dysl_vla.training.presets import paper_distillation
     from dysl_vla.training.train import evaluation
 
-    config = _parse_preset(DistillRunConfig, arguments, "dysl distill", paper_distillation)
+    config = _parse_preset(DistillRunConfig, arguments, "dysl distill", paper_distillation).config
     if config.dry_run:
         print(dry_run(config))
         return 0
@@ -272,7 +274,7 @@ class _Presettable(Generic[T]):
     fifth of the layers static, exits at all others, 6.7 k steps, the mixture objective and the continuity measure."""
 
 
-def _parse_preset(config: type[T], arguments: Sequence[str], program: str, paper: Callable[[T], T]) -> T:
+def _parse_preset(config: type[T], arguments: Sequence[str], program: str, paper: Callable[[T], T]) -> _Presettable[T]:
     """Parse options, of which --preset replaces the defaults.
 
     Args:
@@ -290,7 +292,7 @@ def _parse_preset(config: type[T], arguments: Sequence[str], program: str, paper
     parsed: _Presettable[T] = tyro.cli(_Presettable[config], **options)  # type: ignore[valid-type]
     if parsed.preset is not None:  # what is given on the command line beats the new defaults, too
         parsed = tyro.cli(_Presettable[config], default=replace(parsed, config=paper(parsed.config)), **options)  # type: ignore[valid-type]
-    return parsed.config
+    return parsed
 
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import tyro
@@ -52,10 +52,11 @@ class Parser:
         def instead(*_: object, **__: object) -> None:
             raise UnderstoodError
 
-        if not isinstance(what, type):
+        config = get_args(what)[0] if get_origin(what) else what  # a configuration with presets
+        if not isinstance(config, type):
             self._cli(instead, args=args, **options)
-        if self.fills_in and is_dataclass(what):
-            required = (f"--{f.name}" for f in fields(what) if f.default is f.default_factory is MISSING)
+        if self.fills_in and is_dataclass(config):
+            required = (f"--{f.name}" for f in fields(config) if f.default is f.default_factory is MISSING)
             args = [*args, *(word for option in required if option not in args for word in (option, "x"))]
         self._cli(what, args=args, **options)
         raise UnderstoodError
