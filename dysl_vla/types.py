@@ -166,6 +166,10 @@ class Normalisation:
             restored[..., columns] = np.sign(restored[..., columns])
         return restored
 
+    def as_executed(self, values: FloatArray) -> FloatArray:
+        """Return normalised values as they are executed: dimensions of `signs` are brought to one of their two."""
+        return self.apply(self.undo(values)) if self.signs else values
+
     @cached_property
     def _arrays(self) -> tuple[FloatArray, FloatArray]:
         return np.array(self.mean, np.float32), np.array(self.std, np.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dysl_vla.skip_controller.decoders import find_all_layers
-from dysl_vla.skip_controller.torch_backend import Forward, to_numpy
+from dysl_vla.skip_controller.torch_backend import Forward, to_numpy, wait_for_gpu
 from dysl_vla.types import ActionChunk, EpisodeState, InferenceTiming, Observation
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def infer_full(
     """Infer with all layers, for any policy that offers the four steps; see `Policy.infer`."""
     started = time.perf_counter()
     inputs, _ = policy.collate(policy.encode(observations, states))
+    wait_for_gpu()
     encode_s = time.perf_counter() - started
     forward = Forward()
     actions = policy.spec.action_normalisation.undo(to_numpy(policy.act(inputs, forward)))

@@ -72,7 +72,7 @@ class ComputeConfig:
             import torch
         wanted = self.device or (AUTO if is_large else "cpu")
         if wanted == AUTO:
-            return torch.device(f"cuda:{_turn() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+            wanted = f"cuda:{_turn() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(wanted)
             torch.empty(1, device=device)
@@ -84,6 +84,8 @@ class ComputeConfig:
                 f"device must be one of this machine's, got {wanted!r}; PyTorch finds {there} ({reason}). Leave it "
                 "out, or install a PyTorch and a driver that find it."
             ) from error
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what is timed waits for the present device
         return device
 
     def torch_dtype(self) -> torch.dtype | None:

@@ -25,13 +25,14 @@ from dysl_vla.checkpoint import SKIP_SETTINGS, add_to_manifest, add_weights, can
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import atomic_write, write_json
 from dysl_vla.policies.base import SkippablePolicy, is_known_as
+from dysl_vla.skip_controller.compatibility import compute_dtype
 from dysl_vla.skip_controller.guidance import SkipGuidance, importance_measures
 from dysl_vla.skip_controller.guided_step import GuidedStep, VerificationBudget
 from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
 from dysl_vla.skip_controller.operating import Ablation, RandomExits, SkipStatistics, with_present_names
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.skip_controller.skipping import attach
-from dysl_vla.skip_controller.torch_backend import TorchBackend, to_numpy
+from dysl_vla.skip_controller.torch_backend import TorchBackend, to_numpy, wait_for_gpu
 from dysl_vla.types import (
     ActionChunk,
     EpisodeState,
@@ -227,6 +228,7 @@ class DyslPolicy:
         started = time.perf_counter()
         inputs = self._policy.collate(items)
         points = np.array([self._random.draw(_seed_of(item)) for item in items]) if self._ablation.random else None
+        wait_for_gpu()
         encode_s += time.perf_counter() - started
         return self._step.infer(self._backend, inputs, states, encode_s=encode_s, allow_points=points)
 
@@ -330,5 +332,5 @@ def load_dysl(
     """
     heads, settings, provenance = load_heads(folder)
     like = next(policy.layers.parameters())
-    heads.to(like.device, like.dtype)
+    heads.to(like.device, compute_dtype(policy.layers))
     return DyslPolicy(policy, heads.eval(), settings, skip=skip, ablation=ablation, provenance=provenance)

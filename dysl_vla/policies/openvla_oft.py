@@ -201,8 +201,8 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         return (self._fingerprint(self.files_dtype),)
 
     def _fingerprint(self, dtype: torch.dtype) -> str:
-        options = canonical(OpenVLAOptions.parse(self.base.options))
-        return hashlib.sha256(f"{self.base.fingerprint}{options}{dtype}".encode()).hexdigest()
+        settings = f"{canonical(self.spec)}{self.proprio_projector is not None}"
+        return hashlib.sha256(f"{self.base.fingerprint}{settings}{dtype}".encode()).hexdigest()
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a checkpoint that refers to the base's files, which are too large to copy."""

@@ -102,7 +102,7 @@ def check_heads(heads: SkipHeads, plan: SkipPlan, layers: nn.ModuleList) -> None
             raise ConfigError(f"heads must be of the decoder's dtype {dtype}, got {mine.dtype}; use heads.to({dtype}).")
 
 
-def compute_dtype(layers: nn.ModuleList) -> torch.dtype | None:
+def compute_dtype(layers: nn.Module) -> torch.dtype | None:
     """Return the dtype in which layers compute, whatever their weights are stored in; None where nothing tells.
 
     Quantised weights are integers, or floats of eight bits, or no parameters at all; then norms tell.

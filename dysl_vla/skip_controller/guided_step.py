@@ -210,7 +210,8 @@ class GuidedStep:
 
     def _check(self, memory: GuidanceState, actions: FloatArray) -> bool:
         """Tell whether predicted actions are surprising; guidance remembers them."""
-        return self._guidance.update_and_check(memory, actions, self._spec.execute_steps)
+        executed = self._spec.action_normalisation.as_executed(actions)
+        return self._guidance.update_and_check(memory, executed, self._spec.execute_steps)
 
     def _points(self, memory: GuidanceState) -> NDArray[np.int64]:
         """Return the allow points of an episode, (blocks,)."""

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from dysl_vla.errors import ConfigError
 from dysl_vla.processes import Processes
 from dysl_vla.schedule import cosine_with_warmup
+from dysl_vla.skip_controller.compatibility import compute_dtype
 from dysl_vla.skip_controller.skipping import Skipper
 from dysl_vla.skip_controller.torch_backend import Act, Forward
 
@@ -336,8 +337,8 @@ def _recorded(forwards: list[list[Tensor]]) -> list[list[Tensor]]:
 
 def mixed_precision(decoder: nn.Module) -> torch.autocast:
     """Return the context in which heads in float32 are attached to a decoder of fewer bits, and learn."""
-    like = next(decoder.parameters())
-    return torch.autocast(like.device.type, dtype=like.dtype, enabled=like.dtype != torch.float32)
+    device, dtype = next(decoder.parameters()).device, compute_dtype(decoder)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype not in (None, torch.float32))
 
 
 def relative_error(predicted: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,6 +18,12 @@ from dysl_vla.skip_controller.step import ForcedExits, Step
 from dysl_vla.types import EpisodeState, FloatArray
 
 clock = time.perf_counter
+
+
+def wait_for_gpu() -> None:
+    """Wait until a GPU has done what it was given, so that times are those of the work, not of asking for it."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream().synchronize()
 
 
 class Forward:
@@ -58,6 +65,7 @@ class Forward:
 
     def decoder_is_done(self) -> None:
         """Report that the decoder has run: what follows is timed as decoding. Else all time counts as the LLM's."""
+        wait_for_gpu()
         self._decoded = clock()
 
     def times(self) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from dysl_vla.types import FloatArray, Observation
 with needs_extra("policy"):
     import torch
 
+    from dysl_vla.skip_controller.compatibility import compute_dtype
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
     from dysl_vla.skip_controller.heads_trainer import mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
@@ -116,7 +117,7 @@ def _check_shape(policy: SkippablePolicy, actions: FloatArray, rows: int) -> Non
 
 
 def _compare(policy: SkippablePolicy, what: str, wanted: FloatArray, got: Sequence[FloatArray]) -> None:
-    tolerance = TOLERANCES.get(str(next(policy.layers.parameters()).dtype), COARSE)
+    tolerance = TOLERANCES.get(str(compute_dtype(policy.layers)), COARSE)
     distance = float(np.abs(np.stack(got) - wanted).max())
     if not distance <= tolerance:
         raise ConfigError(

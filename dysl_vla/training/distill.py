@@ -59,6 +59,7 @@ with needs_extra("policy"):
 
     from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, load_heads, save_skips
     from dysl_vla.processes import Processes, launched_processes
+    from dysl_vla.skip_controller.compatibility import compute_dtype
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.heads_trainer import HeadsTrainer, mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
@@ -111,7 +112,8 @@ def distill(config: DistillRunConfig) -> Path:
                 write_json(config.out / RUN_FILE, decided.identity)
                 if not (config.out / MANIFEST).exists():
                     # What is kept is the policy as it came, not as it was cast for this training.
-                    check_saved(load_skippable_policy(config.policy) if config.compute.dtype else policy, config.out)
+                    is_cast = config.compute.dtype is not None and not hasattr(policy, "base")  # that is only named
+                    check_saved(load_skippable_policy(config.policy) if is_cast else policy, config.out)
             processes.wait()
             run.run()
     return config.out
@@ -383,7 +385,7 @@ class _Run:
         config = self._config
         spec = self._policy.spec
         lookahead = min(LOOKAHEAD, spec.chunk_length - spec.execute_steps)
-        self._heads.to(next(self._policy.layers.parameters()).dtype)
+        self._heads.to(compute_dtype(self._policy.layers))
         replay = Replay(self._policy, self._demonstrations, stream=STREAM[config.stream] or None)
         statistics = replay.statistics(self._skipper, lookahead, self._importance)
         self._skipper.detach()

@@ -77,14 +77,12 @@ def encode(
                 "stream must not be always for a policy with memory, whose frames are encoded in the order of their "
                 "episodes and kept; give fewer --frames where memory is short."
             )
-    if not stream:
-        batches = _encoded(policy, demonstrations, chosen, resizes, augment_copies)
-        total = len(chosen) * (1 + augment_copies)
-        bar = tqdm(total=total, desc=f"encoding {what}", unit="frame", disable=not processes.is_main)
-        with closing(batches), bar:
-            kept = _kept(policy, batches, bar, stream=stream, reserve=reserve, processes=processes)
-        if kept is not None:
-            return kept
+    total = len(chosen) * (1 + augment_copies)
+    bar = tqdm(total=total, desc=f"encoding {what}", unit="frame", disable=not processes.is_main or bool(stream))
+    with closing(_encoded(policy, demonstrations, chosen, resizes, augment_copies)) as batches, bar:
+        kept = _kept(policy, batches, bar, stream=stream, reserve=reserve, processes=processes)
+    if kept is not None:
+        return kept
     source = FrameSource(demonstrations, chosen, augment_copies, resizes, SHIFT)
     return StreamedFrames(policy, source, processes.local_count)
 
@@ -101,6 +99,8 @@ def _kept(
     """Keep all frames; None where they are to be streamed, which the first of them decide."""
     items: list[Any] = []
     indices: list[int] = []
+    if stream:
+        return None
     for index, some in batches:
         if not items:
             needed = processes.local_count * tensor_bytes(some) * bar.total // len(some)

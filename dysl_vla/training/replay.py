@@ -126,7 +126,7 @@ class Replay:
                 for before, item in enumerate(self._items(episode)):
                     guide.observe(state, self._executed(row, before))
                     passed = backend.run(self._policy.collate([item]), points)
-                    predicted = passed.actions[0]
+                    predicted = spec.action_normalisation.as_executed(passed.actions[0])
                     outputs.extend(passed.outputs[0].values())
                     if state.change is not None and state.change < 0:
                         drops.append(-state.change)
@@ -163,7 +163,8 @@ class Replay:
             [chunk] = policy.infer_encoded([item], [state])
             assert chunk.skips is not None
             predicted = policy.spec.action_normalisation.apply(chunk.actions[:steps])
-            errors.append(np.abs(predicted - self._answers[row][:steps]).mean())
+            answer = policy.spec.action_normalisation.as_executed(self._answers[row][:steps])
+            errors.append(np.abs(predicted - answer).mean())
             traces.append(chunk.skips)
             llm.append(chunk.timing.llm_s)
             rest.append(chunk.timing.decode_s + chunk.timing.guidance_s)

@@ -27,6 +27,10 @@ INSTRUCTIONS = (
     "put the wine bottle on top of the cabinet",
     "turn on the stove",
 )
+TOKENIZER_CONFIG = {
+    **{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    **{"pad_token": "<PAD>", "add_bos_token": True, "add_eos_token": False, "model_max_length": 2048},
+}
 EMPTY, VOCABULARY = 29871, 32000
 """The token that ends every prompt, "▁", and the number of tokens; the model has 64 more embeddings."""
 
@@ -263,11 +267,7 @@ def write_openvla_folder(
     write_json(folder / "dataset_statistics.json", statistics(seed, sizes.states, sizes.actions))
     write_json(folder / "preprocessor_config.json", preprocessor(sizes.image_size))
     (folder / "tokenizer.json").write_text(tokenizer_text(), encoding="utf-8")
-    write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        | {"pad_token": "<PAD>", "add_bos_token": True, "add_eos_token": False, "model_max_length": 2048},
-    )
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     shapes = list(model_shapes(sizes))
     cut = -(-len(shapes) // shards)
     places: dict[str, str] = {}
