@@ -71,8 +71,7 @@ class ComputeConfig:
         with needs_extra("policy"):
             import torch
         wanted = self.device or (AUTO if is_large else "cpu")
-        if wanted == AUTO:
-            wanted = f"cuda:{_turn() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        wanted = _found() if wanted == AUTO else wanted
         try:
             device = torch.device(wanted)
             torch.empty(1, device=device)
@@ -98,11 +97,17 @@ class ComputeConfig:
         return dtype
 
 
-def _turn() -> int:
-    """Return this process's number among those of a command, which share the GPUs in turns."""
+def _found() -> str:
+    """Return the device that "auto" means: the processes of a command share the GPUs in turns."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
     if "LOCAL_RANK" in os.environ:  # set by accelerate and torchrun
-        return int(os.environ["LOCAL_RANK"])
-    return max(getattr(current_process(), "_identity", (1,)) or (1,)) - 1  # a worker's number, from 1
+        turn = int(os.environ["LOCAL_RANK"])
+    else:
+        turn = max(getattr(current_process(), "_identity", (1,)) or (1,)) - 1  # a worker's number, from 1
+    return f"cuda:{turn % torch.cuda.device_count()}"
 
 
 def place(name: str, policy: Any, compute: ComputeConfig) -> None:

@@ -79,10 +79,10 @@ def test_processes_of_one_command_take_turns_on_the_cards(monkeypatch: pytest.Mo
     seen = []
     for identity in ((), (1,), (2,), (3,)):
         monkeypatch.setattr(compute_module, "current_process", lambda i=identity: SimpleNamespace(_identity=i))
-        seen.append(ComputeConfig().torch_device(is_large=True).index)
-    assert seen == [0, 0, 1, 0]
+        seen.append(compute_module._found())
+    assert seen == ["cuda:0", "cuda:0", "cuda:1", "cuda:0"]
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert ComputeConfig(device="auto").torch_device().index == 1
+    assert compute_module._found() == "cuda:1"
 
 
 def test_attention_changes_how_and_not_what() -> None:
