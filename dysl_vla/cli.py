@@ -85,6 +85,7 @@ def _calibrate(arguments: Sequence[str]) -> int:
     print(f"{path}: static layers {', '.join(map(str, plan.static_layers))} of {plan.num_layers}.")
     command = f"dysl distill --policy {config.policy} --data {config.data} --plan {path} --out {config.policy}-fast"
     command += f" --preset {parsed.preset}" if parsed.preset else ""
+    command += config.compute.words
     print(f"Train adapters and controllers: {command}")
     return 0
 

@@ -6,6 +6,7 @@ Most commands share these options. Nothing here imports torch before it is neede
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from multiprocessing import current_process
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,13 @@ class ComputeConfig:
             if options.setdefault(name, value) != value:
                 raise ConfigError(f"policy_options must name each option once, got {name} twice.")
         return options
+
+    @property
+    def words(self) -> str:
+        """Return the options as they are typed, each after a blank; nothing for those that are not given."""
+        given = {"device": self.device, "dtype": self.dtype, "attention": self.attention}
+        words = "".join(f" --{name} {value}" for name, value in given.items() if value is not None)
+        return words + (f" --policy-options {shlex.join(self.policy_options)}" if self.policy_options else "")
 
     def torch_device(self, *, is_large: bool = False) -> torch.device:
         """Return the device that the policy runs on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tyro
 from safetensors.torch import save_file
 
 from dysl_vla.checkpoint import read_policy_type
@@ -188,3 +190,9 @@ def test_a_damaged_base_is_one_clear_error(name: str, tmp_path: Path) -> None:
     (folder / name).write_bytes(b"\xff" * (SMALL + 1))
     with pytest.raises(CheckpointError, match=f"{name} is damaged"):
         quick_fingerprint(folder)
+
+
+def test_options_are_printed_as_they_are_typed() -> None:
+    given = ComputeConfig("cpu", "bfloat16", policy_options=("norm_stats=my data", "num_images=3"))
+    for compute in (given, ComputeConfig()):
+        assert tyro.cli(ComputeConfig, args=shlex.split(compute.words)) == compute

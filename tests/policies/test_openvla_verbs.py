@@ -24,6 +24,7 @@ from dysl_vla.deploy.client import Client
 from dysl_vla.policies import ComputeConfig, load_policy
 from dysl_vla.policies.dysl import DyslPolicy
 from dysl_vla.policies.openvla_oft import OpenVLAOFT
+from tests.policies.hollow_folder import WHOLE, write_hollow_folder
 from tests.policies.openvla_folder import Geometry, write_openvla_folder
 
 MOCK = ("cameras=top,wrist", "image_size=32", "state_names=x,y", "action_names=dx,dy,gripper", "chunk_length=4")
@@ -151,3 +152,23 @@ def test_eval_on_robosuite_with_libero_s_observations(tmp_path: Path) -> None:
     assert result["execute_steps"] == 8
     actions = pq.read_table(tmp_path / "run" / "steps.parquet")["action"].to_pylist()
     assert {action[6] for action in actions} <= {-1.0, 0.0, 1.0}  # in bfloat16 it may be just between
+
+
+def test_a_dry_run_of_the_true_size_reads_no_weights(
+    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_hollow_folder(tmp_path / "base", replace(WHOLE, states=2, actions=3))
+    words = ("--batch", 8, "--preset", "paper", "--dry-run")
+    dysl("distill", "--policy", base, "--data", places / "demos", "--out", tmp_path / "out", *words, *OPTIONS)
+    printed = capsys.readouterr().out
+    [title] = [line for line in printed.splitlines() if "batch 8" in line]
+    tokens = int(title.split(" tokens")[0].split()[-1])
+    assert 512 + 1 + 12 < tokens < 650
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in printed.splitlines() if line.startswith("|")}
+    assert float(rows["backbone"][0]) == pytest.approx(32 * 2 * 202.4e6 / 1e9, rel=0.01)
+    assert float(rows["activations kept for backward"][1]) < 0.2 * float(rows["activations kept for backward"][0])
+    once = float(rows["stage 1: full model, forward"][1].split()[0])
+    assert once == pytest.approx(8 * tokens * 32 * 2 * 202.4e6 / 1e12, rel=0.05)  # attention adds a little
+    share = float(printed.split(" % of the backbone's")[0].split()[-1])
+    assert share <= 1.2
+    assert not (tmp_path / "out").exists()

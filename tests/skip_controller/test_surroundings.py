@@ -327,6 +327,20 @@ def test_weights_of_eight_and_four_bits_skip_in_the_dtype_of_their_norms(quantis
     assert_right(attach(model, PLAN, heads), model, (full, removed))
 
 
+@pytest.mark.filterwarnings("ignore")
+@torch.inference_mode()
+def test_weights_that_torch_itself_packed_as_int8_skip_too() -> None:
+    plain = make(LLAMA)
+    quantize = torch.ao.quantization.quantize_dynamic  # type: ignore[attr-defined]
+    model = quantize(plain, {nn.Linear}, dtype=torch.qint8)
+    assert not any(parameter.ndim > 1 for parameter in find_all_layers(model).parameters())  # norms alone are left
+    full, heads = logits(model), make_heads(LLAMA)
+    assert (full - logits(plain)).abs().max() > 0
+    with layers_removed(model, heads, JUMPS):
+        removed = logits(model)
+    assert_right(attach(model, PLAN, heads), model, (full, removed))
+
+
 def test_weights_of_one_byte_do_not_tell_the_dtype(model: nn.Module, expected: tuple[Tensor, Tensor]) -> None:
     for layer in find_all_layers(model):
         codes = torch.ones(2, 2, dtype=torch.uint8)  # parameters of the layer come before those of its parts
