@@ -101,7 +101,7 @@ def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
     """
     present = read_json(path)
     for name in {**present, **identity}:
-        if present.get(name) != identity.get(name):
+        if _given(present.get(name)) != _given(identity.get(name)):
             if name in WEIGHTS_OF_A_RUN:
                 raise ConfigError(
                     f"out: {path.parent} holds another run: its policy is another one, or has been changed since (as "
@@ -111,6 +111,14 @@ def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
                 f"out: {path.parent} holds another run: its {name} is {present.get(name)!r}, this one's is "
                 f"{identity.get(name)!r}; give a new folder."
             )
+
+
+def _given(value: Any) -> Any:
+    """Return a setting as JSON holds it, without options that were not given, so that new ones change no old run."""
+    plain = json.loads(json.dumps(value, default=str))
+    if isinstance(plain, dict):
+        plain = {name: inside for name, one in plain.items() if (inside := _given(one)) is not None}
+    return None if plain in ("", [], {}) else plain
 
 
 def write_text(path: Path, text: str) -> None:

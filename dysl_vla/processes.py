@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Environment variables in which launchers say how many processes they started."""
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(hours=3)
 """Longest time for which a process waits for another one; one that ended is noticed at once."""
 
 
@@ -168,8 +168,8 @@ def _ended_together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        minutes = round(TIMEOUT.total_seconds() / 60)
+        hours = round(TIMEOUT.total_seconds() / 3600)
         raise DyslError(
-            f"another process of this run has ended, or has not answered for {minutes} minutes, so this one ends as "
-            "well; what the other one printed says why, and the same command goes on from the last state."
+            f"another process of this run has ended, or has not answered for {hours} hours, so this one ends as well; "
+            f"what the other one printed says why, and the same command goes on from the last state ({error})."
         ) from error

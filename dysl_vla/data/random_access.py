@@ -1,7 +1,4 @@
-"""Chosen frames of demonstrations as observations, in any order: what a training reads that does not keep them.
-
-It needs no torch, so that processes that read ahead begin quickly.
-"""
+"""Chosen frames of demonstrations as observations, in any order: what a training reads that does not keep them."""
 
 from __future__ import annotations
 

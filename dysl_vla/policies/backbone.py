@@ -27,9 +27,9 @@ def infer_full(
     """Infer with all layers, for any policy that offers the four steps; see `Policy.infer`."""
     started = time.perf_counter()
     inputs, _ = policy.collate(policy.encode(observations, states))
-    wait_for_gpu()
+    wait_for_gpu(inputs)
     encode_s = time.perf_counter() - started
-    forward = Forward()
+    forward = Forward(timed=inputs)
     actions = policy.spec.action_normalisation.undo(to_numpy(policy.act(inputs, forward)))
     llm_s, decode_s = forward.times()
     policy.remember(inputs, dict(enumerate(states)))

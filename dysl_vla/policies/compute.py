@@ -91,8 +91,6 @@ class ComputeConfig:
                 f"device must be one of this machine's, got {wanted!r}; PyTorch finds {there} ({reason}). Leave it "
                 "out, or install a PyTorch and a driver that find it."
             ) from error
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # what is timed waits for the present device
         return device
 
     def torch_dtype(self) -> torch.dtype | None:
@@ -163,13 +161,20 @@ def set_attention(name: str, policy: Any, attention: str) -> None:
         ) from error
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a device; None where they are unknown."""
+def free_memory(device: torch.device, local_count: int = 1) -> int | None:
+    """Return the free bytes of a device; None where they are unknown.
+
+    Args:
+        device: The device.
+        local_count: Number of processes that share the memory of a CPU; a GPU is for one alone.
+    """
     if device.type == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory() if device.type == "cpu" else None
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, free to it
+        return torch.cuda.mem_get_info(device)[0] + kept
+    free = available_memory() if device.type == "cpu" else None
+    return None if free is None else free // local_count
 
 
 def check_device_memory(device: torch.device, needed: int, what: str, fix: str) -> None:

@@ -228,7 +228,7 @@ class DyslPolicy:
         started = time.perf_counter()
         inputs = self._policy.collate(items)
         points = np.array([self._random.draw(_seed_of(item)) for item in items]) if self._ablation.random else None
-        wait_for_gpu()
+        wait_for_gpu(inputs)
         encode_s += time.perf_counter() - started
         return self._step.infer(self._backend, inputs, states, encode_s=encode_s, allow_points=points)
 

@@ -20,10 +20,18 @@ from dysl_vla.types import EpisodeState, FloatArray
 clock = time.perf_counter
 
 
-def wait_for_gpu() -> None:
-    """Wait until a GPU has done what it was given, so that times are those of the work, not of asking for it."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.current_stream().synchronize()
+def wait_for_gpu(value: Any) -> None:
+    """Wait until the GPU of a value's tensors has done what it was given: times are to be those of the work."""
+    device = _device(value)
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device(value: Any) -> torch.device | None:
+    if isinstance(value, Tensor):
+        return value.device
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for part in parts if (found := _device(part)) is not None), None)
 
 
 class Forward:
@@ -31,14 +39,17 @@ class Forward:
 
     Args:
         step: What the decoder does in the forwards; None: the full model runs.
+        timed: Inputs, for whose device to wait before times are taken; None: times do not matter.
         needs_gradient: Whether the heads are being trained.
 
     Attributes:
         needs_gradient: Whether the heads are trained: then actions must be differentiable in the decoder's output.
     """
 
-    def __init__(self, step: Step | ForcedExits | None = None, *, needs_gradient: bool = False) -> None:
-        self._step = step
+    def __init__(
+        self, step: Step | ForcedExits | None = None, *, timed: Any = None, needs_gradient: bool = False
+    ) -> None:
+        self._step, self._timed = step, timed
         self._started = clock()
         self._decoded: float | None = None
         self.needs_gradient = needs_gradient
@@ -65,7 +76,7 @@ class Forward:
 
     def decoder_is_done(self) -> None:
         """Report that the decoder has run: what follows is timed as decoding. Else all time counts as the LLM's."""
-        wait_for_gpu()
+        wait_for_gpu(self._timed)
         self._decoded = clock()
 
     def times(self) -> tuple[float, float]:
@@ -116,7 +127,7 @@ class TorchBackend:
         with self._skipper.step(
             allow_points, threshold=self._threshold, mask=mask, force_skip=self._force_skip
         ) as step:
-            forward = Forward(step)
+            forward = Forward(step, timed=batch)
             actions = to_numpy(self._act(batch, forward))
             llm_s, decode_s = forward.times()
         if not step.is_decided:
@@ -136,7 +147,7 @@ class TorchBackend:
     def resume(self, inputs: tuple[Any, Tensor | None], passed: PassResult) -> Resumed:
         """Compute the full model's actions; see `Backend`."""
         with self._skipper.verify(passed.handle):
-            forward = Forward()
+            forward = Forward(timed=inputs[0])
             actions = to_numpy(self._act(inputs[0], forward))
             return Resumed(actions, *forward.times())
 

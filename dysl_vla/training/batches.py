@@ -94,8 +94,8 @@ class Batches:
                 answer = self._trainer.answer(batch)
                 parts = [answer.actions, *answer.targets]
                 if everything is None:
-                    needed = processes.local_count * count * tensor_bytes([part[0] for part in parts])
-                    if needed > memory_to_keep(parts, self._reserve):
+                    needed = count * tensor_bytes([part[0] for part in parts])
+                    if needed > memory_to_keep(parts, self._reserve, processes):
                         return None
                     actions, *targets = [part.new_empty((count, *part.shape[1:])) for part in parts]
                     everything = FullModelAnswer(actions, targets)

@@ -67,7 +67,7 @@ with needs_extra("policy"):
     from dysl_vla.training.batches import Batches
     from dysl_vla.training.check_policy import check_policy, check_saved
     from dysl_vla.training.dry_run import MemoryUse, budgets, choose_checkpointing, render
-    from dysl_vla.training.encoded import Encoded, StreamedFrames
+    from dysl_vla.training.encoded import Encoded, StreamedFrames, killed_readers
     from dysl_vla.training.estimate import Rehearsal
     from dysl_vla.training.heads_state import Progress, restore_heads_state, save_heads_state
 
@@ -94,9 +94,7 @@ def distill(config: DistillRunConfig) -> Path:
         parts, decided = None, None
         if processes.is_main:
             _check(config, processes)
-            memory = choose_checkpointing(
-                partial(_rehearsal, config), config.policy, config.compute, config.checkpointing, STREAM[config.stream]
-            )
+            memory = MemoryUse() if _is_finished(config) else _memory_use(config, processes)
             parts = _load(config, processes)
             decided = replace(_decide(config, *parts), memory=memory)
         decided = processes.from_main(decided)
@@ -147,6 +145,19 @@ def _check(config: DistillRunConfig, processes: Processes) -> None:
         raise ConfigError(
             f"batch must be a multiple of the {processes.count} processes that share it, got {config.training.batch}."
         )
+
+
+def _memory_use(config: DistillRunConfig, processes: Processes) -> MemoryUse:
+    """Choose how memory is used by a process, which trains on its share of each batch."""
+    share = replace(config, training=replace(config.training, batch=config.training.batch // processes.count))
+    return choose_checkpointing(
+        partial(_rehearsal, share),
+        config.policy,
+        config.compute,
+        config.checkpointing,
+        STREAM[config.stream],
+        processes=processes,
+    )
 
 
 def _load(
@@ -304,6 +315,10 @@ class _Run:
     def run(self) -> None:
         config, trainer = self._config, self._trainer
         self._progress = restore_heads_state(config.out / STATE_FILE, trainer)
+        if self._processes.is_any(trainer.step != self._processes.from_main(trainer.step)):
+            raise ConfigError(
+                f"out must be on a disk that all processes share; not all of them find the same state in {config.out}."
+            )
         if self._processes.is_main:
             curve = config.out / CURVE_FILE
             write_lines(curve, [point for point in read_lines(curve) if point["step"] <= trainer.step])
@@ -331,6 +346,7 @@ class _Run:
             if is_main
             else nullcontext() as board,
             closing(steps.until(config.training.steps)) as batches,
+            killed_readers(),
             tqdm(
                 total=config.training.steps, initial=trainer.step, desc="distilling", unit="step", disable=not is_main
             ) as progress,
@@ -416,7 +432,7 @@ class _Run:
 def _heads_config(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePolicy) -> HeadsConfig:
     weights = sum(p.numel() for p in policy.layers.parameters())
     size = config.adapter_size or default_adapter_size(
-        policy.width, weights, len(plan.dynamic_layers), config.controller_size
+        policy.width, weights, len(plan.exits or plan.dynamic_layers), config.controller_size
     )
     return HeadsConfig(policy.width, size, config.controller_size)
 

@@ -13,6 +13,7 @@ import torch
 from dysl_vla.errors import ConfigError, DyslError
 from dysl_vla.policies import ComputeConfig, device_for, size_of
 from dysl_vla.policies.compute import free_memory
+from dysl_vla.processes import Processes
 from dysl_vla.skip_controller.heads_trainer import DistillConfig
 from dysl_vla.training.encoding import MEMORY_SHARE
 from dysl_vla.training.estimate import ANSWER, STAGE_1, STAGE_2, Estimate, Rehearsal
@@ -115,6 +116,7 @@ def budgets(
     *,
     checkpointing: Checkpointing = "auto",
     stream: bool | None = None,
+    local_count: int = 1,
 ) -> Iterator[Budget]:
     """Estimate a distillation without reading weights where the policy allows it, else with a real step.
 
@@ -124,11 +126,12 @@ def budgets(
         device: Where it shall run.
         checkpointing: Whether activations are computed again; with "auto" there is a budget without it, and one with.
         stream: See `Budget.of`.
+        local_count: Number of processes that share the memory of a CPU.
 
     Raises:
         DyslError: The policy, the plan or the demonstrations cannot be used.
     """
-    free = free_memory(device)
+    free = free_memory(device, local_count)
     rehearsal, frames = rehearse(replace(compute, device="meta"))
     is_measured = False
     modes = {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]
@@ -156,6 +159,8 @@ def choose_checkpointing(
     compute: ComputeConfig,
     checkpointing: Checkpointing,
     stream: bool | None,
+    *,
+    processes: Processes | None = None,
 ) -> MemoryUse:
     """Choose whether backward computes activations again, and refuse a distillation that does not fit into memory.
 
@@ -167,16 +172,20 @@ def choose_checkpointing(
         compute: See `budgets`.
         checkpointing: What was asked for.
         stream: See `budgets`.
+        processes: Processes that each train so, of which those of one machine share the memory of its CPU.
 
     Raises:
         ConfigError: The memory is too small.
     """
     device = device_for(name, compute)
-    free = free_memory(device)
+    local_count = processes.local_count if processes else 1
+    free = free_memory(device, local_count)
     if free is None or size_of(name, compute) < SMALL_SHARE * free:
         return MemoryUse(is_checkpointed=checkpointing == "on")
     budget = None
-    for budget in budgets(rehearse, compute, device, checkpointing=checkpointing, stream=stream):
+    for budget in budgets(
+        rehearse, compute, device, checkpointing=checkpointing, stream=stream, local_count=local_count
+    ):
         if budget.fits:
             estimate = budget.estimate
             return MemoryUse(estimate.is_checkpointed, estimate.total - estimate.backbone - estimate.rest)

@@ -114,7 +114,7 @@ class StreamedFrames(Encoded):
             worker_init_fn=_begin_reader,
             multiprocessing_context="spawn",
         )
-        with _killed_readers():
+        with killed_readers():
             for read in loader:
                 if isinstance(read, DyslError):
                     raise read
@@ -135,7 +135,8 @@ def _begin_reader(number: int) -> None:
 
 
 @contextmanager
-def _killed_readers() -> Iterator[None]:
+def killed_readers() -> Iterator[None]:
+    """Turn the end of a process that reads, which PyTorch raises wherever the main thread is, into one line."""
     try:
         yield
     except RuntimeError as error:

@@ -103,43 +103,45 @@ def _kept(
         return None
     for index, some in batches:
         if not items:
-            needed = processes.local_count * tensor_bytes(some) * bar.total // len(some)
+            needed = tensor_bytes(some) * bar.total // len(some)
             if stream is None and not policy.has_memory:
-                stream = processes.is_any(needed > memory_to_keep(some, reserve))
+                stream = processes.is_any(needed > memory_to_keep(some, reserve, processes))
             if stream:
                 return None
-            _check_fits(policy, needed, some)
+            _check_fits(policy, needed, some, processes)
         indices += index
         items += some
         bar.update(len(some))
     return KeptFrames(np.array(indices, np.int64), items)
 
 
-def _check_fits(policy: SkippablePolicy, needed: int, some: list[Any]) -> None:
+def _check_fits(policy: SkippablePolicy, needed: int, some: list[Any], processes: Processes) -> None:
     """Refuse to keep what does not fit into memory.
 
     Args:
         policy: The policy.
-        needed: Bytes that all items take, in all processes of this machine.
+        needed: Bytes that all items take.
         some: Some of them, on the device that keeps them.
+        processes: Processes of which each keeps all items.
 
     Raises:
         ConfigError: They do not fit.
     """
-    free = free_memory(_device(some))
+    free = free_memory(_device(some), processes.local_count)
     if free is not None and needed > free:
         fix = "give fewer --frames" if policy.has_memory else "give --stream always, or fewer --frames"
         raise ConfigError(f"memory: encoded frames need {needed / 1e9:.1f} GB, there are {free / 1e9:.1f}; {fix}.")
 
 
-def memory_to_keep(value: Any, reserve: int) -> float:
+def memory_to_keep(value: Any, reserve: int, processes: Processes) -> float:
     """Return the bytes that may be kept on the device of the tensors in a value; infinite where it does not say.
 
     Args:
         value: An item or some.
         reserve: Bytes that are left free for what comes after.
+        processes: Processes of which each keeps as much.
     """
-    free = free_memory(_device(value))
+    free = free_memory(_device(value), processes.local_count)
     return math.inf if free is None else MEMORY_SHARE * (free - reserve)
 
 

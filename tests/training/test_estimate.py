@@ -261,7 +261,7 @@ def test_too_little_memory_is_one_error_before_weights_are_loaded(
         return load_skippable_policy(name, compute)
 
     monkeypatch.setattr("dysl_vla.training.distill.load_skippable_policy", load)
-    monkeypatch.setattr(dry_run_module, "free_memory", lambda _: 100_000)
+    monkeypatch.setattr(dry_run_module, "free_memory", lambda *_: 100_000)
     with pytest.raises(ConfigError, match=r"memory: distilling needs .* are free; give a smaller --batch, "):
         distill(config)
     assert devices == ["meta"]
@@ -278,7 +278,7 @@ def test_checkpointing_is_chosen_where_memory_is_too_short_without(
     assert row.count("|") == 4  # without, and with it
     short = [budget.needed for budget in budgets(lambda _: (rehearsal(on_meta(256, TINY)), 1), ComputeConfig(), CPU)]
     assert short[1] < short[0]
-    monkeypatch.setattr(dry_run_module, "free_memory", lambda _: short[1])
+    monkeypatch.setattr(dry_run_module, "free_memory", lambda *_: short[1])
     monkeypatch.setattr(dry_run_module, "SMALL_SHARE", 0.0)
     for asked, chosen in (("auto", True), ("on", True)):
         rehearse = lambda _: (rehearsal(on_meta(256, TINY)), 1)  # noqa: E731
