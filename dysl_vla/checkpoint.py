@@ -12,6 +12,7 @@ Nothing is ever unpickled. An edited configuration is found because it differs f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> Path:
             return folder
     if Path(name).is_dir():
         raise CheckpointError(f"{name}: is no checkpoint (there is no {CONFIG}).")
-    if name.count("/") == 1 and not Path(name).parent.exists():
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not any(part.is_file() for part in Path(name).parents):
         with needs_extra("policy"):
             from huggingface_hub import snapshot_download
         try:

@@ -7,6 +7,7 @@ those that it runs. A user's mistake ends in one line on stderr and exit code 2.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-from dysl_vla.errors import DyslError
+from dysl_vla.errors import ConfigError, DyslError
 
 T = TypeVar("T")
 
@@ -83,7 +84,9 @@ def _calibrate(arguments: Sequence[str]) -> int:
     path = calibrate(config)
     plan = read_plan(path)
     print(f"{path}: static layers {', '.join(map(str, plan.static_layers))} of {plan.num_layers}.")
-    command = f"dysl distill --policy {config.policy} --data {config.data} --plan {path} --out {config.policy}-fast"
+    out = f"{Path(config.policy).name}-fast" if not Path(config.policy).exists() else f"{config.policy}-fast"
+    words = ["--policy", config.policy, "--data", config.data, "--plan", path, "--out", out]
+    command = f"dysl distill {shlex.join(map(str, words))}"
     command += f" --preset {parsed.preset}" if parsed.preset else ""
     command += config.compute.words
     print(f"Train adapters and controllers: {command}")
@@ -262,7 +265,10 @@ def _serve(arguments: Sequence[str]) -> int:
 
 
 def _parse(config: type[T], arguments: Sequence[str], program: str) -> T:
-    return tyro.cli(config, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,))
+    parsed = tyro.cli(config, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,))
+    if getattr(getattr(parsed, "compute", None), "device", None) == "meta":
+        raise ConfigError("device must be one of this machine's, got 'meta', on which nothing is computed.")
+    return parsed
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dysl_vla.checkpoint import CONFIG, SHIPPED, find_checkpoint
+from dysl_vla.checkpoint import CONFIG, SHIPPED, find_checkpoint, read_policy_type
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import read_json
-from dysl_vla.policies import load_skippable_policy
+from dysl_vla.policies import OURS, load_skippable_policy
 
 with needs_extra("policy"):
     import torch
@@ -191,7 +191,7 @@ def _decoder(config: BackboneBenchConfig, dtype: torch.dtype) -> torch.nn.Module
     text = config.config
     if (Path(text) / CONFIG).is_file() or (SHIPPED / text / CONFIG).is_file():
         folder = find_checkpoint(text)
-        if "policy_type" in read_json(folder / CONFIG):
+        if "policy_type" in read_json(folder / CONFIG) or read_policy_type(folder) in OURS:
             if config.layers is not None:
                 raise ConfigError(f"layers must be left out for {text!r}, whose weights are trained.")
             return _backbone_of(text).to(dtype)

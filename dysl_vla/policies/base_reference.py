@@ -20,6 +20,7 @@ from dysl_vla.checkpoint import (
     CONFIG,
     MANIFEST,
     PROVENANCE,
+    WEIGHTS,
     check_manifest,
     find_checkpoint,
     read_document,
@@ -32,7 +33,8 @@ SMALL = 16 * 2**20
 """Bytes up to which a file is hashed whole."""
 SAMPLES, SAMPLE_BYTES = 16, 64
 """Evenly spread samples of each tensor, and the bytes of each."""
-SUFFIXES = (".json", ".safetensors", ".pt")
+SETTINGS = ("config.json", "dataset_statistics.json", "preprocessor_config.json", "tokenizer.json")
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def find_base(name: str, options: Mapping[str, str]) -> tuple[Path, Base]:
     given = {key: value for key, value in options.items() if key != "base"}
     document = read_document(folder / CONFIG)
     if "base" not in document:
-        is_snapshot = folder.parent.name == "snapshots"  # the hub's cache names folders by commit
+        is_snapshot = folder.parent.name == "snapshots" and not Path(name).is_dir()  # the hub's cache: named by commit
         return folder, Base(
             name if is_snapshot else str(folder.resolve()),
             quick_fingerprint(folder),
@@ -116,9 +118,7 @@ def quick_fingerprint(folder: Path) -> str:
         CheckpointError: A file is damaged.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in SUFFIXES or not path.is_file():
-            continue
+    for path in _files(folder):
         digest.update(f"{path.name} {path.stat().st_size} ".encode())
         try:
             for part in _parts(path):
@@ -126,6 +126,16 @@ def quick_fingerprint(folder: Path) -> str:
         except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{path} is damaged ({error}); get it again.") from error
     return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files that decide what a base computes, those that are there; other files may come and go."""
+    shards = [WEIGHTS]
+    if (folder / INDEX).is_file():
+        places = read_document(folder / INDEX).get("weight_map")
+        shards = [INDEX, *(str(name) for name in (places.values() if isinstance(places, dict) else ()))]
+    named = {folder / name for name in (*SETTINGS, *shards) if Path(name).name == name}
+    return sorted(path for path in {*named, *folder.glob("*--*_checkpoint.pt")} if path.is_file())
 
 
 def _parts(path: Path) -> Iterator[bytes]:

@@ -82,7 +82,7 @@ class ComputeConfig:
         wanted = _found() if wanted == AUTO else wanted
         try:
             device = torch.device(wanted)
-            torch.empty(1, device=device)
+            device = torch.empty(1, device=device).device  # a GPU's has its number
         except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not there
             count = torch.cuda.device_count()
             there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])

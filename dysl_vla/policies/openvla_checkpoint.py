@@ -30,6 +30,8 @@ from dysl_vla.types import LIBERO_ACTIONS, LIBERO_STATE, Normalisation, PolicySp
 
 INDEX, STATISTICS, PREPROCESSOR = "model.safetensors.index.json", "dataset_statistics.json", "preprocessor_config.json"
 CAMERAS = ("agentview", "robot0_eye_in_hand")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of numbers that a checkpoint may have, by their names in safetensors."""
 LIMITS = {"quantiles": ("q01", "q99"), "range": ("min", "max")}
 """Kind of normalisation to the statistics that are mapped to -1 and 1."""
 RENAMED = (
@@ -89,9 +91,9 @@ class OpenVLAOptions:
                 raise ConfigError(f"{name} must be above 0 and below 10000, got {getattr(self, name)}.")
         if self.normalisation not in LIMITS:
             raise ConfigError(f"normalisation must be one of {', '.join(LIMITS)}, got {self.normalisation!r}.")
-        for name in ("state_names", "action_names"):
+        for name in ("state_names", "action_names", *(["cameras"] if self.cameras else [])):
             names = getattr(self, name).split(",")
-            if len({*names, ""}) <= len(names):
+            if len({*names, ""}) <= len(names) or any(one != one.strip() for one in names):
                 raise ConfigError(f"{name} must be different names, separated by commas, got {getattr(self, name)!r}.")
         if self.execute_steps > self.chunk_length:
             raise ConfigError(
@@ -166,6 +168,9 @@ class OpenVLAFiles:
             raise CheckpointError(f"{folder} has a diffusion head ({diffusion[0]}), and is not supported.")
         if use_proprio:
             self._loose |= self._read_part("proprio_projector", "proprio_projector.", "")
+            parts = [path.name for part in NEEDS for path in folder.glob(f"{part}--*_checkpoint.pt")]
+            if len({name.partition("--")[2] for name in parts}) > 1:
+                raise CheckpointError(f"{folder} must have parts of one training step, got {' and '.join(parts)}.")
         self.shapes = {name: tuple(value.shape) for name, value in self._loose.items()}
         self._places: dict[str, tuple[Path, str]] = {}
         for path in self._shards():
@@ -174,7 +179,7 @@ class OpenVLAFiles:
                     self._add_shard(path, file)
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is missing or damaged ({error}); get it again.") from error
-        self.shape("backbone.norm.weight")
+        self.shape("backbone.layers.0.self_attn.q_proj.weight")  # its type is the decoder's
         if film := [name for name in self.shapes if FILM.match(name)]:
             raise CheckpointError(
                 f"{folder} has FiLM, which changes the vision transformers by the instruction ({film[0]}), and is not "
@@ -210,6 +215,11 @@ class OpenVLAFiles:
         places = read_document(self.folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise CheckpointError(f"{self.folder / INDEX}: field 'weight_map' is missing; get the checkpoint again.")
+        for name in places.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{self.folder / INDEX}: field 'weight_map' must name safetensors files beside it, got {name!r}."
+                )
         return [self.folder / name for name in sorted(set(places.values()))]
 
     def _add_shard(self, path: Path, file: Any) -> None:
@@ -218,10 +228,20 @@ class OpenVLAFiles:
             name = key
             for old, new in RENAMED:
                 name = new + name.removeprefix(old) if name.startswith(old) else name
+            if name in self.shapes:
+                raise CheckpointError(f"{self.folder} has the tensor {name!r} twice, again in {path.name}.")
             self._places[name] = (path, key)
             self.shapes[name] = tuple(file.get_slice(key).get_shape())
-            if name == "backbone.norm.weight":
-                self.dtype = file.get_tensor(key).dtype
+            if name == "backbone.layers.0.self_attn.q_proj.weight":
+                self.dtype = self._dtype(file.get_slice(key).get_dtype())
+
+    def _dtype(self, name: str) -> torch.dtype:
+        if name not in DTYPES:
+            raise CheckpointError(
+                f"{self.folder} has weights of type {name}, and must have one of {', '.join(DTYPES)}; take the "
+                "checkpoint that is not quantised."
+            )
+        return DTYPES[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape.
@@ -314,7 +334,9 @@ def read_spec(folder: Path, options: OpenVLAOptions) -> PolicySpec:
         raise CheckpointError(f"{folder} has no {STATISTICS}; get the checkpoint again.")
     key = options.norm_stats or (next(iter(every)) if len(every) == 1 else "")
     if key not in every:
-        raise ConfigError(f"norm_stats must be one of {', '.join(every)}, got {key!r}.")
+        raise ConfigError(
+            f"norm_stats must be one of {', '.join(every)}, got {key!r}; give --policy-options norm_stats=NAME."
+        )
     states, actions = tuple(options.state_names.split(",")), tuple(options.action_names.split(","))
     limits = LIMITS[options.normalisation]
     try:
@@ -325,10 +347,13 @@ def read_spec(folder: Path, options: OpenVLAOptions) -> PolicySpec:
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(
             f"{path}: {key} must have {' and '.join(limits)} of {len(states)} states and {len(actions)} actions "
-            f"({error!r}); other robots' are named by --policy-options state_names=... action_names=..."
+            f"({error!r}); other robots' are named by --policy-options state_names=... action_names=..., and a policy "
+            "without proprioception by use_proprio=false."
         ) from error
-    if is_gripper(actions[-1]) and not mask[-1]:
-        action = Normalisation((*action.mean[:-1], 0.0), action.std, signs=(len(actions) - 1,))
+    if actions == LIBERO_ACTIONS or (is_gripper(actions[-1]) and not mask[-1]):
+        # The head's gripper, g, is 1 to open; `decode` returns 1 - 2 g; LIBERO's is the sign of 1 - 2 (std g + mean).
+        mean, std = action.mean[-1], action.std[-1]
+        action = Normalisation((*action.mean[:-1], 1 - std - 2 * mean), action.std, signs=(len(actions) - 1,))
     return PolicySpec(
         cameras=dict.fromkeys(options.camera_names, (options.image_size, options.image_size)),
         state_names=states,

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaModel
+from transformers import __version__ as TRANSFORMERS  # noqa: N812 # it is a constant
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dysl_vla.checkpoint import CONFIG, canonical, read_document
@@ -221,6 +222,8 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
             ConfigError: An option is unknown or does not fit the checkpoint.
         """
         compute = compute or ComputeConfig()
+        if tuple(map(int, TRANSFORMERS.split(".")[:2])) < (5, 2):  # older ones do not know `is_causal`, without a word
+            raise ConfigError(f"transformers must be 5.2 or later for attention in both directions, got {TRANSFORMERS}.")
         folder, base = find_base(name, compute.options)
         options = OpenVLAOptions.parse(base.options)
         device = compute.torch_device(is_large=True)
@@ -252,7 +255,12 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         means, deviations = files.pixel_statistics()
         head = (files.shape("head.fc1.bias")[0], files.count("head.mlp_resnet_blocks."))
         try:
-            llama = LlamaConfig(**{**config["text_config"], "is_causal": False, "use_cache": False})
+            text = dict(config["text_config"])
+            if text.get("model_type", "llama") != "llama" or "quantization_config" in {*text, *config}:
+                raise ValueError("text_config must be that of a Llama which is not quantised")
+            for name in ("attn_implementation", "_attn_implementation", "return_dict"):
+                text.pop(name, None)  # how it is computed is decided here
+            llama = LlamaConfig(**{**text, "is_causal": False, "use_cache": False})
             vision = [
                 _vision_shape(files, f"vision.{index}.", config["timm_model_ids"][index], config["image_sizes"][index])
                 for index in (0, 1)

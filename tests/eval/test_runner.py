@@ -69,7 +69,7 @@ def test_a_result_names_the_suite_and_the_tasks_that_were_played(
     policy = MockPolicy()
     origins = [{"suite": "mock", "task": "reach", "seed": 0, "episodes": 1}]
     policy.provenance = MappingProxyType({"data": {"origins": origins}})  # type: ignore[assignment]
-    monkeypatch.setattr("dysl_vla.eval.config.load_policy", lambda _, **__: policy)
+    monkeypatch.setattr("dysl_vla.eval.config.load_variants", lambda *_: [policy])
     played = figures(config(tmp_path / "r", suite=None, episodes=1))
     assert set(played["per_task"]) == {"reach"}
     assert (played["config"]["suite"], played["config"]["tasks"]) == ("mock", "reach")
@@ -234,7 +234,7 @@ def test_a_policy_that_answers_nan_is_stopped(tmp_path: Path, monkeypatch: pytes
 
     with pytest.raises(ActionError, match="not finite"):
         run_episode(MockEnv("reach"), Broken(), EpisodeKey("reach", 100_000, 0))
-    monkeypatch.setattr("dysl_vla.eval.config.load_policy", lambda _, **__: Broken())
+    monkeypatch.setattr("dysl_vla.eval.config.load_variants", lambda *_: [Broken()])
     with pytest.raises(ActionError, match="not finite"):
         evaluate(config(tmp_path / "r"))
     assert not (tmp_path / "r").exists()

@@ -373,3 +373,49 @@ def test_loading_needs_no_network_and_holds_the_weights_once(tmp_path: Path, mon
     weights = sum(parameter.nbytes for parameter in policy.parameters())
     assert weights > 50e6
     assert 0.8 * weights <= peak <= weights + largest + 15e6  # the weights, and the shard that is open
+
+
+@pytest.mark.parametrize("name", ["../outside/model.safetensors", "/etc/passwd", "sub/a.safetensors", 3, None, "a.bin"])
+def test_shards_lie_beside_the_index(name: Any, tmp_path: Path) -> None:
+    folder = write_openvla_folder(tmp_path / "base", num_layers=1)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="field 'weight_map' must name safetensors files beside it, got"):
+        OpenVLAOFT.from_pretrained(str(folder))
+
+
+def test_parts_of_two_training_steps_are_refused(tmp_path: Path) -> None:
+    folder = write_openvla_folder(tmp_path / "base", num_layers=1)
+    (folder / "proprio_projector--150000_checkpoint.pt").rename(folder / "proprio_projector--50000_checkpoint.pt")
+    with pytest.raises(CheckpointError, match="must have parts of one training step, got action_head--150000"):
+        OpenVLAOFT.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("text", [{"model_type": "mistral"}, {"quantization_config": {"bits": 4}}])
+def test_another_decoder_is_not_computed_as_a_llama(text: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_openvla_folder(tmp_path / "base", num_layers=1)
+    document = json.loads((folder / "config.json").read_text())
+    document["text_config"] |= text
+    (folder / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="a Llama which is not quantised"):
+        OpenVLAOFT.from_pretrained(str(folder))
+
+
+def test_a_gripper_of_libero_is_a_sign_also_where_it_is_normalised(tmp_path: Path) -> None:
+    folder = write_openvla_folder(tmp_path / "base", num_layers=1)
+    document = json.loads((folder / "dataset_statistics.json").read_text())
+    [statistics] = document.values()
+    del statistics["action"]["mask"]
+    (folder / "dataset_statistics.json").write_text(json.dumps(document))
+    policy = OpenVLAOFT.from_pretrained(str(folder))
+    [chunk] = policy.infer([make_observation(0, 1)], [policy.reset()])
+    assert set(chunk.actions[:, 6].tolist()) <= {-1.0, 0.0, 1.0}
+
+
+def test_other_files_beside_a_base_do_not_change_it(tmp_path: Path) -> None:
+    folder = write_openvla_folder(tmp_path / "base", num_layers=1)
+    before = OpenVLAOFT.from_pretrained(str(folder)).fingerprint
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "optimizer.pt").write_bytes(b"x")
+    assert OpenVLAOFT.from_pretrained(str(folder)).fingerprint == before
