@@ -47,6 +47,7 @@ def check_new(cache: Any) -> None:
         raise ConfigError(
             "past_key_values must be an empty cache when a step or its verification begins, got one that holds tokens."
         )
+    check_whole(cache)
 
 
 def measured_layers(cache: Any) -> dict[int, str]:
@@ -96,7 +97,7 @@ def mark_skips(cache: Any, step: int) -> None:
 
 
 def check_whole(cache: Any, step: int | None = None) -> None:
-    """Refuse a cache in which the skips of another step left something out.
+    """Refuse a cache in which the skips of another step left something out; one that was reset since is as new.
 
     Args:
         cache: The cache, or None.
@@ -105,11 +106,15 @@ def check_whole(cache: Any, step: int | None = None) -> None:
     Raises:
         ConfigError: The cache was written in another step, which skipped layers.
     """
-    if getattr(cache, "__dict__", {}).get(SKIPS_MARK, step) != step:
+    if getattr(cache, "__dict__", {}).get(SKIPS_MARK, step) == step:
+        return
+    if any(map(_has_state, cache.layers)):  # all layers: those at which a cache is measured may have been skipped
         raise ConfigError(
             "past_key_values must not come from another step that skipped layers, as the keys and values of skipped "
             "layers are missing; go on within that step, or begin with an empty cache."
         )
+    for name in (SKIPS_MARK, *ROW_CHANGES):
+        cache.__dict__.pop(name, None)
 
 
 def states_of(cache: Any, count: int) -> list[tuple[type, dict[str, Any]]]:

@@ -91,15 +91,17 @@ def check_heads(heads: SkipHeads, plan: SkipPlan, layers: nn.ModuleList) -> None
         raise ConfigError(f"heads must have the decoder's width of {min(widths)}, got {heads.config.hidden_size}.")
     dtype = compute_dtype(layers)
     for place in heads.adapters:
-        mine = next(heads.adapters[place].parameters())
         device = run_device(layers[int(place)], place)
-        if device is not None and mine.device != device:
-            raise ConfigError(
-                f"heads must be of the decoder's device {device} at layer {place}, got {mine.device}; use "
-                f"heads.to({device}), or move the adapter and the controller of that layer."
-            )
-        if dtype is not None and mine.dtype != dtype and not torch.is_autocast_enabled(mine.device.type):
-            raise ConfigError(f"heads must be of the decoder's dtype {dtype}, got {mine.dtype}; use heads.to({dtype}).")
+        for mine in (*heads.adapters[place].parameters(), *heads.controllers[place].parameters()):
+            if device is not None and mine.device != device:
+                raise ConfigError(
+                    f"heads must be of the decoder's device {device} at layer {place}, got {mine.device}; use "
+                    f"heads.to({device}), or move the adapter and the controller of that layer."
+                )
+            if dtype is not None and mine.dtype != dtype and not torch.is_autocast_enabled(mine.device.type):
+                raise ConfigError(
+                    f"heads must be of the decoder's dtype {dtype}, got {mine.dtype}; use heads.to({dtype})."
+                )
 
 
 def compute_dtype(layers: nn.Module) -> torch.dtype | None:

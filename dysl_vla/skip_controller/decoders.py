@@ -160,7 +160,9 @@ class WrappedLayers:
                     "let the policy's act call it with use_cache=False, or train without checkpointing."
                 )
             # What runs again is the layer's own forward, which does not depend on the mode of the skipper.
-            output = checkpoint(original, use_reentrant=False, **arguments)
+            # It saves the random state of the devices of positional tensors alone.
+            others = dict(arguments)
+            output = checkpoint(original, others.pop(name), use_reentrant=False, **others)
         elif rows is None:
             output = call(original, name, arguments)
         else:

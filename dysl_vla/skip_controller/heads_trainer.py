@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dysl_vla.errors import ConfigError
 from dysl_vla.processes import Processes
 from dysl_vla.schedule import cosine_with_warmup
-from dysl_vla.skip_controller.compatibility import compute_dtype
+from dysl_vla.skip_controller.compatibility import compute_dtype, run_device
 from dysl_vla.skip_controller.skipping import Skipper
 from dysl_vla.skip_controller.torch_backend import Act, Forward
 
@@ -336,8 +336,12 @@ def _recorded(forwards: list[list[Tensor]]) -> list[list[Tensor]]:
 
 
 def mixed_precision(decoder: nn.Module) -> torch.autocast:
-    """Return the context in which heads in float32 are attached to a decoder of fewer bits, and learn."""
-    device, dtype = next(decoder.parameters()).device, compute_dtype(decoder)
+    """Return the context in which heads in float32 are attached to a decoder of fewer bits, and learn.
+
+    Raises:
+        ConfigError: The decoder's weights are on the device `meta`, and are not offloaded.
+    """
+    device, dtype = run_device(decoder, "0") or torch.device("cpu"), compute_dtype(decoder)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype not in (None, torch.float32))
 
 

@@ -210,11 +210,12 @@ class SkippingPasses:
         assert heads is not None
         started = time.perf_counter()
         controller = heads.controllers[str(index)].forward
+        mask = None if self.step.mask is None else self.step.mask.to(hidden.device)
         if len(allowed) == hidden.shape[0]:
-            outputs = controller(hidden, self.step.mask)
+            outputs = controller(hidden, mask)
         else:
             chosen = torch.tensor(allowed, device=hidden.device)
-            outputs = controller(hidden[chosen], None if self.step.mask is None else self.step.mask[chosen])
+            outputs = controller(hidden[chosen], None if mask is None else mask[chosen])
         values = [1 / (1 + math.exp(-min(max(logit, -50.0), 50.0))) for logit in outputs.tolist()]
         self.step.controllers_s += time.perf_counter() - started
         for row, value in zip(allowed, values, strict=True):

@@ -170,8 +170,8 @@ class Skipper:
             step: A step whose body has ended. It can be verified once.
 
         Raises:
-            ConfigError: Another step is running, the step has not run or was verified, the cache holds tokens, or the
-                step had no cache.
+            ConfigError: Another step is running, the step has not run or was verified, an earlier verification of it
+                failed, the cache holds tokens, or the step had no cache.
         """
         if not step.is_decided or step.is_verified:
             self._check_idle()
@@ -306,6 +306,11 @@ class Skipper:
         name, cache = decoder.hidden_name(index), cache_of(arguments)
         if step.first_skip is None or step.is_verified:
             return call(decoder.originals[index], name, arguments)
+        if index == 0 and step.first_hidden is None:
+            raise ConfigError(
+                "step must not have begun another verification: an earlier one failed after it had used up what the "
+                "step keeps; run the step again."
+            )
         if index == 0 and cache is not None:
             if step.cache is None:
                 raise ConfigError("past_key_values must be in the step, too, when its verification has a cache.")
@@ -337,7 +342,8 @@ class Skipper:
                 forced.adapted[block] = self.heads.adapters[str(index)](hidden)
                 if forced.is_first:
                     controller = self.heads.controllers[str(index)]
-                    forced.outputs[block] = controller(hidden.detach(), forced.mask).sigmoid()
+                    mask = None if forced.mask is None else forced.mask.to(hidden.device)
+                    forced.outputs[block] = controller(hidden.detach(), mask).sigmoid()
             if not forced.layers_run[index]:
                 return decoder.wrap_output(hidden)
         output = decoder.run(index, arguments, is_checkpointed=forced.is_checkpointed)
@@ -349,8 +355,9 @@ class Skipper:
         check_arguments(arguments, self._decoder.hidden_name(0), self._shares_keys)
         if forced.is_first and forced.has_gradient and not torch.is_grad_enabled():
             raise ConfigError(
-                "use_reentrant must be False where gradient checkpointing is around whole layers: heads get no "
-                "gradient from a forward without one."
+                "act must return actions with a gradient, which heads learn from, and its decoder runs without one; "
+                "where `forward.needs_gradient` is set, run it outside of torch.no_grad and torch.inference_mode, and "
+                "set use_reentrant=False where gradient checkpointing is around whole layers."
             )
         cache = cache_of(arguments)
         if cache is None or forced.layers_run.all():

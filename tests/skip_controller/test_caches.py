@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.skip_controller import Skipper, SkipPlan, attach
+from dysl_vla.skip_controller import HeadsConfig, SkipHeads, Skipper, SkipPlan, attach
 from tests.skip_controller.test_architectures import NEW_TOKENS, forced, points_of
 from tests.skip_controller.tiny_models import (
     ARCHITECTURES,
     DEPTH,
     SPECIAL,
+    WIDTH,
     Architecture,
     decode_without_cache,
     inputs_of,
@@ -93,6 +95,60 @@ def test_a_cache_with_skips_is_refused_outside_of_its_step() -> None:
     with forced(skipper, [[99, 99]] * 2):  # nothing is left out
         cache = model(**inputs, use_cache=True).past_key_values
     model(**more, past_key_values=cache)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@torch.inference_mode()
+def test_a_cache_that_was_reset_after_skips_is_as_new(cache: str) -> None:
+    model, skipper, inputs = attached()
+    full, one = generate(model, inputs), CACHES[cache](model)
+    skips = [[1, 0]] * 2  # in all rows alike: a static cache that is reset keeps the number of rows of each layer
+    for points in (skips, [[99, 99]] * 2, skips):  # one step skips nothing
+        one.reset()
+        with forced(skipper, points) as step:
+            generate(model, inputs, past_key_values=one)
+    one.reset()
+    with skipper.verify(step):
+        assert torch.equal(generate(model, inputs, past_key_values=one), full)
+    for use in (nullcontext, skipper.record):
+        one.reset()
+        with forced(skipper, skips):
+            generate(model, inputs, past_key_values=one)
+        one.reset()
+        with use():
+            assert torch.equal(generate(model, inputs, past_key_values=one), full)
+    one.reorder_cache(torch.tensor([1, 0]))
+
+
+@torch.inference_mode()
+def test_a_cache_is_not_new_where_only_layers_that_do_not_measure_it_hold_a_state() -> None:
+    model = make(BY_NAME["LFM2"])
+    plan = SkipPlan(DEPTH, (0, 5))  # layers 1 and 4, at which the cache is measured, can be skipped
+    torch.manual_seed(1)
+    skipper = attach(model, plan, SkipHeads(plan, HeadsConfig(WIDTH, adapter_size=8, controller_size=4)))
+    cache, inputs = DynamicCache(config=model.config), inputs_of(BY_NAME["LFM2"], 1)
+    with forced(skipper, [[0]]):
+        model(**inputs, past_key_values=cache)
+    with pytest.raises(ConfigError, match="another step"):
+        model(**inputs, past_key_values=cache)
+    with pytest.raises(ConfigError, match="another step"), forced(skipper, [[0]]):
+        model(**inputs, past_key_values=cache)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.inference_mode()
+def test_a_verification_that_failed_is_not_repeated(use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, skipper, inputs = attached()
+    with forced(skipper, points_of(LLAMA, 2)) as step:
+        model(**inputs, use_cache=use_cache)
+    with monkeypatch.context() as patch, skipper.verify(step):
+        patch.setattr(skipper.layers[3].mlp, "forward", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs, use_cache=use_cache)
+        with pytest.raises(ConfigError, match="run the step again"):
+            model(**inputs, use_cache=use_cache)
+    with pytest.raises(ConfigError, match="run the step again"), skipper.verify(step):
+        model(**inputs, use_cache=use_cache)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from transformers import Qwen2VLTextConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach
+from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach, decoders
 from dysl_vla.skip_controller.decoders import find_layers, run_rows
 
 PLAN, WIDTH = SkipPlan(6, (0, 3, 5)), 32
@@ -75,6 +75,54 @@ def test_the_layers_can_be_named_where_two_lists_are_equally_long() -> None:
     with pytest.raises(ConfigError, match="one list of 6 layers, got 2"):
         find_layers(both, 6)
     assert find_layers(both["vlm"], 6) is both["vlm"]
+
+
+class Device(nn.Module):
+    """A layer that runs on another device, with no weights."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.name)
+
+
+def test_a_mask_follows_the_hidden_states_to_the_device_of_their_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, devices = heads(), []
+    skipper = attach(nn.ModuleList(Device("cpu" if i < 3 else "meta") for i in range(6)), PLAN, made)
+    made.adapters["4"].to("meta")
+
+    def decide(hidden: Tensor, mask: Tensor) -> Tensor:
+        assert (hidden.device, len(hidden)) == (mask.device, len(mask))
+        devices.append((mask.device.type, len(mask)))
+        return torch.zeros(len(hidden), requires_grad=True)
+
+    for controller in made.controllers.values():
+        monkeypatch.setattr(controller, "forward", decide)
+
+    def run() -> None:
+        hidden = torch.randn(2, 3, WIDTH)
+        for one in skipper.layers:
+            hidden = one(hidden)
+
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    for points in ([[1, 0], [1, 0]], [[99, 99], [1, 0]]):
+        with skipper.step(np.array(points), threshold=0.6, mask=mask):
+            run()
+    with skipper.force_exits([2, 4], mask=mask):
+        run()
+    assert devices == [("cpu", 2), ("meta", 2), ("cpu", 1), ("meta", 1), ("cpu", 2), ("meta", 2)]
+
+
+def test_checkpointing_finds_the_device_whose_random_state_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(decoders, "checkpoint", lambda _, *args, **__: found.extend(args) or args[0])
+    layers, hidden = nn.ModuleList(Device("cpu") for _ in range(6)), torch.randn(2, 3, WIDTH)
+    with attach(layers, PLAN, heads()).force_exits([None, None], is_checkpointed=True):
+        layers[0](hidden=hidden)
+    assert len(found) == 1
+    assert found[0] is hidden
 
 
 def test_a_follower_of_another_depth_or_before_its_decoder_is_refused() -> None:

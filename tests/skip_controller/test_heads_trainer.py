@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.processes import Processes
-from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach
+from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach, detach
 from dysl_vla.skip_controller.heads_trainer import DistillConfig, HeadsTrainer, mixed_precision, relative_error
 
 T = TypeVar("T")
@@ -280,3 +280,24 @@ def test_a_decoder_that_would_write_its_cache_twice_is_not_checkpointed() -> Non
         pytest.raises(ConfigError, match=r"checkpointing must be off .* use_cache=False"),
     ):
         model(inputs_embeds=torch.randn(3, 5, 16))
+
+
+def test_a_policy_without_gradients_in_the_second_stage_is_refused_by_its_cause() -> None:
+    trainer, _ = make(adapter_steps=0)
+    batch = {"inputs_embeds": torch.randn(3, 5, 16)}, None
+    answer = trainer.answer(batch)
+    trainer._act = torch.no_grad()(trainer._act)
+    with pytest.raises(ConfigError, match=r"act must return actions with a gradient.*no_grad.*use_reentrant=False"):
+        trainer.update(batch, answer, trainer.rng())
+
+
+def test_heads_of_an_offloaded_decoder_learn_in_mixed_precision_where_it_runs() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    _, model = make(dtype=torch.bfloat16)
+    detach(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with mixed_precision(model) as context:
+        attach(model, PLAN, SkipHeads(PLAN, HeadsConfig(16)))
+    assert context.device == "cpu"
+    with pytest.raises(ConfigError, match="device meta"):
+        mixed_precision(torch.nn.Linear(2, 2, device="meta"))

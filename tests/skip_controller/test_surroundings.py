@@ -427,7 +427,12 @@ def test_a_decision_copies_from_the_device_once_an_exit_and_never_where_guidance
 
 
 def test_heads_of_another_device_or_dtype_than_their_layer_are_refused(model: nn.Module) -> None:
-    heads: SkipHeads = make_heads(LLAMA)
-    heads.adapters["4"].to("meta")
-    with pytest.raises(ConfigError, match="device cpu at layer 4, got meta"):
-        attach(model, PLAN, heads)
+    for part in ("adapters", "controllers"):
+        heads: SkipHeads = make_heads(LLAMA)
+        getattr(heads, part)["2"].half()
+        with pytest.raises(ConfigError, match=r"dtype torch\.float32, got torch\.float16"):
+            attach(model, PLAN, heads)
+        getattr(heads, part)["2"].float()
+        getattr(heads, part)["4"].to("meta")
+        with pytest.raises(ConfigError, match="device cpu at layer 4, got meta"):
+            attach(model, PLAN, heads)
