@@ -24,7 +24,7 @@ from transformers import __version__ as TRANSFORMERS  # noqa: N812 # it is a con
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dysl_vla.checkpoint import CONFIG, canonical, read_document
-from dysl_vla.errors import CheckpointError, DyslError
+from dysl_vla.errors import CheckpointError, ConfigError, DyslError
 from dysl_vla.policies.backbone import EMBEDS, BackbonePolicy
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.base_reference import Base, find_base, save_reference
@@ -223,7 +223,7 @@ class OpenVLAOFT(BackbonePolicy, nn.Module):
         """
         compute = compute or ComputeConfig()
         if tuple(map(int, TRANSFORMERS.split(".")[:2])) < (5, 2):  # older ones do not know `is_causal`, without a word
-            raise ConfigError(f"transformers must be 5.2 or later for attention in both directions, got {TRANSFORMERS}.")
+            raise ConfigError(f"transformers must be 5.2 or later to attend in both directions, got {TRANSFORMERS}.")
         folder, base = find_base(name, compute.options)
         options = OpenVLAOptions.parse(base.options)
         device = compute.torch_device(is_large=True)

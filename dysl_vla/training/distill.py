@@ -59,7 +59,7 @@ with needs_extra("policy"):
 
     from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, load_heads, save_skips
     from dysl_vla.processes import Processes, launched_processes
-    from dysl_vla.skip_controller.compatibility import compute_dtype
+    from dysl_vla.skip_controller.compatibility import compute_dtype, run_device
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.heads_trainer import HeadsTrainer, mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
@@ -300,7 +300,7 @@ class _Run:
             parameter.requires_grad_(False)
         torch.manual_seed(config.training.seed)
         self._heads = initial.heads if initial else SkipHeads(plan, _heads_config(config, plan, policy))
-        self._heads.to(next(policy.layers.parameters()).device)
+        self._heads.to(run_device(policy.layers, "0"))
         with mixed_precision(policy.layers):
             self._skipper = attach(policy.layers, plan, self._heads, followers=policy.followers)
         self._trainer = HeadsTrainer(
