@@ -266,9 +266,14 @@ def _serve(arguments: Sequence[str]) -> int:
 
 def _parse(config: type[T], arguments: Sequence[str], program: str) -> T:
     parsed = tyro.cli(config, args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,))
-    if getattr(getattr(parsed, "compute", None), "device", None) == "meta":
-        raise ConfigError("device must be one of this machine's, got 'meta', on which nothing is computed.")
+    _check_device(parsed)
     return parsed
+
+
+def _check_device(config: object) -> None:
+    """Refuse PyTorch's device without contents, which is for `dysl distill --dry-run` to choose."""
+    if getattr(getattr(config, "compute", None), "device", None) == "meta":
+        raise ConfigError("device must be one of this machine's, got 'meta', on which nothing is computed.")
 
 
 @dataclass(frozen=True)
@@ -299,6 +304,7 @@ def _parse_preset(config: type[T], arguments: Sequence[str], program: str, paper
     parsed: _Presettable[T] = tyro.cli(_Presettable[config], **options)  # type: ignore[valid-type]
     if parsed.preset is not None:  # what is given on the command line beats the new defaults, too
         parsed = tyro.cli(_Presettable[config], default=replace(parsed, config=paper(parsed.config)), **options)  # type: ignore[valid-type]
+    _check_device(parsed.config)
     return parsed
 
 

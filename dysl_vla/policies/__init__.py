@@ -203,7 +203,8 @@ def _as_variant(name: str, policy: Policy, skip: float | None, ablation: Ablatio
         if skip is not None:
             policy.set_skip(skip)
         return policy
-    if name == "mock" or not has_skips(find_checkpoint(name)):
+    folder = None if name == "mock" else find_checkpoint(name)
+    if folder is None or not has_skips(folder):
         if skip or ablation is not None:
             raise ConfigError(
                 f"skip must be 0 for {name!r}, which has no adapters and controllers; train them with dysl distill."
@@ -213,4 +214,4 @@ def _as_variant(name: str, policy: Policy, skip: float | None, ablation: Ablatio
         return policy
     from dysl_vla.policies.dysl import load_dysl
 
-    return load_dysl(_skippable(name, policy), find_checkpoint(name), skip, ablation)
+    return load_dysl(_skippable(name, policy), folder, skip, ablation)

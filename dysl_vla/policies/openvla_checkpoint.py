@@ -26,9 +26,10 @@ from torch import Tensor
 
 from dysl_vla.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_document
 from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.policies.base_reference import INDEX
 from dysl_vla.types import LIBERO_ACTIONS, LIBERO_STATE, Normalisation, PolicySpec, is_gripper
 
-INDEX, STATISTICS, PREPROCESSOR = "model.safetensors.index.json", "dataset_statistics.json", "preprocessor_config.json"
+STATISTICS, PREPROCESSOR = "dataset_statistics.json", "preprocessor_config.json"
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of numbers that a checkpoint may have, by their names in safetensors."""

@@ -15,6 +15,7 @@ import tyro
 from safetensors.torch import save_file
 
 from dysl_vla.checkpoint import read_policy_type
+from dysl_vla.cli import main
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.policies import ComputeConfig, can_skip, load_policy, load_variants
 from dysl_vla.policies import compute as compute_module
@@ -196,3 +197,9 @@ def test_options_are_printed_as_they_are_typed() -> None:
     given = ComputeConfig("cpu", "bfloat16", policy_options=("norm_stats=my data", "num_images=3"))
     for compute in (given, ComputeConfig()):
         assert tyro.cli(ComputeConfig, args=shlex.split(compute.words)) == compute
+
+
+@pytest.mark.parametrize("verb", ["eval --out x", "distill --data x --out x", "calibrate --data x --out x", "serve"])
+def test_no_command_computes_on_a_device_without_contents(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb.split(), "--policy", "metaworld-mini", "--device", "meta"]) == 2
+    assert "device must be one of this machine's, got 'meta'" in capsys.readouterr().err
