@@ -19,7 +19,7 @@ from dysl_vla.types import FloatArray, Observation
 with needs_extra("policy"):
     import torch
 
-    from dysl_vla.skip_controller.compatibility import compute_dtype
+    from dysl_vla.skip_controller.compatibility import compute_dtype, run_device
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
     from dysl_vla.skip_controller.heads_trainer import mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
@@ -62,7 +62,7 @@ def check_policy(policy: SkippablePolicy, demonstrations: Demonstrations) -> Non
     plan = SkipPlan(depth, (0, depth - 1))
     torch.manual_seed(0)
     heads = SkipHeads(plan, HeadsConfig(policy.width, adapter_size=4, controller_size=4))
-    heads.to(next(policy.layers.parameters()).device)
+    heads.to(run_device(policy.layers, "0"))
     with mixed_precision(policy.layers):
         skipper = attach(policy.layers, plan, heads, followers=policy.followers)
         try:
