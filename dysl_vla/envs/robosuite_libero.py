@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from dysl_vla.envs.robosuite import RobosuiteEnv
+from dysl_vla.envs.robosuite_arm import Arm
 from dysl_vla.types import LIBERO_STATE, FloatArray, ImageArray
 
 
@@ -27,13 +28,18 @@ class RobosuiteAsLibero(RobosuiteEnv):
     }
 
     def _state(self) -> FloatArray:
-        robot = self._world.robots[0]
-        w, *axis = self._world.sim.data.get_body_xquat(robot.robot_model.eef_name["right"])
-        fingers = [self._data.qpos[index] for index in robot._ref_gripper_joint_pos_indexes["right"]]
-        return np.array([*self._arm.position, *rotation_vector(w, np.array(axis)), *fingers], np.float32)
+        return libero_state(self._world, self._arm)
 
     def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
         return super()._render_camera(camera, height, width)[:, ::-1].copy()
+
+
+def libero_state(world: Any, arm: Arm) -> FloatArray:
+    """Return LIBERO's state of a robosuite world: position, rotation vector and the two fingers' positions, (8,)."""
+    robot, data = world.robots[0], world.sim.data
+    w, *axis = data.get_body_xquat(robot.robot_model.eef_name["right"])
+    fingers = [data.qpos[index] for index in robot._ref_gripper_joint_pos_indexes["right"]]
+    return np.array([*arm.position, *rotation_vector(w, np.array(axis)), *fingers], np.float32)
 
 
 def rotation_vector(w: float, axis: FloatArray) -> FloatArray:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dysl_vla.envs.base import ManipulationEnv
+from dysl_vla.envs.libero import HORIZONS as LIBERO_HORIZONS
+from dysl_vla.envs.libero import LiberoEnv, folder_of
+from dysl_vla.envs.libero_package import load_libero, task_map
 from dysl_vla.envs.metaworld import HORIZON, INSTRUCTIONS, MT10, MetaWorldEnv
 from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
 from dysl_vla.envs.mock import TASKS as MOCK_TASKS
@@ -185,6 +188,22 @@ def robosuite_all() -> Suite:
 def robosuite_5_libero() -> Suite:
     """robosuite-5's tasks, observed as LIBERO's are."""
     return _robosuite("robosuite-5-libero", FIVE, RobosuiteAsLibero)
+
+
+def _libero(name: str) -> Suite:
+    load_libero()
+    return Suite(
+        name,
+        task_map()[folder_of(name)],
+        LIBERO_HORIZONS[name],
+        partial(LiberoEnv, suite=name),
+        robot="Panda",
+        noise=0.4,
+    )
+
+
+for _name in LIBERO_HORIZONS:
+    suites.register(_name)(partial(_libero, _name))
 
 
 @suites.register("mock")

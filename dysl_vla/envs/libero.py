@@ -1,0 +1,164 @@
+"""LIBERO's tasks on robosuite 1.5: a Panda that follows instructions, observed as policies for LIBERO are used to.
+
+Evaluation begins from the fixed initial states of the benchmark, demonstrations from its own placement samplers, so
+that no policy is trained on a state that it is evaluated on. The images are mirrored left to right, since LIBERO's come
+upside down and its datasets turn them by 180 degrees (openvla-oft's and LeRobot's evaluation do the same). The protocol
+is that of openvla-oft, experiments/robot/libero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from dysl_vla.envs.base import VIDEO_PIXELS, ManipulationEnv, check_cameras
+from dysl_vla.envs.libero_experts import make_expert
+from dysl_vla.envs.libero_package import initial_states, load_libero, task_file, task_map
+from dysl_vla.envs.rendering import SceneRenderer
+from dysl_vla.envs.robosuite import ACTION_NAMES, COLLISION_GEOMS, RATE_HZ, controllers
+from dysl_vla.envs.robosuite_arm import Arm
+from dysl_vla.envs.robosuite_libero import libero_state
+from dysl_vla.errors import ConfigError
+from dysl_vla.provenance import FIRST_EVALUATION_SEED
+from dysl_vla.types import LIBERO_STATE, EmbodimentSpec, FloatArray, ImageArray
+
+HORIZONS = {
+    "libero-spatial": 220,
+    "libero-object": 280,
+    "libero-goal": 300,
+    "libero-10": 520,
+    "libero-90": 400,
+}
+"""Suite to its horizon, without the steps of `SETTLE_STEPS`."""
+SETTLE_STEPS = 10
+"""Steps of an open hand that does not move, in which objects fall to rest, before a policy acts."""
+REST = np.array([0, 0, 0, 0, 0, 0, -1.0], np.float32)
+DEFAULT_CAMERAS = {"agentview": (128, 128), "robot0_eye_in_hand": (128, 128)}
+CAMERAS = ("agentview", "frontview", "birdview", "sideview", "galleryview", "robot0_robotview", "robot0_eye_in_hand")
+
+
+def folder_of(suite: str) -> str:
+    """Return the package's name of a suite: "libero_goal" for "libero-goal"."""
+    return suite.replace("-", "_")
+
+
+def instruction_of(task: str) -> str:
+    """Return the instruction that a task's name spells, as the published evaluations read it.
+
+    Tasks of libero-10 and libero-90 begin with the name of their scene, "KITCHEN_SCENE3_turn_on_the_stove".
+    """
+    words = task.split("_")
+    begin = next((i + 1 for i, word in enumerate(words) if word.startswith("SCENE")), 0)
+    return " ".join(words[begin:])
+
+
+class LiberoEnv(ManipulationEnv):
+    """One task of LIBERO.
+
+    Args:
+        task: The task's name, which is that of its BDDL file.
+        cameras: Camera name to (height, width).
+        suite: The suite's name, "libero-goal".
+        render_mode: See `ManipulationEnv`.
+
+    Raises:
+        ConfigError: The suite, the task or a camera is unknown.
+        MissingExtraError: LIBERO is not installed.
+        RenderingError: This machine has no OpenGL.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        cameras: Mapping[str, tuple[int, int]] | None = None,
+        *,
+        suite: str,
+        render_mode: str = "rgb_array",
+    ) -> None:
+        if suite not in HORIZONS:
+            raise ConfigError(f"suite: LIBERO's {suite!r} is not offered; there are: {', '.join(HORIZONS)}.")
+        if task not in (tasks := task_map()[folder_of(suite)]):
+            raise ConfigError(f"task: {suite} has no {task!r}; there are: {', '.join(tasks)}.")
+        sizes = dict(cameras or DEFAULT_CAMERAS)
+        check_cameras(sizes, CAMERAS)
+        libero, path = load_libero(), task_file(folder_of(suite), task)
+        problem = libero.parse(str(path))
+        self._states = initial_states(folder_of(suite), task)
+        self._world: Any = libero.problems[problem["problem_name"]](
+            str(path),
+            robots=["Panda"],
+            controller_configs=controllers("Panda"),
+            use_camera_obs=False,
+            has_renderer=False,
+            has_offscreen_renderer=False,
+            control_freq=RATE_HZ,
+            ignore_done=True,
+            hard_reset=False,
+        )
+        self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
+        self._renderer = SceneRenderer(self._model, hidden_groups=(COLLISION_GEOMS,))
+        spec = EmbodimentSpec(
+            cameras=sizes,
+            state_names=LIBERO_STATE,
+            action_names=ACTION_NAMES,
+            action_low=(-1.0,) * len(ACTION_NAMES),
+            action_high=(1.0,) * len(ACTION_NAMES),
+            rate_hz=float(RATE_HZ),
+        )
+        super().__init__(task, instruction_of(task), spec, HORIZONS[suite], render_mode)
+
+    def _reset_world(self, rng: np.random.Generator) -> None:
+        # LIBERO places objects, and fixtures also in evaluation, by NumPy's global random numbers.
+        with _global_random_numbers(int(rng.integers(2**32))):
+            self._world.rng.bit_generator.state = rng.bit_generator.state  # for the arm's first pose
+            self._world.reset()
+        self._arm = Arm(self._world)
+        if self._seed >= FIRST_EVALUATION_SEED:
+            self._world.sim.set_state_from_flattened(self._states[self._episode_index % len(self._states)])
+            self._world.sim.forward()
+            self._world._post_process()
+        for _ in range(SETTLE_STEPS):
+            self._world.step(REST)
+        self._expert = make_expert(self._world)
+
+    def _step_world(self, action: FloatArray) -> tuple[float, bool]:
+        _, reward, success, _ = self._world.step(action)
+        return float(reward), bool(success)
+
+    def _state(self) -> FloatArray:
+        return libero_state(self._world, self._arm)
+
+    def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
+        return self._upright(camera, height, width)[:, ::-1].copy()
+
+    def render(self) -> ImageArray:
+        """Render a frame for people, which is not mirrored; see `ManipulationEnv.render`."""
+        return self._upright(next(iter(self.embodiment.cameras)), VIDEO_PIXELS, VIDEO_PIXELS)
+
+    def _upright(self, camera: str, height: int, width: int) -> ImageArray:
+        return self._renderer.render(self._data, camera, height, width)
+
+    def expert_action(self) -> FloatArray:
+        """The action of a scripted policy on the full state; see `ManipulationEnv.expert_action`."""
+        if self._expert is None:
+            return super().expert_action()
+        return np.clip(np.asarray(self._expert.act(), np.float32), -1, 1)
+
+    def close(self) -> None:
+        """Free the renderers."""
+        self._renderer.close()
+        self._world.close()
+
+
+@contextmanager
+def _global_random_numbers(seed: int) -> Iterator[None]:
+    """Seed NumPy's global random numbers in the body, and give everybody else's back afterwards."""
+    before = np.random.get_state()  # LIBERO draws from them
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)

