@@ -175,6 +175,9 @@ class Normalisation:
         return np.array(self.mean, np.float32), np.array(self.std, np.float32)
 
 
+FULL_QUALITY = "full"
+
+
 @dataclass(frozen=True)
 class PolicySpec:
     """What a policy expects of an embodiment, and what it predicts.
@@ -188,6 +191,8 @@ class PolicySpec:
         execute_steps: How many of them are executed before the next inference.
         state_normalisation: Normalisation of `observation.state`.
         action_normalisation: Normalisation of actions.
+        rendering: `FULL_QUALITY` for a policy that was trained on simulated images with shadows and reflections; None:
+            without them, or on a real robot.
 
     Raises:
         ConfigError: A field is out of range; the message names it.
@@ -203,8 +208,11 @@ class PolicySpec:
     execute_steps: int
     state_normalisation: Normalisation
     action_normalisation: Normalisation
+    rendering: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.rendering not in (None, FULL_QUALITY):
+            raise ConfigError(f"rendering: must be {FULL_QUALITY!r} or left out, got {self.rendering!r}.")
         if not 1 <= self.execute_steps <= self.chunk_length:
             raise ConfigError(
                 f"execute_steps: must be from 1 to the chunk_length of {self.chunk_length}, got {self.execute_steps}."

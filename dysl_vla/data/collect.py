@@ -164,8 +164,9 @@ def _collect_task(
 
 
 @lru_cache(maxsize=1)
-def _envs(suite: str, cameras: tuple[tuple[str, tuple[int, int]], ...]) -> TaskEnvs:
-    return TaskEnvs(get_suite(suite), dict(cameras))
+def _envs(name: str, cameras: tuple[tuple[str, tuple[int, int]], ...]) -> TaskEnvs:
+    suite = get_suite(name)
+    return TaskEnvs(lambda task: suite.make(task, dict(cameras)))
 
 
 def _demonstrate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def bench_bundle(config: BundleBenchConfig) -> BundleBench:
     suite = get_suite(suite_name)
     tasks = suite.choose(task_names)
     moments: list[list[ActionChunk]] = []
-    envs = TaskEnvs(suite, policies[0].spec.cameras)
+    envs = TaskEnvs(partial(suite.make_for, spec=policies[0].spec))
     try:
         with tqdm(total=len(tasks) * config.episodes, desc="playing", unit="episode") as bar:
             for task in tasks:

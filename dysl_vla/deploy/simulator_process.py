@@ -238,8 +238,10 @@ def make_env(name: str, cameras: Mapping[str, tuple[int, int]] | None) -> Manipu
     for suite_name in suites.names():
         if suite_name.partition("-")[0] == family:
             suite = get_suite(with_robot(suite_name, robot))
-            if (task := suite.find(asked)) is not None:
-                return suite.make(task, cameras)
+            # Tasks may be named by the simulator alone, or by the suite, where several have a task of one name.
+            for named in (asked, f"{family}-{asked}".removeprefix(f"{suite_name}-")):
+                if (task := suite.find(named)) is not None:
+                    return suite.make(task, cameras)
             tasks.extend(f"{family}-{other}" for other in suite.tasks)
     known = ", ".join(dict.fromkeys(tasks))
     if not known:

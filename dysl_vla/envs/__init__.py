@@ -1,7 +1,8 @@
 """Simulated manipulation: Gymnasium environments with LeRobot's observation keys, and the suites made of them.
 
 Importing this subpackage imports no simulator. It registers the environments with Gymnasium, as
-`dysl_vla/metaworld-<task>-v3`, `dysl_vla/robosuite-<task>-v1` and `dysl_vla/mock-<task>-v0`.
+`dysl_vla/metaworld-<task>-v3`, `dysl_vla/robosuite-<task>-v1` and `dysl_vla/mock-<task>-v0`; LIBERO's take the task as
+an argument, `gymnasium.make("dysl_vla/libero-goal-v1", task="turn_on_the_stove")`.
 """
 
 from dysl_vla.extras import needs_extra
@@ -10,6 +11,7 @@ with needs_extra("sim"):
     import gymnasium
 
 from dysl_vla.envs.base import ManipulationEnv, episode_rng
+from dysl_vla.envs.libero import HORIZONS as LIBERO_HORIZONS
 from dysl_vla.envs.metaworld import HORIZON as METAWORLD_HORIZON
 from dysl_vla.envs.metaworld import INSTRUCTIONS
 from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
@@ -42,3 +44,10 @@ for simulator, environment, tasks, horizon, version in (
             kwargs={"task": task},
             max_episode_steps=horizon,
         )
+for suite, horizon in LIBERO_HORIZONS.items():
+    gymnasium.register(
+        id=f"dysl_vla/{suite}-v1",
+        entry_point="dysl_vla.envs.libero:LiberoEnv",
+        kwargs={"suite": suite},
+        max_episode_steps=horizon,
+    )

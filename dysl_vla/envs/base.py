@@ -53,6 +53,8 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 # Gymnasium declares it so
+    full_quality: bool = False
+    """Whether shadows, reflections and multi-sampling are rendered, where the simulator has them, which is slower."""
 
     def __init__(
         self, task: str, instruction: str, spec: EmbodimentSpec, horizon: int, render_mode: str = "rgb_array"
@@ -88,7 +90,10 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         super().reset(seed=seed)
         if seed is not None:
             self._seed, self._episode_index = seed, -1
-        self._episode_index = (options or {}).get("episode_index", self._episode_index + 1)
+        index = (options or {}).get("episode_index", self._episode_index + 1)
+        if not isinstance(index, int | np.integer) or index < 0:
+            raise ConfigError(f"episode_index must be a number from 0 on, got {index!r}.")
+        self._episode_index = int(index)
         self.np_random = episode_rng(self.task, self._seed, self._episode_index)
         self._step = 0
         self._reset_world(self.np_random)

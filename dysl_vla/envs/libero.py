@@ -1,7 +1,8 @@
 """LIBERO's tasks on robosuite 1.5: a Panda that follows instructions, observed as policies for LIBERO are used to.
 
-Evaluation begins from the fixed initial states of the benchmark, demonstrations from its own placement samplers, so
-that no policy is trained on a state that it is evaluated on. The images are mirrored left to right, since LIBERO's come
+With the first evaluation seed, episodes begin from the fixed initial states of the benchmark; with any other, and in
+demonstrations, objects are placed by its own samplers, so that no policy is trained on a state that it is evaluated on.
+The images are mirrored left to right, since LIBERO's come
 upside down and its datasets turn them by 180 degrees (openvla-oft's and LeRobot's evaluation do the same). The protocol
 is that of openvla-oft, experiments/robot/libero.
 """
@@ -33,6 +34,8 @@ HORIZONS = {
     "libero-90": 400,
 }
 """Suite to its horizon, without the steps of `SETTLE_STEPS`."""
+FIXED_STATES = 50
+"""Initial states of each task from which its episodes begin with the first evaluation seed."""
 SETTLE_STEPS = 10
 """Steps of an open hand that does not move, in which objects fall to rest, before a policy acts."""
 REST = np.array([0, 0, 0, 0, 0, 0, -1.0], np.float32)
@@ -86,7 +89,7 @@ class LiberoEnv(ManipulationEnv):
         check_cameras(sizes, CAMERAS)
         libero, path = load_libero(), task_file(folder_of(suite), task)
         problem = libero.parse(str(path))
-        self._states = initial_states(folder_of(suite), task)
+        self._states = initial_states(folder_of(suite), task)[:FIXED_STATES]
         self._world: Any = libero.problems[problem["problem_name"]](
             str(path),
             robots=["Panda"],
@@ -116,7 +119,7 @@ class LiberoEnv(ManipulationEnv):
             self._world.rng.bit_generator.state = rng.bit_generator.state  # for the arm's first pose
             self._world.reset()
         self._arm = Arm(self._world)
-        if self._seed >= FIRST_EVALUATION_SEED:
+        if self._seed == FIRST_EVALUATION_SEED:
             self._world.sim.set_state_from_flattened(self._states[self._episode_index % len(self._states)])
             self._world.sim.forward()
             self._world._post_process()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dysl_vla.envs.base import ManipulationEnv
+from dysl_vla.envs.libero import FIXED_STATES, LiberoEnv, folder_of
 from dysl_vla.envs.libero import HORIZONS as LIBERO_HORIZONS
-from dysl_vla.envs.libero import LiberoEnv, folder_of
 from dysl_vla.envs.libero_package import load_libero, task_map
 from dysl_vla.envs.metaworld import HORIZON, INSTRUCTIONS, MT10, MetaWorldEnv
 from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
@@ -26,7 +26,9 @@ from dysl_vla.envs.robosuite import INSTRUCTIONS as ROBOSUITE_INSTRUCTIONS
 from dysl_vla.envs.robosuite_libero import RobosuiteAsLibero
 from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
+from dysl_vla.provenance import FIRST_EVALUATION_SEED
 from dysl_vla.registry import Registry
+from dysl_vla.types import FULL_QUALITY, PolicySpec
 
 Cameras = Mapping[str, tuple[int, int]]
 
@@ -43,6 +45,8 @@ class Suite:
         robot: The robot whose arm moves.
         without_expert: The tasks that have no scripted expert for this robot.
         noise: Strength of the noise on an expert's actions in demonstrations; with more, too many of them fail.
+        fixed_states: Number of initial states from which a benchmark's protocol evaluates a task: those of the first
+            evaluation seed. Without any, and for the other seeds, there are as many states as episodes.
         robots: Name of each other robot to this suite with that robot.
     """
 
@@ -53,6 +57,7 @@ class Suite:
     robot: str
     without_expert: frozenset[str] = frozenset()
     noise: float = 1.0
+    fixed_states: int | None = None
     robots: Mapping[str, Callable[[], Suite]] = field(default_factory=dict)
 
     def choose(self, names: str | None) -> tuple[str, ...]:
@@ -70,33 +75,49 @@ class Suite:
                 raise ConfigError(f"unknown task {name!r}; suite {self.name} has: {', '.join(self.tasks)}.")
         return tuple(task for task in self.tasks if task in asked.values()) if asked else self.tasks
 
+    def check_episodes(self, episodes: int, seed: int) -> None:
+        """Refuse more episodes of a task than there are initial states, as some would be run twice.
+
+        Raises:
+            ConfigError: There are fewer states.
+        """
+        if self.fixed_states is not None and seed == FIRST_EVALUATION_SEED and episodes > self.fixed_states:
+            raise ConfigError(
+                f"episodes must be at most {self.fixed_states} in {self.name}, whose benchmark fixes so many initial "
+                f"states a task, got {episodes}; with --seed {seed + 1} and above, states are drawn anew."
+            )
+
+    def make_for(self, task: str, spec: PolicySpec) -> ManipulationEnv:
+        """Make the environment of a task with the images that a policy was trained on."""
+        env = self.make(task, spec.cameras)
+        env.full_quality = spec.rendering == FULL_QUALITY
+        return env
+
     def find(self, name: str) -> str | None:
         """The task that a name means: "PickPlaceCan" means "pick-place-can"; None for an unknown name."""
         return {_plain(task): task for task in self.tasks}.get(_plain(name))
 
 
 def _plain(name: str) -> str:
-    return name.strip().lower().replace("-", "")
+    return name.strip().lower().replace("-", "").replace("_", "")
 
 
 class TaskEnvs:
     """A suite's environments for one process. Only that of the last task is kept, since making one takes seconds.
 
     Args:
-        suite: The suite.
-        cameras: See `Suite.make`.
+        make: A task's name to its environment.
     """
 
-    def __init__(self, suite: Suite, cameras: Cameras | None) -> None:
-        self._suite = suite
-        self._cameras = cameras
+    def __init__(self, make: Callable[[str], ManipulationEnv]) -> None:
+        self._make = make
         self._env: ManipulationEnv | None = None
 
     def env(self, task: str) -> ManipulationEnv:
         """The environment of a task; that of another task is closed."""
         if self._env is None or self._env.task != task:
             self.close()
-            self._env = self._suite.make(task, self._cameras)
+            self._env = self._make(task)
         return self._env
 
     def close(self) -> None:
@@ -199,6 +220,7 @@ def _libero(name: str) -> Suite:
         partial(LiberoEnv, suite=name),
         robot="Panda",
         noise=0.4,
+        fixed_states=FIXED_STATES,
     )
 
 

