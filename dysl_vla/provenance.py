@@ -26,6 +26,7 @@ PACKAGES = (
     "mujoco",
     "metaworld",
     "robosuite",
+    "rpent-liberopro",
     "av",
     "pyarrow",
 )

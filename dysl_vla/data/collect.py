@@ -49,8 +49,9 @@ class CollectConfig:
     out: Path
     """Folder of the dataset; an existing one is continued."""
     suite: str | None = None
-    """Suite whose tasks are demonstrated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all. When not
-    given, the suite that `--policy` was trained in; without a policy metaworld-mt10."""
+    """Suite whose tasks are demonstrated: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, libero-spatial,
+    libero-object, libero-goal. When not given, the suite that `--policy` was trained in; without a policy
+    metaworld-mt10."""
     robot: str | None = None
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str | None = None

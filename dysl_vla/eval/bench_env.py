@@ -21,7 +21,8 @@ class EnvBenchConfig:
     """Measure a suite's environments: steps a second as demonstrations are collected, and where the time goes."""
 
     suite: str = "metaworld-mt10"
-    """Suite that is measured: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, mock."""
+    """Suite that is measured: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, libero-spatial,
+    libero-object, libero-goal, libero-10, libero-90, mock."""
     robot: str | None = None
     """Another robot than the suite's own."""
     tasks: str | None = None

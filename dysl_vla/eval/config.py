@@ -37,7 +37,8 @@ class EvalConfig:
     applies; 1 takes all of them, for demonstrations that the policy was not trained on."""
     suite: str | None = None
     """Suite to evaluate on: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, robosuite-5-libero (with
-    LIBERO's observations) or mock. When not given, it is the suite that the policy was trained in."""
+    LIBERO's observations), libero-spatial, libero-object, libero-goal, libero-10, libero-90 or mock. When not given, it
+    is the suite that the policy was trained in."""
     robot: str | None = None
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str | None = None
@@ -46,7 +47,8 @@ class EvalConfig:
     episodes: int = 10
     """Episodes of each task."""
     seed: int = FIRST_EVALUATION_SEED
-    """Seed of the initial states, at least 100000: lower ones belong to demonstrations."""
+    """Seed of the initial states, at least 100000: lower ones belong to demonstrations. In LIBERO's suites, 100000 has
+    the fifty fixed states of the benchmark, and every other seed has states of its own."""
     workers: int = 1
     """Processes that run episodes side by side, one inference thread each. Latencies are only comparable with 1."""
     video: int = 0

@@ -48,7 +48,7 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_the_packages_suites_are_known_by_name() -> None:
-    ours = {"metaworld-mt10", "metaworld-mt50", "mock", "robosuite-5", "robosuite-5-libero", "robosuite-all"}
+    ours = {*HORIZONS, "metaworld-mt10", "metaworld-mt50", "mock", "robosuite-5", "robosuite-5-libero", "robosuite-all"}
     assert ours <= set(suites.names())
 
 
