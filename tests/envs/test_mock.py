@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dysl_vla.envs import episode_rng, get_suite, suites
+from dysl_vla.envs.libero import HORIZONS
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError
 
