@@ -10,11 +10,14 @@ from __future__ import annotations
 import atexit
 import ctypes.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
 
+from dysl_vla.envs.culling import Culling
 from dysl_vla.errors import RenderingError
 from dysl_vla.extras import needs_extra
 from dysl_vla.types import ImageArray
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     import mujoco
 
 _open: WeakSet[SceneRenderer] = WeakSet()
+NOT_DRAWN = 5
+"""The last of MuJoCo's groups of geometries; none of the offered scenes draws it."""
 FIX = "install one with: sudo apt-get install libegl1 libgl1-mesa-dri   (or libosmesa6, and set MUJOCO_GL=osmesa)"
 
 
@@ -69,22 +74,31 @@ def _close_all() -> None:
 
 
 class SceneRenderer:
-    """Renders the cameras of one MuJoCo model, with one renderer for each frame size.
+    """Renders the cameras of one MuJoCo model, with one renderer for each frame size and quality.
+
+    What a camera cannot see is not drawn; the pictures are the same to the bit as if it were.
 
     Args:
-        model: The scene.
-        full_quality: Shadows, reflections and multi-sampling as the scene's author set them.
+        model: The scene. Its geometries may move, but keep their sizes and materials.
+        full_quality: See the attribute.
         hidden_groups: Groups of geometries that are not drawn, such as those for collisions alone.
+
+    Attributes:
+        full_quality: Whether frames have shadows, reflections and multi-sampling as the scene's author set them. It may
+            be set at any time and holds for the frames that follow.
     """
 
     def __init__(
         self, model: mujoco.MjModel, *, full_quality: bool = False, hidden_groups: tuple[int, ...] = ()
     ) -> None:
+        self.full_quality = full_quality
         self._model = model
-        self._full_quality = full_quality
-        self._option = load_mujoco().MjvOption()
-        self._option.geomgroup[list(hidden_groups)] = 0
-        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
+        self._samples = model.vis.quality.offsamples
+        self._mujoco = load_mujoco()
+        self._option = self._mujoco.MjvOption()
+        self._option.geomgroup[[*hidden_groups, NOT_DRAWN]] = 0
+        self._culling = Culling(model, np.flatnonzero(self._option.geomgroup))
+        self._renderers: dict[tuple[int, int, bool], mujoco.Renderer] = {}
 
     def render(self, data: mujoco.MjData, camera: str, height: int, width: int, *, turned: bool = False) -> ImageArray:
         """Render one frame of one camera.
@@ -103,18 +117,34 @@ class SceneRenderer:
             RenderingError: The GL library is installed, but gives no context.
         """
         renderer = self._renderer(height, width)
-        renderer.update_scene(data, camera=camera, scene_option=self._option)
+        with self._without_unseen(renderer, data, camera):
+            renderer.update_scene(data, camera=camera, scene_option=self._option)
         frame = renderer.render()
         return np.ascontiguousarray(frame[::-1, ::-1]) if turned else frame
 
+    @contextmanager
+    def _without_unseen(self, renderer: mujoco.Renderer, data: mujoco.MjData, camera: str) -> Iterator[None]:
+        """Move what this camera cannot see into a group that is not drawn, as long as the body runs."""
+        view = self._mujoco.MjvCamera()
+        view.type, view.fixedcamid = self._mujoco.mjtCamera.mjCAMERA_FIXED, self._model.camera(camera).id
+        self._mujoco.mjv_updateCamera(self._model, data, view, renderer.scene)
+        unseen = self._culling.unseen(data, renderer.scene, renderer.width / renderer.height)
+        groups = self._model.geom_group
+        before = groups[unseen]
+        groups[unseen] = NOT_DRAWN
+        try:
+            yield
+        finally:
+            groups[unseen] = before
+
     def _renderer(self, height: int, width: int) -> mujoco.Renderer:
-        if (height, width) not in self._renderers:
-            mujoco = load_mujoco()
+        key = (height, width, self.full_quality)
+        if key not in self._renderers:
+            mujoco = self._mujoco
             visual = self._model.vis
             visual.global_.offheight = max(visual.global_.offheight, height)
             visual.global_.offwidth = max(visual.global_.offwidth, width)
-            if not self._full_quality:
-                visual.quality.offsamples = 0
+            visual.quality.offsamples = self._samples if self.full_quality else 0
             try:
                 renderer = mujoco.Renderer(self._model, height, width)
             except Exception as error:  # mujoco raises whatever its GL binding raised
@@ -122,14 +152,14 @@ class SceneRenderer:
                     f"MuJoCo got no OpenGL context with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); if MuJoCo "
                     f"was imported before dysl_vla.envs, set MUJOCO_GL=egl first; else {FIX}"
                 ) from error
-            if not self._full_quality:
+            if not self.full_quality:
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
-            self._renderers[height, width] = renderer
+            self._renderers[key] = renderer
             if not _open:
                 atexit.register(_close_all)  # after MuJoCo's own hook was registered, so that it runs before that
             _open.add(self)
-        return self._renderers[height, width]
+        return self._renderers[key]
 
     def close(self) -> None:
         """Free the GL contexts; unclosed ones print tracebacks when Python exits."""

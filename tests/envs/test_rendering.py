@@ -1,0 +1,99 @@
+"""Frames are those of MuJoCo's own renderer, to the bit, although what a camera cannot see is not drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import mujoco
+import numpy as np
+import pytest
+
+from dysl_vla.envs import get_suite
+from dysl_vla.envs.base import ManipulationEnv
+from dysl_vla.envs.rendering import SceneRenderer
+from dysl_vla.types import ImageArray
+
+pytestmark = pytest.mark.slow
+
+SCENES = {
+    "libero-goal": "put_the_bowl_on_the_stove",
+    "libero-object": "pick_up_the_milk_and_place_it_in_the_basket",
+    "libero-10": "STUDY_SCENE1_pick_up_the_book_and_place_it_in_the_back_compartment_of_the_caddy",
+    "robosuite-5": "door",
+    "metaworld-mt10": "drawer-open",
+}
+
+
+@pytest.fixture(scope="module", params=SCENES)
+def env(request: pytest.FixtureRequest) -> Iterator[ManipulationEnv]:
+    with closing(get_suite(request.param).make(SCENES[request.param], None)) as made:
+        made.reset(seed=1)
+        yield made
+
+
+def world(env: ManipulationEnv) -> tuple[mujoco.MjModel, mujoco.MjData, SceneRenderer]:
+    inside: Any = env
+    if hasattr(inside, "_sawyer"):
+        return inside._sawyer.model, inside._sawyer.data, inside._renderer
+    return inside._model, inside._data, inside._renderer
+
+
+def poses(model: mujoco.MjModel, data: mujoco.MjData, count: int) -> Iterator[None]:
+    """Put arms and fixtures anywhere within their joints' ranges, and loose objects anywhere near."""
+    rng = np.random.default_rng(0)
+    start = data.qpos.copy()
+    for _ in range(count):
+        yield
+        data.qpos[:] = start
+        for joint in range(model.njnt):
+            at = model.jnt_qposadr[joint]
+            if model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_FREE:
+                data.qpos[at : at + 7] += rng.normal(0, 0.2, 7)
+            elif model.jnt_limited[joint]:
+                data.qpos[at] = rng.uniform(*model.jnt_range[joint])
+        mujoco.mj_forward(model, data)
+
+
+class Plain:
+    """MuJoCo's renderer as it is, with the settings of `SceneRenderer`."""
+
+    def __init__(self, model: mujoco.MjModel, height: int, width: int, full: bool, option: mujoco.MjvOption) -> None:
+        samples = model.vis.quality.offsamples
+        model.vis.quality.offsamples = 4 if full else 0
+        self.option, self.renderer = option, mujoco.Renderer(model, height, width)
+        model.vis.quality.offsamples = samples
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self.renderer.scene.flags[flag] = full
+
+    def render(self, data: mujoco.MjData, camera: str) -> ImageArray:
+        self.renderer.update_scene(data, camera=camera, scene_option=self.option)
+        return np.asarray(self.renderer.render())
+
+
+@pytest.mark.parametrize(("size", "full"), [((96, 128), False), ((64, 64), True)])
+def test_no_pixel_differs_from_the_plain_renderer(env: ManipulationEnv, size: tuple[int, int], full: bool) -> None:
+    model, data, renderer = world(env)
+    renderer.full_quality = full
+    cameras = [model.camera(i).name for i in range(model.ncam)]
+    groups = model.geom_group.copy()
+    plain = Plain(model, *size, full, renderer._option)
+    with closing(plain.renderer):
+        for _ in poses(model, data, 2 if full else 4):
+            for camera in cameras:
+                frame = renderer.render(data, camera, *size)
+                np.testing.assert_array_equal(frame, plain.render(data, camera), err_msg=camera)
+    np.testing.assert_array_equal(model.geom_group, groups)
+
+
+def test_the_quality_may_change_between_frames(env: ManipulationEnv) -> None:
+    model, data, renderer = world(env)
+    camera = model.camera(0).name
+    frames = []
+    for full in (False, True, False, True):
+        renderer.full_quality = full
+        frames.append(renderer.render(data, camera, 64, 64))
+    np.testing.assert_array_equal(frames[0], frames[2])
+    np.testing.assert_array_equal(frames[1], frames[3])
+    assert (frames[0] != frames[1]).any()
