@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from dysl_vla.envs.base import VIDEO_PIXELS, ManipulationEnv, check_cameras
+from dysl_vla.envs.libero_controller import libero_controllers
 from dysl_vla.envs.libero_experts import make_expert
 from dysl_vla.envs.libero_package import initial_states, load_libero, task_file, task_map
 from dysl_vla.envs.rendering import SceneRenderer
-from dysl_vla.envs.robosuite import ACTION_NAMES, COLLISION_GEOMS, RATE_HZ, controllers
+from dysl_vla.envs.robosuite import ACTION_NAMES, COLLISION_GEOMS, RATE_HZ
 from dysl_vla.envs.robosuite_arm import Arm
 from dysl_vla.envs.robosuite_libero import libero_state
 from dysl_vla.errors import ConfigError
@@ -93,7 +94,7 @@ class LiberoEnv(ManipulationEnv):
         self._world: Any = libero.problems[problem["problem_name"]](
             str(path),
             robots=["Panda"],
-            controller_configs=controllers("Panda"),
+            controller_configs=libero_controllers(),
             use_camera_obs=False,
             has_renderer=False,
             has_offscreen_renderer=False,
@@ -142,7 +143,7 @@ class LiberoEnv(ManipulationEnv):
         return self._upright(next(iter(self.embodiment.cameras)), VIDEO_PIXELS, VIDEO_PIXELS)
 
     def _upright(self, camera: str, height: int, width: int) -> ImageArray:
-        return self._renderer.render(self._data, camera, height, width)
+        return self._renderer.render(self._data, camera, height, width, full_quality=self.full_quality)
 
     def expert_action(self) -> FloatArray:
         """The action of a scripted policy on the full state; see `ManipulationEnv.expert_action`."""

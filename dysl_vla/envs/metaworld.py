@@ -97,7 +97,7 @@ class MetaWorldEnv(ManipulationEnv):
     Args:
         task: The task's name without the version, "drawer-open".
         cameras: Camera name to (height, width).
-        full_quality: Render shadows, reflections and multi-sampling, which is ten times slower.
+        full_quality: See `ManipulationEnv`; it is ten times slower.
         render_mode: See `ManipulationEnv`.
 
     Raises:
@@ -132,7 +132,8 @@ class MetaWorldEnv(ManipulationEnv):
         self._expert = make_metaworld_expert(task)
         self._full_state = np.zeros(39)
         self._unchanged_model = {name: getattr(sawyer.model, name).copy() for name in MODEL_FIELDS_CHANGED_BY_RESET}
-        self._renderer = SceneRenderer(sawyer.model, full_quality=full_quality)
+        self._renderer = SceneRenderer(sawyer.model)
+        self.full_quality = full_quality
         spec = EmbodimentSpec(
             cameras=sizes,
             state_names=("x", "y", "z", "gripper"),
@@ -166,7 +167,10 @@ class MetaWorldEnv(ManipulationEnv):
         return self._full_state[:4].astype(np.float32)
 
     def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
-        return self._renderer.render(self._sawyer.data, camera, height, width, turned=camera in UPSIDE_DOWN)
+        turned = camera in UPSIDE_DOWN
+        return self._renderer.render(
+            self._sawyer.data, camera, height, width, turned=turned, full_quality=self.full_quality
+        )
 
     def expert_action(self) -> FloatArray:
         """The action of a scripted policy, which gets a copy of the full state: some of Meta-World's write to it."""

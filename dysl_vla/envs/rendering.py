@@ -80,18 +80,10 @@ class SceneRenderer:
 
     Args:
         model: The scene. Its geometries may move, but keep their sizes and materials.
-        full_quality: See the attribute.
         hidden_groups: Groups of geometries that are not drawn, such as those for collisions alone.
-
-    Attributes:
-        full_quality: Whether frames have shadows, reflections and multi-sampling as the scene's author set them. It may
-            be set at any time and holds for the frames that follow.
     """
 
-    def __init__(
-        self, model: mujoco.MjModel, *, full_quality: bool = False, hidden_groups: tuple[int, ...] = ()
-    ) -> None:
-        self.full_quality = full_quality
+    def __init__(self, model: mujoco.MjModel, *, hidden_groups: tuple[int, ...] = ()) -> None:
         self._model = model
         self._samples = model.vis.quality.offsamples
         self._mujoco = load_mujoco()
@@ -100,7 +92,16 @@ class SceneRenderer:
         self._culling = Culling(model, np.flatnonzero(self._option.geomgroup))
         self._renderers: dict[tuple[int, int, bool], mujoco.Renderer] = {}
 
-    def render(self, data: mujoco.MjData, camera: str, height: int, width: int, *, turned: bool = False) -> ImageArray:
+    def render(
+        self,
+        data: mujoco.MjData,
+        camera: str,
+        height: int,
+        width: int,
+        *,
+        turned: bool = False,
+        full_quality: bool = False,
+    ) -> ImageArray:
         """Render one frame of one camera.
 
         Args:
@@ -109,6 +110,7 @@ class SceneRenderer:
             height: Height in pixels.
             width: Width in pixels.
             turned: Whether the camera hangs upside down, so that its picture is turned by 180 degrees.
+            full_quality: Whether the frame has shadows, reflections and multi-sampling as the scene's author set them.
 
         Returns:
             uint8, (height, width, 3).
@@ -116,7 +118,7 @@ class SceneRenderer:
         Raises:
             RenderingError: The GL library is installed, but gives no context.
         """
-        renderer = self._renderer(height, width)
+        renderer = self._renderer(height, width, full_quality)
         with self._without_unseen(renderer, data, camera):
             renderer.update_scene(data, camera=camera, scene_option=self._option)
         frame = renderer.render()
@@ -137,14 +139,14 @@ class SceneRenderer:
         finally:
             groups[unseen] = before
 
-    def _renderer(self, height: int, width: int) -> mujoco.Renderer:
-        key = (height, width, self.full_quality)
+    def _renderer(self, height: int, width: int, full_quality: bool) -> mujoco.Renderer:
+        key = (height, width, full_quality)
         if key not in self._renderers:
             mujoco = self._mujoco
             visual = self._model.vis
             visual.global_.offheight = max(visual.global_.offheight, height)
             visual.global_.offwidth = max(visual.global_.offwidth, width)
-            visual.quality.offsamples = self._samples if self.full_quality else 0
+            visual.quality.offsamples = self._samples if full_quality else 0
             try:
                 renderer = mujoco.Renderer(self._model, height, width)
             except Exception as error:  # mujoco raises whatever its GL binding raised
@@ -152,7 +154,7 @@ class SceneRenderer:
                     f"MuJoCo got no OpenGL context with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); if MuJoCo "
                     f"was imported before dysl_vla.envs, set MUJOCO_GL=egl first; else {FIX}"
                 ) from error
-            if not self.full_quality:
+            if not full_quality:
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
             self._renderers[key] = renderer

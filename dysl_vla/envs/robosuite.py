@@ -74,7 +74,7 @@ class RobosuiteEnv(ManipulationEnv):
         task: The task's name in lower case, words joined by hyphens, "pick-place-can".
         cameras: Camera name to (height, width).
         robot: One of `ROBOTS`.
-        full_quality: Render shadows, reflections and multi-sampling.
+        full_quality: See `ManipulationEnv`.
         render_mode: See `ManipulationEnv`.
 
     Raises:
@@ -117,7 +117,7 @@ class RobosuiteEnv(ManipulationEnv):
             control_freq=RATE_HZ,
             seed=0,
         )
-        self._full_quality = full_quality
+        self.full_quality = full_quality
         self._bind()
         self._expert: Expert | None = None
         self._is_recorded = False
@@ -135,7 +135,7 @@ class RobosuiteEnv(ManipulationEnv):
         """Find the arm and the cameras in the world's present model."""
         self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
         self._arm = Arm(self._world)
-        self._renderer = SceneRenderer(self._model, full_quality=self._full_quality, hidden_groups=(COLLISION_GEOMS,))
+        self._renderer = SceneRenderer(self._model, hidden_groups=(COLLISION_GEOMS,))
 
     def load_recorded(self, model: str) -> None:
         """Build the scene of a recording, whose objects may differ in size and place; it has no episodes to reset to.
@@ -199,7 +199,7 @@ class RobosuiteEnv(ManipulationEnv):
         return np.array([*arm.position, *arm.rotation[:, 0], *arm.rotation[:, 1], arm.opening], np.float32)
 
     def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
-        return self._renderer.render(self._data, camera, height, width)
+        return self._renderer.render(self._data, camera, height, width, full_quality=self.full_quality)
 
     def expert_action(self) -> FloatArray:
         """The action of a scripted policy on the full state; see `ManipulationEnv.expert_action`."""

@@ -75,14 +75,13 @@ class Plain:
 @pytest.mark.parametrize(("size", "full"), [((96, 128), False), ((64, 64), True)])
 def test_no_pixel_differs_from_the_plain_renderer(env: ManipulationEnv, size: tuple[int, int], full: bool) -> None:
     model, data, renderer = world(env)
-    renderer.full_quality = full
     cameras = [model.camera(i).name for i in range(model.ncam)]
     groups = model.geom_group.copy()
     plain = Plain(model, *size, full, renderer._option)
     with closing(plain.renderer):
         for _ in poses(model, data, 2 if full else 4):
             for camera in cameras:
-                frame = renderer.render(data, camera, *size)
+                frame = renderer.render(data, camera, *size, full_quality=full)
                 np.testing.assert_array_equal(frame, plain.render(data, camera), err_msg=camera)
     np.testing.assert_array_equal(model.geom_group, groups)
 
@@ -92,8 +91,7 @@ def test_the_quality_may_change_between_frames(env: ManipulationEnv) -> None:
     camera = model.camera(0).name
     frames = []
     for full in (False, True, False, True):
-        renderer.full_quality = full
-        frames.append(renderer.render(data, camera, 64, 64))
+        frames.append(renderer.render(data, camera, 64, 64, full_quality=full))
     np.testing.assert_array_equal(frames[0], frames[2])
     np.testing.assert_array_equal(frames[1], frames[3])
     assert (frames[0] != frames[1]).any()
