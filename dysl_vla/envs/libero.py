@@ -39,6 +39,8 @@ FIXED_STATES = 50
 """Initial states of each task from which its episodes begin with the first evaluation seed."""
 SETTLE_STEPS = 10
 """Steps of an open hand that does not move, in which objects fall to rest, before a policy acts."""
+ARM_NOISE = 0.02
+"""Standard deviation of the arm's first joint positions in radians, which is robosuite's own."""
 REST = np.array([0, 0, 0, 0, 0, 0, -1.0], np.float32)
 DEFAULT_CAMERAS = {"agentview": (128, 128), "robot0_eye_in_hand": (128, 128)}
 CAMERAS = ("agentview", "frontview", "birdview", "sideview", "galleryview", "robot0_robotview", "robot0_eye_in_hand")
@@ -115,13 +117,16 @@ class LiberoEnv(ManipulationEnv):
         super().__init__(task, instruction_of(task), spec, HORIZONS[suite], render_mode)
 
     def _reset_world(self, rng: np.random.Generator) -> None:
+        is_fixed = self._seed == FIRST_EVALUATION_SEED
+        # A fixed state has the arm's first pose; until then the arm is where the published evaluations have it.
+        self._world.robots[0].initialization_noise["magnitude"] = 0.0 if is_fixed else ARM_NOISE
         # LIBERO places objects, and fixtures also in evaluation, by NumPy's global random numbers.
         with _global_random_numbers(int(rng.integers(2**32))):
             self._world.rng.bit_generator.state = rng.bit_generator.state  # for the arm's first pose
             self._return_fixtures()
             self._world.reset()
         self._arm = Arm(self._world)
-        if self._seed == FIRST_EVALUATION_SEED:
+        if is_fixed:
             self._world.sim.set_state_from_flattened(self._states[self._episode_index % len(self._states)])
             self._world.sim.forward()
             self._world._post_process()

@@ -54,8 +54,8 @@ def test_a_task_of_each_suite_begins_from_the_fixed_states_renders_and_steps(sui
         for index in (0, 7):
             observation, _ = env.reset(seed=FIRST_EVALUATION_SEED, options={"episode_index": index})
             fixed = initial_states(libero.folder_of(suite), task)[index]
-            # Ten steps of rest move the arm by little, and let objects fall by some millimetres.
-            np.testing.assert_allclose(env._data.qpos[:7], fixed[1:8], atol=0.05)
+            # In ten steps of rest the hand turns to where it points without noise, as in robosuite 1.4.
+            np.testing.assert_allclose(env._data.qpos[:7], fixed[1:8], atol=0.1)
             at_rest[index] = env._data.qpos.copy()
             for image in SMALL:
                 assert np.ptp(observation[f"observation.images.{image}"]) > 50
