@@ -89,9 +89,7 @@ def test_no_pixel_differs_from_the_plain_renderer(env: ManipulationEnv, size: tu
 def test_the_quality_may_change_between_frames(env: ManipulationEnv) -> None:
     model, data, renderer = world(env)
     camera = model.camera(0).name
-    frames = []
-    for full in (False, True, False, True):
-        frames.append(renderer.render(data, camera, 64, 64, full_quality=full))
+    frames = [renderer.render(data, camera, 64, 64, full_quality=full) for full in (False, True, False, True)]
     np.testing.assert_array_equal(frames[0], frames[2])
     np.testing.assert_array_equal(frames[1], frames[3])
     assert (frames[0] != frames[1]).any()
