@@ -114,6 +114,7 @@ class LiberoEnv(ManipulationEnv):
         # LIBERO places objects, and fixtures also in evaluation, by NumPy's global random numbers.
         with _global_random_numbers(int(rng.integers(2**32))):
             self._world.rng.bit_generator.state = rng.bit_generator.state  # for the arm's first pose
+            self._return_fixtures()
             self._world.reset()
         self._arm = Arm(self._world)
         if self._seed >= FIRST_EVALUATION_SEED:
@@ -123,6 +124,15 @@ class LiberoEnv(ManipulationEnv):
         for _ in range(SETTLE_STEPS):
             self._world.step(REST)
         self._expert = make_expert(self._world)
+
+    def _return_fixtures(self) -> None:
+        """Put the fixtures to the origin, where the model has them.
+
+        LIBERO adds the place of a fixture's region to that of the fixture, to place the objects on it.
+        """
+        for name in self._world.fixtures_dict:
+            index = self._model.body(self._world.get_object(name).root_body).id
+            self._model.body_pos[index], self._model.body_quat[index] = 0, (1, 0, 0, 0)
 
     def _step_world(self, action: FloatArray) -> tuple[float, bool]:
         _, reward, success, _ = self._world.step(action)
