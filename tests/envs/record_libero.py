@@ -125,6 +125,12 @@ def place_of(world: Any, name: str) -> np.ndarray:
     return np.array(data.body_xpos[bodies[name]] if name in bodies else data.get_site_xpos(name))
 
 
+def height_upon(env: Any, name: str, support: str) -> float:
+    """Return how far an object's origin is above its support's, or above a region, when it hovers a centimetre high."""
+    top = env.objects_dict[support].top_offset[2] if support in env.objects_dict else 0.0
+    return float(top - env.objects_dict[name].bottom_offset[2] + 0.01)
+
+
 def set_goal(world: Any) -> None:
     """Move the joints and the objects that a task's goal names to where the goal wants them."""
     env, sim = world.env, world.sim
@@ -136,7 +142,8 @@ def set_goal(world: Any) -> None:
             sim.forward()
             joint = env.objects_dict[name].joints[-1]
             pose = np.array(sim.data.get_joint_qpos(joint))
-            pose[:3] = place_of(world, others[0]) + np.array([0, 0, 0.03])
+            pose[:3] = place_of(world, others[0])
+            pose[2] += 0.03 if predicate == "in" else height_upon(env, name, others[0])
             sim.data.set_joint_qpos(joint, pose)
             sim.data.set_joint_qvel(joint, np.zeros(6))
 
