@@ -12,6 +12,8 @@ with needs_extra("sim"):
 
 from dysl_vla.envs.base import ManipulationEnv, episode_rng
 from dysl_vla.envs.libero import HORIZONS as LIBERO_HORIZONS
+from dysl_vla.envs.libero import PRO_HORIZONS as LIBERO_PRO_HORIZONS
+from dysl_vla.envs.libero_chain import HORIZON as CHAIN_HORIZON
 from dysl_vla.envs.metaworld import HORIZON as METAWORLD_HORIZON
 from dysl_vla.envs.metaworld import INSTRUCTIONS
 from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
@@ -44,10 +46,15 @@ for simulator, environment, tasks, horizon, version in (
             kwargs={"task": task},
             max_episode_steps=horizon,
         )
-for suite, horizon in LIBERO_HORIZONS.items():
+for suite, horizon in (LIBERO_HORIZONS | LIBERO_PRO_HORIZONS).items():
     gymnasium.register(
         id=f"dysl_vla/{suite}-v1",
         entry_point="dysl_vla.envs.libero:LiberoEnv",
         kwargs={"suite": suite},
         max_episode_steps=horizon,
     )
+gymnasium.register(
+    id="dysl_vla/libero-chain-v1",
+    entry_point="dysl_vla.envs.libero_chain:LiberoChainEnv",
+    max_episode_steps=CHAIN_HORIZON,
+)

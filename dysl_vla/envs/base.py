@@ -48,6 +48,9 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         horizon: Steps after which an episode is truncated.
         render_mode: Gymnasium's parameter; only "rgb_array" is supported.
 
+    An episode may have several `instructions`, one after the other: `instruction` is the present one, and `info` then
+    has `completed`, the number of those that were carried out.
+
     `reset(seed=s, options={"episode_index": i})` starts the episode (task, s, i). Without a seed the next episode index
     of the last seed starts.
     """
@@ -64,6 +67,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         self.render_mode = render_mode
         self.task = task
         self.instruction = instruction
+        self.instructions = (instruction,)
         self.embodiment = spec
         self.horizon = horizon
         self._seed = int(np.random.SeedSequence().generate_state(1)[0])

@@ -35,6 +35,14 @@ HORIZONS = {
     "libero-90": 400,
 }
 """Suite to its horizon, without the steps of `SETTLE_STEPS`."""
+PERTURBATIONS = {"language": "lan", "object": "object", "swap": "swap", "task": "task"}
+"""Perturbation of LIBERO-PRO to its name in the package."""
+PRO_HORIZONS = {
+    f"libero-pro-{base}-{perturbation}": HORIZONS[f"libero-{base}"]
+    for base in ("spatial", "object", "goal", "10")
+    for perturbation in PERTURBATIONS
+}
+"""Suite of LIBERO-PRO to its horizon, which is that of the suite it perturbs."""
 FIXED_STATES = 50
 """Initial states of each task from which its episodes begin with the first evaluation seed."""
 SETTLE_STEPS = 10
@@ -47,8 +55,11 @@ CAMERAS = ("agentview", "frontview", "birdview", "sideview", "galleryview", "rob
 
 
 def folder_of(suite: str) -> str:
-    """Return the package's name of a suite: "libero_goal" for "libero-goal"."""
-    return suite.replace("-", "_")
+    """Return the package's name of a suite: "libero_goal_lan" for "libero-pro-goal-language"."""
+    if suite not in PRO_HORIZONS:
+        return suite.replace("-", "_")
+    _, _, base, perturbation = suite.split("-")
+    return f"libero_{base}_{PERTURBATIONS[perturbation]}"
 
 
 def instruction_of(task: str) -> str:
@@ -62,12 +73,17 @@ def instruction_of(task: str) -> str:
 
 
 class LiberoEnv(ManipulationEnv):
-    """One task of LIBERO.
+    """One task of LIBERO or LIBERO-PRO.
+
+    LIBERO-PRO keeps the names of the tasks that it perturbs, and writes the instruction into the BDDL file: its authors
+    read it from there (LIBERO-PRO's issue 14), in lower case as the parser gives it. Four of its tasks have no fixed
+    initial states in the package, where their BDDL could not be read when the others' were drawn: with every seed,
+    objects are placed by their samplers.
 
     Args:
         task: The task's name, which is that of its BDDL file.
         cameras: Camera name to (height, width).
-        suite: The suite's name, "libero-goal".
+        suite: The suite's name, "libero-goal" or "libero-pro-goal-swap".
         render_mode: See `ManipulationEnv`.
 
     Raises:
@@ -84,26 +100,28 @@ class LiberoEnv(ManipulationEnv):
         suite: str,
         render_mode: str = "rgb_array",
     ) -> None:
-        if suite not in HORIZONS:
-            raise ConfigError(f"suite: LIBERO's {suite!r} is not offered; there are: {', '.join(HORIZONS)}.")
+        horizons = HORIZONS | PRO_HORIZONS
+        if suite not in horizons:
+            raise ConfigError(f"suite: LIBERO's {suite!r} is not offered; there are: {', '.join(horizons)}.")
         if task not in (tasks := task_map()[folder_of(suite)]):
             raise ConfigError(f"task: {suite} has no {task!r}; there are: {', '.join(tasks)}.")
         sizes = dict(cameras or DEFAULT_CAMERAS)
         check_cameras(sizes, CAMERAS)
-        libero, path = load_libero(), task_file(folder_of(suite), task)
-        problem = libero.parse(str(path))
         self._states = initial_states(folder_of(suite), task)[:FIXED_STATES]
-        self._world: Any = libero.problems[problem["problem_name"]](
-            str(path),
-            robots=["Panda"],
-            controller_configs=libero_controllers(),
-            use_camera_obs=False,
-            has_renderer=False,
-            has_offscreen_renderer=False,
-            control_freq=RATE_HZ,
-            ignore_done=True,
-            hard_reset=False,
-        )
+        libero = load_libero()
+        with task_file(folder_of(suite), task) as path:
+            problem = libero.parse(str(path))
+            self._world: Any = libero.problems[problem["problem_name"]](
+                str(path),
+                robots=["Panda"],
+                controller_configs=libero_controllers(),
+                use_camera_obs=False,
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                control_freq=RATE_HZ,
+                ignore_done=True,
+                hard_reset=False,
+            )
         self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
         self._renderer = SceneRenderer(self._model, hidden_groups=(COLLISION_GEOMS,))
         spec = EmbodimentSpec(
@@ -114,10 +132,12 @@ class LiberoEnv(ManipulationEnv):
             action_high=(1.0,) * len(ACTION_NAMES),
             rate_hz=float(RATE_HZ),
         )
-        super().__init__(task, instruction_of(task), spec, HORIZONS[suite], render_mode)
+        words = problem["language_instruction"]
+        instruction = instruction_of(task) if suite in HORIZONS else " ".join(words).replace("\u2019", "'")
+        super().__init__(task, instruction, spec, horizons[suite], render_mode)
 
     def _reset_world(self, rng: np.random.Generator) -> None:
-        is_fixed = self._seed == FIRST_EVALUATION_SEED
+        is_fixed = self._seed == FIRST_EVALUATION_SEED and len(self._states) > 0
         # A fixed state has the arm's first pose; until then the arm is where the published evaluations have it.
         self._world.robots[0].initialization_noise["magnitude"] = 0.0 if is_fixed else ARM_NOISE
         # LIBERO places objects, and fixtures also in evaluation, by NumPy's global random numbers.

@@ -6,13 +6,17 @@ the meshes. Of the first only what builds a scene is imported: its `benchmark` u
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import importlib.util
 import io
 import os
+import pickle
+import re
 import tempfile
-from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +40,11 @@ OBJECT_MODULES = (
     "turbosquid_objects",
 )
 """The modules of objects that look for meshes beside themselves, where there are none."""
+GOAL_REPAIRS = (
+    (r"\(:goal\s+And ", "(:goal (And "),
+    (r"\(:goal\s+\((\w+ \w+ \w+)\)\)", r"(:goal (And (\1))"),
+)
+"""Goals whose brackets do not match, as regular expressions, and what they must be."""
 ASSET_FOLDERS = (
     "articulated_objects",
     "scenes",
@@ -142,43 +151,78 @@ def task_map() -> dict[str, tuple[str, ...]]:
     return {suite: tuple(tasks) for suite, tasks in module.libero_task_map.items()}
 
 
-def task_file(suite: str, task: str) -> Path:
-    """Return the BDDL file of a task.
+@contextmanager
+def task_file(suite: str, task: str) -> Iterator[Path]:
+    """Give the BDDL file of a task, for which the package's parser would silently take another task if it were broken.
+
+    Three files of LIBERO-PRO have a goal whose brackets do not match (LIBERO-PRO's issue 28); in the body, there is a
+    copy of them in which they do.
 
     Args:
         suite: The package's name of the suite, "libero_goal".
         task: The task's name.
 
     Raises:
-        ConfigError: The package has no such file.
+        ConfigError: The package has no such file, or its brackets do not match in another way.
     """
-    return _existing(load_libero().root / "bddl_files" / suite / f"{task}.bddl")
+    path = _existing(load_libero().root / "bddl_files" / suite / f"{task}.bddl")
+    text = path.read_text(encoding="utf-8")
+    if _is_balanced(text):
+        yield path
+        return
+    for pattern, goal in GOAL_REPAIRS:
+        text = re.sub(pattern, goal, text)
+    if not _is_balanced(text):
+        raise ConfigError(f"{path} is damaged (its brackets do not match); {FIX}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.write_text(text, encoding="utf-8")
+        yield copy
+
+
+def _is_balanced(text: str) -> bool:
+    return text.count("(") == text.count(")")
 
 
 @lru_cache(maxsize=16)
 def initial_states(suite: str, task: str) -> NDArray[np.float64]:
     """Read the fixed initial states of a task, (states, time and positions and velocities).
 
-    They are pickled; nothing but NumPy arrays is unpickled.
+    They are pickled; nothing but NumPy arrays is unpickled. Four tasks of LIBERO-PRO have a file without states.
 
     Raises:
         ConfigError: The file is missing or holds something else.
     """
-    import pickle
-
-    import torch
-
     path = _existing(load_libero().root / "init_files" / suite / f"{task}.pruned_init")
-    reconstruct: Any = np.core.multiarray._reconstruct  # type: ignore[attr-defined]
-    allowed = [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.float64))]
     try:
-        with torch.serialization.safe_globals(allowed):
-            states = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            states = _ArrayUnpickler(io.BytesIO(archive.read(name))).load()
+    except (zipfile.BadZipFile, pickle.UnpicklingError, StopIteration, EOFError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); {FIX}") from error
-    if not isinstance(states, np.ndarray) or states.ndim != 2 or states.dtype != np.float64:
+    is_empty = isinstance(states, np.ndarray) and states.shape == (0,)
+    if not isinstance(states, np.ndarray) or not (is_empty or states.ndim == 2) or states.dtype != np.float64:
         raise ConfigError(f"{path} must hold a matrix of initial states; {FIX}")
     return states
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays and refuses everything else: a pickle may otherwise run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what the pickle calls by this name, if an array needs it."""
+        array = np.arange(2.0)
+        reconstruct, _, _ = array.__reduce__()
+        allowed = {
+            ("numpy.core.multiarray", "_reconstruct"): reconstruct,
+            ("numpy._core.multiarray", "_reconstruct"): reconstruct,
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): codecs.encode,
+        }
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"it needs {module}.{name}, which no array does")
+        return allowed[module, name]
 
 
 def _existing(path: Path) -> Path:

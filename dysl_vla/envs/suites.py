@@ -14,6 +14,10 @@ from functools import partial
 from dysl_vla.envs.base import ManipulationEnv
 from dysl_vla.envs.libero import FIXED_STATES, LiberoEnv, folder_of
 from dysl_vla.envs.libero import HORIZONS as LIBERO_HORIZONS
+from dysl_vla.envs.libero import PRO_HORIZONS
+from dysl_vla.envs.libero_chain import HORIZON as CHAIN_HORIZON
+from dysl_vla.envs.libero_chain import TASK as CHAIN
+from dysl_vla.envs.libero_chain import LiberoChainEnv
 from dysl_vla.envs.libero_package import load_libero, task_map
 from dysl_vla.envs.metaworld import HORIZON, INSTRUCTIONS, MT10, MetaWorldEnv
 from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
@@ -216,7 +220,7 @@ def _libero(name: str) -> Suite:
     return Suite(
         name,
         task_map()[folder_of(name)],
-        LIBERO_HORIZONS[name],
+        (LIBERO_HORIZONS | PRO_HORIZONS)[name],
         partial(LiberoEnv, suite=name),
         robot="Panda",
         noise=0.4,
@@ -224,8 +228,17 @@ def _libero(name: str) -> Suite:
     )
 
 
-for _name in LIBERO_HORIZONS:
+for _name in (*LIBERO_HORIZONS, *PRO_HORIZONS):
     suites.register(_name)(partial(_libero, _name))
+
+
+@suites.register("libero-chain")
+def libero_chain() -> Suite:
+    """Chains of five of libero-goal's tasks in one scene."""
+    load_libero()
+    return Suite(
+        "libero-chain", (CHAIN,), CHAIN_HORIZON, LiberoChainEnv, robot="Panda", without_expert=frozenset({CHAIN})
+    )
 
 
 @suites.register("mock")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dysl_vla.errors import ConfigError
+from dysl_vla.eval.chains import average_difference
 from dysl_vla.eval.records import EPISODES, read_result
 from dysl_vla.eval.statistics import PairedSuccess
 from dysl_vla.files import read_lines
@@ -28,12 +29,14 @@ class Comparison:
     Attributes:
         run: Folder of the run.
         success: The pairs of episodes; the first run is the first method.
+        in_a_row: The pairs of one, two, ... instructions in a row; empty where an episode has only one instruction.
         latency_ratio: For each part of the latency, the first run's over this one's, so that above 1 is faster. None
             when the two were measured under different conditions.
     """
 
     run: Path
     success: PairedSuccess
+    in_a_row: tuple[PairedSuccess, ...]
     latency_ratio: dict[str, dict[str, float]] | None
 
 
@@ -70,18 +73,45 @@ def compare(runs: Sequence[Path]) -> list[Comparison]:
             raise ConfigError(
                 f"compare: {runs[0]} and {run} must hold the same episodes, but {odd} is in one alone; finish both."
             )
+        if any(first.instructions != outcome[key].instructions for key, first in outcomes[0].items()):
+            raise ConfigError(f"compare: {runs[0]} and {run} have other instructions in one episode; run both anew.")
     return [
-        Comparison(run, _pair(outcomes[0], outcome), _ratios(results[0], result))
+        Comparison(run, _pair(outcomes[0], outcome), _pair_in_a_row(outcomes[0], outcome), _ratios(results[0], result))
         for run, result, outcome in zip(runs[1:], results[1:], outcomes[1:], strict=True)
     ]
 
 
-def _outcomes(run: Path) -> dict[tuple[str, int, int], bool]:
-    return {(e["task"], e["seed"], e["episode_index"]): e["success"] for e in read_lines(run / EPISODES)}
+@dataclass(frozen=True)
+class _Outcome:
+    success: bool
+    completed: int
+    instructions: tuple[str, ...]
 
 
-def _pair(first: dict[Any, bool], second: dict[Any, bool]) -> PairedSuccess:
-    pairs = [(first[key], second[key]) for key in first]
+_Outcomes = dict[tuple[str, int, int], _Outcome]
+
+
+def _outcomes(run: Path) -> _Outcomes:
+    return {
+        (e["task"], e["seed"], e["episode_index"]): _Outcome(
+            e["success"], e.get("completed", 0), tuple(e.get("instructions", ()))
+        )
+        for e in read_lines(run / EPISODES)
+    }
+
+
+def _pair(first: _Outcomes, second: _Outcomes) -> PairedSuccess:
+    return _count([(first[key].success, second[key].success) for key in first])
+
+
+def _pair_in_a_row(first: _Outcomes, second: _Outcomes) -> tuple[PairedSuccess, ...]:
+    length = max(len(outcome.instructions) for outcome in first.values())
+    return tuple(
+        _count([(first[key].completed >= n, second[key].completed >= n) for key in first]) for n in range(1, length + 1)
+    )
+
+
+def _count(pairs: Sequence[tuple[bool, bool]]) -> PairedSuccess:
     return PairedSuccess(
         both=pairs.count((True, True)),
         only_first=pairs.count((True, False)),
@@ -128,9 +158,28 @@ def render_comparison(runs: Sequence[Path], comparisons: Sequence[Comparison]) -
             f"| {comparison.run} | {100 * pairs.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) "
             f"| {pairs.only_second} : {pairs.only_first} | {_p_value(pairs.mcnemar_p())} | {shown[0]} | {shown[1]} |"
         )
+    lines += _render_in_a_row(comparisons)
     if any(comparison.latency_ratio is None for comparison in comparisons):
         lines += [
             "",
             "Latencies are only compared between runs with `--workers 1`, one machine and the same versions.",
         ]
     return "\n".join(lines)
+
+
+def _render_in_a_row(comparisons: Sequence[Comparison]) -> list[str]:
+    """Render the differences in episodes with several instructions; no lines where they have one."""
+    lengths = [n + 1 for n in range(len(comparisons[0].in_a_row))]
+    if not lengths:
+        return []
+    columns = " | ".join(f"{n} in a row, points" for n in lengths)
+    lines = [
+        "",
+        f"| run | difference in average length (95 % interval) | {columns} |",
+        "|---|" + "---:|" * (1 + len(lengths)),
+    ]
+    for comparison in comparisons:
+        difference, low, high = average_difference(comparison.in_a_row)
+        cells = " | ".join(f"{100 * pairs.difference:+.1f}" for pairs in comparison.in_a_row)
+        lines.append(f"| {comparison.run} | {difference:+.2f} ({low:+.2f} to {high:+.2f}) | {cells} |")
+    return lines

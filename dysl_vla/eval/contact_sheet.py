@@ -72,3 +72,20 @@ def draw_skipping(frame: ImageArray, trace: SkipTrace, continuities: Sequence[fl
     if trace.is_verified:
         draw.rectangle((0, 0, width - 1, height + STRIP - 1), outline="red", width=3)
     return np.asarray(canvas)
+
+
+def draw_caption(frame: ImageArray, text: str) -> ImageArray:
+    """Draw a line of text above a frame.
+
+    Args:
+        frame: uint8, (height, width, 3).
+        text: The text; what is too long for the width is cut.
+
+    Returns:
+        The picture, uint8, (height + CAPTION, width, 3).
+    """
+    height, width = frame.shape[:2]
+    canvas = Image.new("RGB", (width, height + CAPTION), "white")
+    canvas.paste(Image.fromarray(frame), (0, CAPTION))
+    ImageDraw.Draw(canvas).text((2, 0), text, fill="black")
+    return np.asarray(canvas)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dysl_vla.eval.chains import chain_figures, render_chains
 from dysl_vla.eval.statistics import wilson
 from dysl_vla.types import PolicySpec, gripper_columns
 
@@ -31,7 +32,8 @@ def summarise(
     Returns:
         `success_rate`, `success_ci95`, `per_task`, `episodes`, `latency_ms`, `render_ms`, `physics_ms`,
         `control_rate_hz` (the actions a second that the policy alone could sustain, by its median and its p99), and
-        `layers` (see `layers_by_importance`; None for a policy that skips nothing).
+        `layers` (see `layers_by_importance`; None for a policy that skips nothing); for episodes with several
+        instructions also those of `chain_figures`.
     """
     successes = sum(episode["success"] for episode in episodes)
     latency = {part: quantiles(steps[f"{part}_ms"]) for part in LATENCY_PARTS}
@@ -46,6 +48,7 @@ def summarise(
         "physics_ms": quantiles(steps["physics_ms"]),
         "control_rate_hz": {name: 1e3 * spec.execute_steps / total[name] for name in ("p50", "p99")},
         "layers": layers_by_importance(steps, spec),
+        **chain_figures(episodes),
     }
 
 
@@ -123,6 +126,7 @@ def render_report(result: Mapping[str, Any]) -> str:
         f"Success {100 * result['success_rate']:.1f} % of {result['episodes']} episodes "
         f"(95 % interval {100 * low:.1f} to {100 * high:.1f}), seed {result['seed']}.",
         "",
+        *(render_chains(result["chains"]) if "chains" in result else ()),
         "| task | success | 95 % interval | episodes | mean steps |",
         "|---|---:|---:|---:|---:|",
     ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dysl_vla.envs import ManipulationEnv
-from dysl_vla.eval.contact_sheet import draw_skipping
+from dysl_vla.eval.contact_sheet import draw_caption, draw_skipping
 from dysl_vla.policies import Policy
 from dysl_vla.policies.execution import next_action, start_chunk
 from dysl_vla.types import ActionChunk, ImageArray, SkipTrace
@@ -35,13 +35,18 @@ class Rollout:
 
     Attributes:
         success: Whether the success flag was raised at some step.
+        instructions: The episode's instructions, in their order; those of most environments have one.
+        completed: Number of instructions that were carried out, where there are several.
         steps: One row a step, for `steps.parquet`. Times are in milliseconds; those of the policy are None at steps
             that executed a chunk predicted before. So is what was skipped, also for policies that skip nothing.
-        video: Frames for people, uint8 (256, 256, 3), higher with a strip of what was skipped; empty unless asked for.
+        video: Frames for people, uint8 (256, 256, 3), higher with a strip of what was skipped or a caption; empty
+            unless asked for.
         video_fps: Frames a second of that video, in real time.
     """
 
     success: bool = False
+    instructions: tuple[str, ...] = ()
+    completed: int = 0
     steps: list[dict[str, Any]] = field(default_factory=list)
     video: list[ImageArray] = field(default_factory=list)
     video_fps: float = VIDEO_FPS
@@ -56,6 +61,8 @@ def warm_up(policy: Policy, env: ManipulationEnv) -> None:
 
 def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, video: bool = False) -> Rollout:
     """Run one episode to its first success or to the horizon.
+
+    When the instruction changes, the rest of the chunk is dropped, and the policy begins as at an episode's first step.
 
     Args:
         env: The environment of the key's task.
@@ -75,8 +82,10 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, video:
     camera = _VideoCamera(env, rollout.video, every if video else None)
     observation, _ = env.reset(seed=key.seed, options={"episode_index": key.index})
     render_s: float | None = None  # the first observation is part of the reset
-    state = policy.reset()
+    rollout.instructions, instruction, state = env.instructions, env.instruction, policy.reset()
     while True:
+        if env.instruction != instruction:
+            instruction, state = env.instruction, policy.reset()
         # Observe, and infer a chunk.
         if rollout.steps:
             started = clock()
@@ -86,7 +95,7 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, video:
         camera.note(chunk.skips)
         inferred: ActionChunk | None = chunk
         # Execute it: physics alone.
-        while state.planned:
+        while state.planned and env.instruction == instruction:
             step = len(rollout.steps)
             camera.record_before(step)
             action = next_action(state)
@@ -98,7 +107,7 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, video:
             rollout.steps.append({**episode, **outcome, **times, "action": action.tolist(), **skipping})
             inferred = None
             if info["success"] or truncated:
-                rollout.success = info["success"]
+                rollout.success, rollout.completed = info["success"], info.get("completed", 0)
                 camera.record()
                 return rollout
 
@@ -136,7 +145,11 @@ class _VideoCamera:
         if not self._every:
             return
         picture, trace = self._env.render(), self._busiest or self._latest
-        self._frames.append(picture if trace is None else draw_skipping(picture, trace, self._continuities))
+        if trace is not None:
+            picture = draw_skipping(picture, trace, self._continuities)
+        self._frames.append(
+            draw_caption(picture, self._env.instruction) if len(self._env.instructions) > 1 else picture
+        )
         self._busiest = None
 
 

@@ -18,7 +18,7 @@ from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig, Variant, load_all, variants_of
 from dysl_vla.eval.records import RUN, RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
-from dysl_vla.eval.rollout import EpisodeKey, run_episode, warm_up
+from dysl_vla.eval.rollout import EpisodeKey, Rollout, run_episode, warm_up
 from dysl_vla.policies import Policy
 from dysl_vla.policies.worker import worker_policy
 from dysl_vla.types import check_actions
@@ -224,12 +224,20 @@ class _EpisodeRunner:
             "success": rollout.success,
             "steps": len(rollout.steps),
             "inferences": sum(row["total_ms"] is not None for row in rollout.steps),
+            **_chain(rollout),
         }
 
     def close(self) -> None:
         """Free the environment's renderers."""
         if self._envs is not None:
             self._envs.close()
+
+
+def _chain(rollout: Rollout) -> dict[str, Any]:
+    """Return what the record of an episode with several instructions has in addition."""
+    if len(rollout.instructions) == 1:
+        return {}
+    return {"completed": rollout.completed, "instructions": list(rollout.instructions)}
 
 
 @lru_cache(maxsize=1)

@@ -37,7 +37,8 @@ def test_every_task_has_fifty_initial_states_and_instructions_are_those_of_the_p
         for task in get_suite(name).tasks:
             folder = libero.folder_of(name)
             assert len(initial_states(folder, task)) == 50
-            assert task_file(folder, task).is_file()
+            with task_file(folder, task) as path:
+                assert path.is_file()
             assert "SCENE" not in instruction_of(task)
             assert instruction_of(task).islower()
     assert instruction_of("KITCHEN_SCENE10_close_the_top_drawer_of_the_cabinet") == (
