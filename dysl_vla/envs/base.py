@@ -67,7 +67,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         self.render_mode = render_mode
         self.task = task
         self.instruction = instruction
-        self.instructions = (instruction,)
+        self.instructions: tuple[str, ...] = (instruction,)
         self.embodiment = spec
         self.horizon = horizon
         self._seed = int(np.random.SeedSequence().generate_state(1)[0])

@@ -211,8 +211,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what the pickle calls by this name, if an array needs it."""
-        array = np.arange(2.0)
-        reconstruct, _, _ = array.__reduce__()
+        reconstruct: Any = np.core.multiarray._reconstruct  # type: ignore[attr-defined]
         allowed = {
             ("numpy.core.multiarray", "_reconstruct"): reconstruct,
             ("numpy._core.multiarray", "_reconstruct"): reconstruct,

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dysl_vla.envs.base import ManipulationEnv
-from dysl_vla.envs.libero import FIXED_STATES, LiberoEnv, folder_of
+from dysl_vla.envs.libero import FIXED_STATES, PRO_HORIZONS, LiberoEnv, folder_of
 from dysl_vla.envs.libero import HORIZONS as LIBERO_HORIZONS
-from dysl_vla.envs.libero import PRO_HORIZONS
 from dysl_vla.envs.libero_chain import HORIZON as CHAIN_HORIZON
 from dysl_vla.envs.libero_chain import TASK as CHAIN
 from dysl_vla.envs.libero_chain import LiberoChainEnv
