@@ -37,8 +37,9 @@ class EvalConfig:
     applies; 1 takes all of them, for demonstrations that the policy was not trained on."""
     suite: str | None = None
     """Suite to evaluate on: metaworld-mt10, metaworld-mt50, robosuite-5, robosuite-all, robosuite-5-libero (with
-    LIBERO's observations), libero-spatial, libero-object, libero-goal, libero-10, libero-90 or mock. When not given, it
-    is the suite that the policy was trained in."""
+    LIBERO's observations), libero-spatial, libero-object, libero-goal, libero-10, libero-90, their perturbed forms
+    libero-pro-{spatial,object,goal,10}-{language,object,swap,task}, libero-chain (five instructions in a row) or mock.
+    When not given, it is the suite that the policy was trained in."""
     robot: str | None = None
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
     tasks: str | None = None
@@ -48,7 +49,8 @@ class EvalConfig:
     """Episodes of each task."""
     seed: int = FIRST_EVALUATION_SEED
     """Seed of the initial states, at least 100000: lower ones belong to demonstrations. In LIBERO's suites, 100000 has
-    the fifty fixed states of the benchmark, and every other seed has states of its own."""
+    the fifty fixed states of the benchmark, and every other seed has states of its own. In libero-chain, the seed also
+    decides which instructions follow one another."""
     workers: int = 1
     """Processes that run episodes side by side, one inference thread each. Latencies are only comparable with 1."""
     video: int = 0
