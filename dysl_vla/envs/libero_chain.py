@@ -31,7 +31,7 @@ SCENE = "put_the_bowl_on_the_plate"
 """The task whose scene and fixed initial states the chains have: those of the others only differ by their draw."""
 
 
-Things = Mapping[str, tuple[str, ...]]
+Things = dict[str, tuple[str, ...]]
 """Name of a thing to the states in which it may be."""
 
 
