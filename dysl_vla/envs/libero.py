@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,20 +109,9 @@ class LiberoEnv(ManipulationEnv):
         sizes = dict(cameras or DEFAULT_CAMERAS)
         check_cameras(sizes, CAMERAS)
         self._states = initial_states(folder_of(suite), task)[:FIXED_STATES]
-        libero = load_libero()
         with task_file(folder_of(suite), task) as path:
-            problem = libero.parse(str(path))
-            self._world: Any = libero.problems[problem["problem_name"]](
-                str(path),
-                robots=["Panda"],
-                controller_configs=libero_controllers(),
-                use_camera_obs=False,
-                has_renderer=False,
-                has_offscreen_renderer=False,
-                control_freq=RATE_HZ,
-                ignore_done=True,
-                hard_reset=False,
-            )
+            problem = load_libero().parse(str(path))
+            self._world = _build_world(path, problem["problem_name"])
         self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
         self._renderer = SceneRenderer(self._model, hidden_groups=(COLLISION_GEOMS,))
         spec = EmbodimentSpec(
@@ -190,6 +180,21 @@ class LiberoEnv(ManipulationEnv):
         """Free the renderers."""
         self._renderer.close()
         self._world.close()
+
+
+def _build_world(path: Path, problem: str) -> Any:
+    """Build the scene of a BDDL file, of the given kind."""
+    return load_libero().problems[problem](
+        str(path),
+        robots=["Panda"],
+        controller_configs=libero_controllers(),
+        use_camera_obs=False,
+        has_renderer=False,
+        has_offscreen_renderer=False,
+        control_freq=RATE_HZ,
+        ignore_done=True,
+        hard_reset=False,
+    )
 
 
 @contextmanager

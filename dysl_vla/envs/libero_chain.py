@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dysl_vla.envs.libero import LiberoEnv, instruction_of
+from dysl_vla.envs.libero_experts import make_expert
 from dysl_vla.envs.libero_package import load_libero, task_file
 from dysl_vla.errors import ConfigError
 from dysl_vla.types import FloatArray
@@ -123,7 +124,7 @@ class LiberoChainEnv(LiberoEnv):
 
     The chain of an episode is a function of (seed, episode index) alone, and so is its initial state: with the first
     evaluation seed one of the fifty fixed ones, by the index modulo 50. `info` has `completed`, the number of tasks
-    that were completed; success is all five. The reward is 1 at the step that completes a task.
+    that were completed; success is all five. An expert acts by the present instruction, where its task has one.
 
     Args:
         task: "chain".
@@ -155,14 +156,6 @@ class LiberoChainEnv(LiberoEnv):
         self._completed = 0
         self._steps_left = TASK_STEPS
 
-    def goal_holds(self, task: str) -> bool:
-        """Tell whether a task's goal holds in the present state.
-
-        Args:
-            task: The name of a task in `CHAIN_TASKS`.
-        """
-        return all(self._world._eval_predicate(predicate) for predicate in self._goals[task])
-
     def _reset_world(self, rng: np.random.Generator) -> None:
         chains = possible_chains()
         self._chain = chains[rng.integers(len(chains))]
@@ -174,17 +167,17 @@ class LiberoChainEnv(LiberoEnv):
     def _begin_task(self) -> None:
         self.instruction = self.instructions[self._completed]
         self._steps_left = TASK_STEPS
+        self._world.parsed_problem["goal_state"] = self._goals[self._chain[self._completed]]
 
     def _step_world(self, action: FloatArray) -> tuple[float, bool]:
-        super()._step_world(action)
-        is_over = self._completed == LENGTH
+        reward, is_done = super()._step_world(action)
         self._steps_left -= 1
-        if is_over or not self.goal_holds(self._chain[self._completed]):
-            return 0.0, is_over
-        self._completed += 1
-        if self._completed < LENGTH:
-            self._begin_task()
-        return 1.0, self._completed == LENGTH
+        if self._completed < LENGTH and is_done:
+            self._completed += 1
+            if self._completed < LENGTH:
+                self._begin_task()
+                self._expert = make_expert(self._world)
+        return reward, self._completed == LENGTH
 
     def advance(self, action: FloatArray) -> tuple[float, bool, dict[str, Any]]:
         """Simulate one step, after which the instruction may be another one; see `ManipulationEnv.advance`."""
