@@ -138,7 +138,7 @@ def _inspect(path: Path, limit: int | None) -> _File:
                 sizes = sizes or found
                 if found != sizes:
                     raise DatasetError(
-                        f"its images are {_shown(found)}, those of others {_shown(sizes)}; take them out."
+                        f"its images must be {_shown(sizes)}, as those before it are, got {_shown(found)}; take it out."
                     )
                 distances.append(_distances(recorded))
         before, after = np.mean(distances, axis=0)
