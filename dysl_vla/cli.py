@@ -59,10 +59,10 @@ def _demos_info(arguments: Sequence[str]) -> int:
 
 
 def _demos_import(arguments: Sequence[str]) -> int:
+    from dysl_vla.data.imports import ImportConfig, import_demonstrations
     from dysl_vla.data.info import render_info
-    from dysl_vla.data.robomimic import ImportConfig, import_robomimic
 
-    print(render_info(import_robomimic(_parse(ImportConfig, arguments, "dysl demos import"))))
+    print(render_info(import_demonstrations(_parse(ImportConfig, arguments, "dysl demos import"))))
     return 0
 
 
@@ -311,7 +311,7 @@ def _parse_preset(config: type[T], arguments: Sequence[str], program: str, paper
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "doctor": (_doctor, "check this machine, and say how to install what is missing"),
     "demos collect": (_demos_collect, "collect demonstrations in simulation, from experts or corrected policies"),
-    "demos import": (_demos_import, "read human demonstrations for robosuite from an HDF5 file"),
+    "demos import": (_demos_import, "read human demonstrations for robosuite or LIBERO from HDF5 files"),
     "demos info": (_demos_info, "show the content of a dataset"),
     "train": (_train, "train a policy on demonstrations"),
     "calibrate": (_calibrate, "measure which layers a policy cannot do without, and plan what may be skipped"),
@@ -331,7 +331,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval compare": (_eval_compare, "compare evaluations, paired by episode"),
 }
 
-CONTINUES = ("demos collect", "train", "distill", "eval")
+CONTINUES = ("demos collect", "demos import", "train", "distill", "eval")
 """Verbs that continue a run that was interrupted."""
 
 

@@ -27,7 +27,7 @@ from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.files import locked_dir
 from dysl_vla.policies import ComputeConfig, Policy, load_policy, select_action
 from dysl_vla.policies.worker import worker_policy
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray
+from dysl_vla.types import FULL_QUALITY, IMAGE_PREFIX, STATE_KEY, FloatArray, ImageArray
 from dysl_vla.workers import worker_pool
 
 EXPERT = "expert"
@@ -108,15 +108,16 @@ def collect(config: CollectConfig) -> Demonstrations:
     sizes = camera_options("cameras", config.cameras or "", SIZE, "144x144")
     cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
     actor = EXPERT
+    rendering = policy.spec.rendering if policy is not None else None
     with closing(suite.make(tasks[0], cameras)) as env:
         if policy is not None and config.policy is not None:
             policy.spec.check_embodiment(env.embodiment)
             actor = f"{Path(config.policy).name}@{policy.fingerprint[:12]}"
         env.reset(seed=0)  # a machine that cannot render is found before anything is written
         spec = env.embodiment
-    check_writable(config.out, spec, suite.robot)
+    check_writable(config.out, spec, suite.robot, rendering)
     with locked_dir(config.out), worker_pool(config.workers) as pool:
-        writer = DemonstrationWriter(config.out, spec, suite.robot)
+        writer = DemonstrationWriter(config.out, spec, suite.robot, rendering)
         try:
             for task in tasks:
                 first = Origin(suite.name, task, config.seed, 0, actor, 0.0 if config.policy else noise)
@@ -176,6 +177,7 @@ def _demonstrate(
     """Simulate an episode in a worker, which keeps the policy and the last task's environment."""
     env = _envs(origin.suite, tuple(cameras.items())).env(origin.task)
     policy = worker_policy(name, origin.actor.rpartition("@")[2], compute=compute) if name else None
+    env.full_quality = policy is not None and policy.spec.rendering == FULL_QUALITY
     return demonstrate(env, origin, policy)
 
 

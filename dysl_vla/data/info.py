@@ -49,7 +49,9 @@ def _head(demonstrations: Demonstrations) -> Iterator[str]:
     for name, (height, width) in spec.cameras.items():
         about = demonstrations.info["features"][IMAGE_PREFIX + name].get("info") or {}
         codec = about.get("video.codec") if demonstrations.storage[name] == "video" else None
-        yield f"camera   {name}: {height}x{width}, {demonstrations.storage[name]}" + (f", {codec}" if codec else "")
+        rendering = f"rendered with {demonstrations.rendering} quality" if demonstrations.rendering else None
+        parts = (f"{height}x{width}", demonstrations.storage[name], codec, rendering)
+        yield f"camera   {name}: {', '.join(filter(None, parts))}"
     for name, why in demonstrations.left_out.items():
         yield f"left out {name}: {why}"
     yield f"state    {', '.join(spec.state_names)}"

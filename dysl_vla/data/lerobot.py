@@ -74,6 +74,7 @@ class Demonstrations:
             dimensions are "0", "1" and so on.
         storage: Camera to how its images are kept, "video" or "image".
         left_out: Cameras that cannot be used, and why.
+        rendering: `FULL_QUALITY` when the cameras' images were simulated with shadows and reflections; else None.
         has_state_names: Whether the dataset itself names the state's dimensions.
         has_action_names: Whether the dataset itself names the action's dimensions.
         instructions: Distinct instructions; `task_index` of `columns` counts them.
@@ -94,6 +95,7 @@ class Demonstrations:
         self.info = read_info(root)
         declared = read_declared(self.info, cameras, state_names, action_names)
         self.spec, self.storage, self.left_out = declared.spec, declared.storage, declared.left_out
+        self.rendering = declared.rendering
         self.has_state_names, self.has_action_names = declared.has_state_names, declared.has_action_names
         self.rows = read_episodes(root, self.info, self.storage) if self.info["total_episodes"] else []
         tasks = read_tasks(root) if self.rows else {}
@@ -222,17 +224,17 @@ class Demonstrations:
         return locate(self.root, self.rows, self.spec.rate_hz)
 
 
-def check_writable(root: Path, spec: EmbodimentSpec, robot: str) -> None:
+def check_writable(root: Path, spec: EmbodimentSpec, robot: str, rendering: str | None = None) -> None:
     """Refuse a folder that episodes of an embodiment cannot be appended to.
 
     Raises:
-        DatasetError: The folder holds something else, or demonstrations of another embodiment or robot, or another
-            program has written to it, be it a single episode.
+        DatasetError: The folder holds something else, or demonstrations of another embodiment or robot or with other
+            rendering, or another program has written to it, be it a single episode.
     """
     if (root / INFO).exists():
         present = Demonstrations(root)
-        _check_same_embodiment(present, spec, robot)
-        expected = _new_info(spec, robot)
+        _check_same_embodiment(present, spec, robot, rendering)
+        expected = _new_info(spec, robot, rendering)
         is_ours = all(present.info.get(name) == expected[name] for name in ("data_path", "video_path"))
         is_ours &= _kinds(present.info) == _kinds(expected)
         is_ours &= all(row.origin is not None and row.number == index for index, row in enumerate(present.rows))
@@ -252,23 +254,24 @@ class DemonstrationWriter:
         root: The dataset's folder.
         spec: The embodiment that the demonstrations are of.
         robot: The robot whose arm moves; LeRobot's `robot_type`.
+        rendering: `FULL_QUALITY` for images that were simulated with shadows and reflections.
 
     Raises:
         DatasetError: See `check_writable`.
     """
 
-    def __init__(self, root: Path, spec: EmbodimentSpec, robot: str) -> None:
+    def __init__(self, root: Path, spec: EmbodimentSpec, robot: str, rendering: str | None = None) -> None:
         self._root = root
         self._spec = spec
         self._tasks: list[str] = []
         self._columns: set[str] | None = None
         self.rows: list[EpisodeRow] = []
-        check_writable(root, spec, robot)
+        check_writable(root, spec, robot, rendering)
         if (root / INFO).exists():
             present = Demonstrations(root)
             self._tasks, self.rows, self._info = list(present.instructions), present.rows, present.info
         else:
-            self._info = _new_info(spec, robot)
+            self._info = _new_info(spec, robot, rendering)
             write_json(root / INFO, self._info)
         if self.rows:
             first = root / EPISODES_PATH.format(chunk_index=0, file_index=0)
@@ -360,7 +363,7 @@ class DemonstrationWriter:
         write_json(self._root / "meta/stats.json", statistics.merged(episodes, exact))
 
 
-def _new_info(spec: EmbodimentSpec, robot: str) -> dict[str, Any]:
+def _new_info(spec: EmbodimentSpec, robot: str, rendering: str | None) -> dict[str, Any]:
     if not float(spec.rate_hz).is_integer():
         raise DatasetError(f"fps must be a whole number in LeRobot's format, got {spec.rate_hz} Hz.")
     features: dict[str, Any] = {}
@@ -378,6 +381,7 @@ def _new_info(spec: EmbodimentSpec, robot: str) -> dict[str, Any]:
                 "video.channels": 3,
                 "has_audio": False,
                 "is_depth_map": False,
+                **({"rendering": rendering} if rendering else {}),
             },
         }
     for key, names in ((STATE_KEY, spec.state_names), (ACTION_KEY, spec.action_names)):
@@ -407,8 +411,8 @@ def _kinds(info: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
     return {key: (feature["dtype"], list(feature["shape"])) for key, feature in info["features"].items()}
 
 
-def _check_same_embodiment(present: Demonstrations, spec: EmbodimentSpec, robot: str) -> None:
-    compared = {"robot": (robot, present.info.get("robot_type"))}
+def _check_same_embodiment(present: Demonstrations, spec: EmbodimentSpec, robot: str, rendering: str | None) -> None:
+    compared = {"robot": (robot, present.info.get("robot_type")), "rendering": (rendering, present.rendering)}
     for name in ("cameras", "state_names", "action_names", "rate_hz"):
         compared[name] = getattr(spec, name), getattr(present.spec, name)
     for name, (mine, theirs) in compared.items():

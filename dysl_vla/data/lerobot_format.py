@@ -18,7 +18,7 @@ import numpy as np
 from dysl_vla.errors import DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import atomic_write
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, EmbodimentSpec, FloatArray, ImageArray
+from dysl_vla.types import FULL_QUALITY, IMAGE_PREFIX, STATE_KEY, EmbodimentSpec, FloatArray, ImageArray
 
 with needs_extra("train"):
     import pyarrow as pa
@@ -95,6 +95,7 @@ class Declared:
         spec: Cameras, state, actions and rate.
         storage: Camera to "video" or "image".
         left_out: Cameras that cannot be used, and why.
+        rendering: `FULL_QUALITY` when the cameras' `info` says so; else None.
         has_state_names: Whether the dataset itself names the dimensions of the state.
         has_action_names: Whether the dataset itself names the dimensions of the action.
     """
@@ -102,6 +103,7 @@ class Declared:
     spec: EmbodimentSpec
     storage: dict[str, str]
     left_out: dict[str, str]
+    rendering: str | None
     has_state_names: bool
     has_action_names: bool
 
@@ -184,7 +186,9 @@ def read_declared(
         action_high=(np.inf,) * len(actions),
         rate_hz=float(info["fps"]),
     )
-    return Declared(spec, storage, left_out, has_state_names, has_action_names)
+    infos = [features[IMAGE_PREFIX + name].get("info") or {} for name in chosen]
+    is_full = any(info.get("rendering") == FULL_QUALITY for info in infos)
+    return Declared(spec, storage, left_out, FULL_QUALITY if is_full else None, has_state_names, has_action_names)
 
 
 def _names(

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
 
-from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin, check_writable
-from dysl_vla.data.options import SIZE, camera_options
+from dysl_vla.data.hdf5 import (
+    demonstration_numbers,
+    human_origin,
+    naming,
+    read_numbers,
+    recorded_file,
+    write_missing,
+)
+from dysl_vla.data.lerobot import DemonstrationWriter, Episode, Origin, check_writable
 from dysl_vla.envs import get_suite, with_robot
 from dysl_vla.envs.robosuite import ACTION_NAMES, FIVE, INSTRUCTIONS, RATE_HZ, ROBOTS, RobosuiteEnv, controllers
-from dysl_vla.errors import ConfigError, DatasetError
-from dysl_vla.extras import needs_extra
-from dysl_vla.files import locked_dir, sha256
+from dysl_vla.errors import DatasetError
+from dysl_vla.files import locked_dir
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY
 
-HUMAN = "human"
 POSE_CONTROLLER = "OSC_POSE"
 SETTINGS = (
     "input_min",
@@ -42,98 +45,39 @@ SETTINGS = (
     "uncouple_pos_ori",
 )
 """Settings of the controller that decide which motion an action is."""
-NO_SEED = -1
-"""The seed of demonstrations whose initial states this package did not draw."""
 
 
-@dataclass(frozen=True)
-class ImportConfig:
-    """Write an HDF5 file of robomimic's or robosuite's as a LeRobotDataset v3. Resumes where it stopped."""
+def import_robomimic(path: Path, out: Path, cameras: Mapping[str, tuple[int, int]] | None, limit: int | None) -> None:
+    """Play the demonstrations of a file, and write those that the dataset lacks.
 
-    file: Path
-    """HDF5 file that was recorded with robosuite 1.5, such as robomimic's demo_v15.hdf5; its states are rendered."""
-    out: Path
-    """Folder of the dataset; an existing one of the same world is continued."""
-    episodes: int | None = None
-    """Demonstrations that are imported at most. All when not given."""
-    cameras: str | None = None
-    """Camera sizes, "agentview=128x128,robot0_eye_in_hand=96x96"; the suite's own when not given."""
-
-    def __post_init__(self) -> None:
-        if self.episodes is not None and self.episodes < 1:
-            raise ConfigError(f"episodes must be at least 1, got {self.episodes}; leave it out to import all.")
-
-
-def import_robomimic(config: ImportConfig) -> Demonstrations:
-    """Play the file's demonstrations, and write those that the dataset lacks.
-
-    Returns:
-        The dataset, opened.
+    Args:
+        path: The file.
+        out: Folder of the dataset.
+        cameras: Camera name to (height, width); None for the suite's own.
+        limit: Demonstrations that are imported at most; None for all.
 
     Raises:
-        ConfigError: A value of the configuration is wrong.
+        ConfigError: A camera is unknown.
         DatasetError: The file has another format, or is of another robot, controller or version.
     """
-    sizes = camera_options("cameras", config.cameras or "", SIZE, "128x128")
-    cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
-    with _recorded(config.file) as data:
+    with recorded_file(path) as data:
         # Find out which demonstrations of which world the file holds.
-        task, robot = _world_of(config.file, data)
+        task, robot = _world_of(path, data)
         suite = get_suite(with_robot("robosuite-5" if task in FIVE else "robosuite-all", robot)).name
-        first = Origin(suite, task, NO_SEED, 0, f"{HUMAN}@{sha256(config.file)[:12]}", 0.0)
-        numbers = sorted(int(found[1]) for name in data if (found := re.fullmatch(r"demo_(\d+)", name)))
-        numbers = numbers[: config.episodes]
-        if not numbers:
-            raise DatasetError(f"{config.file}: holds no demonstrations (groups data/demo_0 and so on).")
+        first = human_origin(path, suite, task)
+        numbers = demonstration_numbers(path, data, limit)
         with closing(RobosuiteEnv(task, cameras, robot=robot)) as env:
             # Check that they can be played, before anything is written. Scenes take long to load: only one is, here.
-            check_writable(config.out, env.embodiment, robot)
-            with _naming(config.file, data[f"demo_{numbers[0]}"]) as recorded:
+            check_writable(out, env.embodiment, robot)
+            with naming(path, data[f"demo_{numbers[0]}"]) as recorded:
                 env.load_recorded(_scene(recorded))
             for number in numbers:
-                with _naming(config.file, data[f"demo_{number}"]) as recorded:
+                with naming(path, data[f"demo_{number}"]) as recorded:
                     _check(recorded, env)
             # Play and write what is missing.
-            with locked_dir(config.out), closing(DemonstrationWriter(config.out, env.embodiment, robot)) as writer:
+            with locked_dir(out), closing(DemonstrationWriter(out, env.embodiment, robot)) as writer:
                 origins = [replace(first, episode_index=number) for number in numbers]
-                _write_missing(config.file, data, env, origins, writer)
-    return Demonstrations(config.out)
-
-
-def _write_missing(
-    path: Path, data: Any, env: RobosuiteEnv, origins: Sequence[Origin], writer: DemonstrationWriter
-) -> None:
-    done = {row.origin for row in writer.rows}
-    failed = 0
-    with tqdm(origins, desc=env.task, unit="episode") as progress:
-        for origin in progress:
-            if origin in done:
-                continue
-            with _naming(path, data[f"demo_{origin.episode_index}"]) as recorded:
-                episode = _play(recorded, env, origin)
-            if episode is None:
-                failed += 1
-                progress.set_postfix(failures=failed)
-            else:
-                writer.append(episode)
-    if failed:
-        progress.write(f"{failed} of {len(origins)} were left out, since the task is never done in them.")
-
-
-@contextmanager
-def _recorded(path: Path) -> Iterator[Any]:
-    with needs_extra("hdf5"):
-        import h5py
-    if not path.is_file():
-        raise ConfigError(f"file: {path} does not exist.")
-    try:
-        opened = h5py.File(path, "r")
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read as HDF5 ({error}); download it again.") from error
-    with opened:
-        if "data" not in opened:
-            raise DatasetError(f"{path}: has no group 'data'; robomimic's files and robosuite's recordings have.")
-        yield opened["data"]
+                write_missing(path, data, origins, writer, lambda recorded, origin: _play(recorded, env, origin))
 
 
 def _world_of(path: Path, data: Any) -> tuple[str, str]:
@@ -147,11 +91,27 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
             name, settings = data.attrs["env"], dict(json.loads(data.attrs["env_info"]))
     except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{path}: does not declare its environment ({error!r}); download it again.") from error
-    # Check that this package has the task, the robot and the rate.
+    # Check that this package has the task, and that the same action is the same motion here.
     task = re.sub(r"(?<=.)(?=[A-Z])", "-", str(name)).lower()
     known = sorted(set(INSTRUCTIONS) - {"wipe"})  # its states do not hold what has been wiped off
     if task not in known:
         raise DatasetError(f"{path}: is of robosuite's {name!r}; those that can be played: {', '.join(known)}.")
+    return task, check_motion(path, settings)
+
+
+def check_motion(path: Path, settings: Mapping[str, Any]) -> str:
+    """Check that an action of a recording is the same motion here.
+
+    Args:
+        path: The file, for messages.
+        settings: The arguments of robosuite's environment that the file declares.
+
+    Returns:
+        The robot.
+
+    Raises:
+        DatasetError: The robot, the rate or the controller is another.
+    """
     robots = settings.get("robots", ROBOTS[0])
     robot = robots[0] if isinstance(robots, list) and len(robots) == 1 else robots
     if robot not in ROBOTS or settings.get("control_freq", RATE_HZ) != RATE_HZ:
@@ -159,7 +119,6 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
             f"{path}: is of {robots} at {settings.get('control_freq', RATE_HZ)} Hz; it can be played for one of "
             f"{', '.join(ROBOTS)} at {RATE_HZ} Hz."
         )
-    # Check that the same action is the same motion here.
     recorded, ours = _pose_controller(settings.get("controller_configs")), _pose_controller(controllers(robot))
     if recorded is None or recorded.get("input_type", "delta") != "delta" or recorded.get("control_delta") is False:
         raise DatasetError(f"{path}: its actions are not relative poses (OSC_POSE); take the file with those.")
@@ -170,7 +129,7 @@ def _world_of(path: Path, data: Any) -> tuple[str, str]:
                 f"{path}: the controller's {name} is {recorded[name]}, here {ours[name]}: the same action would be "
                 "another motion; record it again with robosuite's own controller."
             )
-    return task, robot
+    return str(robot)
 
 
 def _pose_controller(found: Any) -> Any:
@@ -189,15 +148,6 @@ def _are_same(theirs: Any, ours: Any) -> bool:
         return bool(theirs == ours)
 
 
-@contextmanager
-def _naming(path: Path, recorded: Any) -> Iterator[Any]:
-    """Add the name of a recording to the message of an error."""
-    try:
-        yield recorded
-    except DatasetError as error:
-        raise DatasetError(f"{path}: {recorded.name}: {error}") from error
-
-
 def _scene(recorded: Any) -> str:
     scene = str(recorded.attrs.get("model_file", ""))
     if "<mujoco" not in scene:
@@ -208,22 +158,10 @@ def _scene(recorded: Any) -> str:
 def _check(recorded: Any, env: RobosuiteEnv) -> None:
     """Refuse a recording that the loaded scene cannot show. All scenes of a file hold the same objects."""
     _scene(recorded)
-    numbers = _numbers(recorded, "states", env.recorded_width), _numbers(recorded, "actions", len(ACTION_NAMES))
+    numbers = read_numbers(recorded, "states", env.recorded_width), read_numbers(recorded, "actions", len(ACTION_NAMES))
     lengths = list(map(len, numbers))
     if lengths[0] != lengths[1] or not lengths[0]:
         raise DatasetError(f"it must have one action for each state, got {lengths[0]} states and {lengths[1]} actions.")
-
-
-def _numbers(recorded: Any, name: str, width: int) -> NDArray[np.float64]:
-    try:
-        values = np.asarray(recorded[name], np.float64)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise DatasetError(f"its {name} are missing, damaged, or not numbers ({error}).") from error
-    if values.ndim != 2 or values.shape[1] != width:
-        raise DatasetError(f"its {name} must have shape (time, {width}), got {values.shape}.")
-    if not np.isfinite(values).all():
-        raise DatasetError(f"its {name} have a value that is not finite.")
-    return values
 
 
 def _play(recorded: Any, env: RobosuiteEnv, origin: Origin) -> Episode | None:

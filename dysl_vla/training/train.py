@@ -327,6 +327,7 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
                 execute_steps=config.execute,
                 state_normalisation=normalisation(columns["states"][is_trained_on], spec.state_names),
                 action_normalisation=normalisation(columns["actions"][is_trained_on], spec.action_names),
+                rendering=demonstrations.rendering,
             ),
             crops=crops,
             grids=_grids(config.grids, crops),
@@ -345,6 +346,11 @@ def _warm_start(config: TrainConfig, demonstrations: Demonstrations) -> MiniVLA:
     assert config.init is not None
     policy = MiniVLA.from_pretrained(config.init)
     policy.spec.check_embodiment(demonstrations.spec)
+    if policy.spec.rendering != demonstrations.rendering:
+        raise ConfigError(
+            f"data: rendering must be that of {config.init}, {policy.spec.rendering or 'fast'}, got "
+            f"{demonstrations.rendering or 'fast'}; take demonstrations that look the same, or train without --init."
+        )
     return policy
 
 

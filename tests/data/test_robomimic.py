@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from dysl_vla.data.robomimic import HUMAN, ImportConfig, import_robomimic
+from dysl_vla.data.hdf5 import HUMAN
+from dysl_vla.data.imports import ImportConfig, import_demonstrations
 from dysl_vla.envs.robosuite import RobosuiteEnv
 from dysl_vla.errors import ConfigError, DatasetError
 
@@ -82,9 +83,9 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
 
 def test_a_recording_becomes_demonstrations(recording: tuple[Path, Seen], tmp_path: Path) -> None:
     path, seen = recording
-    first = import_robomimic(ImportConfig(path, tmp_path / "out", episodes=1, cameras=SMALL))
+    first = import_demonstrations(ImportConfig(path, tmp_path / "out", episodes=1, cameras=SMALL))
     assert [row.length for row in first.rows] == [STEPS]
-    both = import_robomimic(ImportConfig(path, tmp_path / "out", cameras=SMALL))
+    both = import_demonstrations(ImportConfig(path, tmp_path / "out", cameras=SMALL))
     assert {row.origin.actor.partition("@")[0] for row in both.rows if row.origin} == {HUMAN}
     assert both.instructions == ["open the door"]
     assert {row.origin.suite for row in both.rows if row.origin} == {"robosuite-5"}
@@ -99,13 +100,13 @@ def test_a_recording_becomes_demonstrations(recording: tuple[Path, Seen], tmp_pa
     another.write_bytes(path.read_bytes())
     with h5py.File(another, "a") as file:
         file["data/demo_0/actions"][0] = 0
-    more = import_robomimic(ImportConfig(another, tmp_path / "out", cameras=SMALL))
+    more = import_demonstrations(ImportConfig(another, tmp_path / "out", cameras=SMALL))
     assert len(more.rows) == 4, "a second file's demonstrations are its own"
 
 
 def test_a_recording_of_robosuites_own_is_read_too(recording: tuple[Path, Seen], tmp_path: Path) -> None:
     path = changed(recording[0], tmp_path, told_by_robosuite)
-    read = import_robomimic(ImportConfig(path, tmp_path / "out", cameras=SMALL))
+    read = import_demonstrations(ImportConfig(path, tmp_path / "out", cameras=SMALL))
     np.testing.assert_allclose(read.columns()["states"], np.array(recording[1].states), atol=1e-6)
 
 
@@ -130,7 +131,7 @@ def test_recordings_in_which_the_task_is_never_done_are_left_out(
         replace_values(data["demo_0"], "states", states)
 
     path = changed(recording[0], tmp_path, fail)
-    read = import_robomimic(ImportConfig(path, tmp_path / "out", cameras=SMALL))
+    read = import_demonstrations(ImportConfig(path, tmp_path / "out", cameras=SMALL))
     assert [row.origin.episode_index for row in read.rows if row.origin] == [0]
     assert "1 of 2 were left out, since the task is never done in them" in "".join(capsys.readouterr())
 
@@ -211,13 +212,13 @@ def test_a_foreign_recording_is_refused_and_nothing_written(
 ) -> None:
     path = changed(recording[0], tmp_path, change)
     with pytest.raises(DatasetError, match=message):
-        import_robomimic(ImportConfig(path, tmp_path / "out", cameras=SMALL))
+        import_demonstrations(ImportConfig(path, tmp_path / "out", cameras=SMALL))
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
-        import_robomimic(ImportConfig(tmp_path / "nothing.hdf5", tmp_path / "out"))
+        import_demonstrations(ImportConfig(tmp_path / "nothing.hdf5", tmp_path / "out"))
     (tmp_path / "text.hdf5").write_text("hello")
     with pytest.raises(DatasetError, match="cannot be read as HDF5"):
-        import_robomimic(ImportConfig(tmp_path / "text.hdf5", tmp_path / "out"))
+        import_demonstrations(ImportConfig(tmp_path / "text.hdf5", tmp_path / "out"))
