@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from dysl_vla.envs.robosuite_experts import ALONG_Y, CLOSED, DOWN, UP, Expert, Hand, Vector
+from dysl_vla.envs.robosuite_experts import ALONG_Y, CLOSED, DOWN, OPEN, UP, Expert, Hand, Vector
 from dysl_vla.types import FloatArray
 
 LEAN = np.deg2rad(15)
 """Radians below the horizontal in which the hand points at a drawer: its palm clears the table and the other handles."""
 PULL = 0.06
 """Metres ahead of the hand of the place that it is moved to while it pulls or pushes."""
-GRIP_SWITCH = 0.035
-"""Metres above the stove's foot at which its switch is taken."""
+SWITCH_HEIGHT, SWITCH_FRONT = 0.04, 0.02
+"""Metres above the foot of the stove's switch, and in front of its axis, at which it is taken."""
+SWITCH_LEAN = 0.6
+"""Radians by which the hand leans sideways over the switch: the arm is near a singularity when it points downwards."""
 TURN = 0.6
 """Radians ahead of the switch of the rotation that the hand is turned to."""
 
@@ -35,11 +37,11 @@ class FixtureHand(Hand):
             pointing: See `move`.
             rise: Metres above the target at which the hand moves sideways.
         """
-        aside = float(np.linalg.norm((target - self.position)[:2]))
-        height = target[2] + np.clip(2.5 * (aside - 0.01), 0, rise)
-        if self.position[2] < height - 0.03:  # what stands there is not to be touched on the way
-            return self.move(np.array([*self.position[:2], target[2] + rise]), gripper, closing, pointing)
-        return self.move(np.array([*target[:2], height]), gripper, closing, pointing)
+        away = (target - self.position) * (1 - UP)
+        height = target[2] + np.clip(2.5 * (np.linalg.norm(away) - 0.01), 0, rise)
+        # What stands there is not to be touched on the way.
+        pace = np.clip(2 - (height - self.position[2]) / 0.02, 0, 1)
+        return self.move(np.array([*(self.position + pace * away)[:2], height]), gripper, closing, pointing)
 
 
 class Drawer:
@@ -110,14 +112,16 @@ class TurnStoveExpert:
 
     def act(self) -> FloatArray:
         """See `Expert`."""
-        hand = self._hand
-        across = self._data.xmat[self._body].reshape(3, 3)[:, 0]
-        closing = across if across @ ALONG_Y >= 0 else -across
-        grip = self._data.xpos[self._body] + GRIP_SWITCH * UP
-        if hand.opening < 0.04 and np.linalg.norm(hand.position - grip) < 0.03:
-            closing = Rotation.from_rotvec(self._way * TURN * UP).apply(closing)
-            return hand.move(grip, CLOSED, closing)
-        return hand.grasp(grip, closing)
+        hand, axes = self._hand, self._data.xmat[self._body].reshape(3, 3)
+        across = axes[:, 0] if axes[:, 0] @ ALONG_Y >= 0 else -axes[:, 0]
+        grip = self._data.xpos[self._body] - SWITCH_FRONT * axes[:, 1] + SWITCH_HEIGHT * UP
+        closing, pointing = np.cos(SWITCH_LEAN) * across + np.sin(SWITCH_LEAN) * UP, np.sin(SWITCH_LEAN) * across - np.cos(SWITCH_LEAN) * UP
+        if np.linalg.norm(hand.position - grip) > (0.02 if hand.opening > 0.04 else 0.04):
+            return hand.lower(grip, OPEN, closing, pointing, rise=0.05)
+        if hand.opening > 0.04:
+            return hand.move(grip, CLOSED, closing, pointing)
+        further = Rotation.from_rotvec(self._way * TURN * UP)
+        return hand.move(grip, CLOSED, further.apply(closing), further.apply(pointing))
 
 
 class DragPlateExpert:
