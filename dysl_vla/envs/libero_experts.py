@@ -158,7 +158,7 @@ class PickAndPlace:
         outwards = np.stack([np.cos(SIDES), np.sin(SIDES), 0 * SIDES], axis=1)
         ring = outwards @ thing.rotation * (1, 1, 0)  # in the frame of the bowl, which may lie askew
         ring *= (thing.half[0] - RIM_WALL) / np.linalg.norm(ring, axis=1, keepdims=True)
-        rim = thing.middle + (ring + [0, 0, thing.half[2] - RIM_DEPTH]) @ thing.rotation.T
+        rim = thing.middle + (ring + (thing.half[2] - RIM_DEPTH) * UP) @ thing.rotation.T
         apart = np.linalg.norm(rim - hand.position, axis=1)
         turns = np.abs(outwards @ hand.rotation[:, 0])
         if hand.holds(thing.geoms):
