@@ -48,6 +48,7 @@ FIXED_STATES = 50
 """Initial states of each task from which its episodes begin with the first evaluation seed."""
 SETTLE_STEPS = 10
 """Steps of an open hand that does not move, in which objects fall to rest, before a policy acts."""
+MAX_PLACEMENTS = 100
 ARM_NOISE = 0.02
 """Standard deviation of the arm's first joint positions in radians, which is robosuite's own."""
 REST = np.array([0, 0, 0, 0, 0, 0, -1.0], np.float32)
@@ -133,8 +134,7 @@ class LiberoEnv(ManipulationEnv):
         # LIBERO places objects, and fixtures also in evaluation, by NumPy's global random numbers.
         with _global_random_numbers(int(rng.integers(2**32))):
             self._world.rng.bit_generator.state = rng.bit_generator.state  # for the arm's first pose
-            self._return_fixtures()
-            self._world.reset()
+            self._place_objects()
         self._arm = Arm(self._world)
         if is_fixed:
             self._world.sim.set_state_from_flattened(self._states[self._episode_index % len(self._states)])
@@ -143,6 +143,19 @@ class LiberoEnv(ManipulationEnv):
         for _ in range(SETTLE_STEPS):
             self._world.step(REST)
         self._expert = make_expert(self._world)
+
+    def _place_objects(self) -> None:
+        """Reset the world; its samplers may find no room for an object, and are asked again."""
+        from robosuite.utils.errors import RandomizationError
+
+        for _ in range(MAX_PLACEMENTS):
+            self._return_fixtures()
+            try:
+                self._world.reset()
+            except RandomizationError:
+                continue
+            return
+        raise ConfigError(f"{self.task}: LIBERO found no room for all objects; take another episode index or seed.")
 
     def _return_fixtures(self) -> None:
         """Put the fixtures to the origin, where the model has them.

@@ -184,7 +184,10 @@ class TurnStoveExpert:
         hand, axes = self._hand, self._data.xmat[self._body].reshape(3, 3)
         across = axes[:, 0] if axes[:, 0] @ ALONG_Y >= 0 else -axes[:, 0]
         grip = self._data.xpos[self._body] - SWITCH_FRONT * axes[:, 1] + SWITCH_HEIGHT * UP
-        closing, pointing = np.cos(SWITCH_LEAN) * across + np.sin(SWITCH_LEAN) * UP, np.sin(SWITCH_LEAN) * across - np.cos(SWITCH_LEAN) * UP
+        closing, pointing = (
+            np.cos(SWITCH_LEAN) * across + np.sin(SWITCH_LEAN) * UP,
+            np.sin(SWITCH_LEAN) * across - np.cos(SWITCH_LEAN) * UP,
+        )
         if np.linalg.norm(hand.position - grip) > (0.02 if hand.opening > 0.04 else 0.04):
             return hand.lower(grip, OPEN, closing, pointing, rise=0.05)
         if hand.opening > 0.04:
