@@ -27,8 +27,11 @@ REACH = 0.765
 """Horizontal metres from the arm's base within which the hand still points straight down."""
 CLEAR = 0.02
 """Metres between what moves and the obstacles below it."""
-ROUND = ("alphabet_soup", "tomato_sauce", "wine_bottle")
+ROUND = {"alphabet_soup": 1, "tomato_sauce": 1, "wine_bottle": 2}
+"""The round objects, to the index of their axis."""
 BOWLS = ("akita_black_bowl",)
+PUT_ON = ("akita_black_bowl", "cream_cheese", "wine_bottle")
+"""The objects that are put on others."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class PickAndPlace:
         narrow = [axis for axis in sides if 2 * thing.half[axis] < GRASPABLE] or sides
         axis = max(narrow, key=lambda side: abs(thing.rotation[:, side] @ hand.rotation[:, 0]))
         closing = _flat(thing.rotation[:, axis])
-        if upright == 1 + (thing.name.startswith("wine_bottle")) and thing.name.startswith(ROUND):
+        if ROUND.get(thing.name.rpartition("_")[0]) == upright:
             closing = ALONG_Y
         closing = closing * (1.0 if closing @ hand.rotation[:, 0] >= 0 else -1.0)
         position = np.array([*thing.middle[:2], max(thing.top - min(thing.height, PALM), thing.bottom + FINGERTIP)])
@@ -216,11 +219,9 @@ def make_expert(world: Any) -> Expert | None:
     if len(goals) != 1 or len(goals[0]) != 3:
         return None
     relation, name, target = goals[0]
-    if name not in world.objects_dict:
-        return None
     if relation == "in" and target.startswith("basket"):
         return PutIntoBasket(world, name, target)
-    if relation == "on" and not name.startswith("plate"):
+    if relation == "on" and name.startswith(PUT_ON) and not target.startswith("wine_rack"):
         return PutOn(world, name, target)
     return None
 
