@@ -23,10 +23,15 @@ RIM_WALL = 0.004
 """Half of what the wall of a bowl is thick at its rim, in metres."""
 SIDES = np.arange(8) * np.pi / 4
 """Directions from the middle of a bowl to the part of its rim that is grasped, in radians about z."""
+REACH = 0.765
+"""Horizontal metres from the arm's base within which the hand still points straight down."""
 CLEAR = 0.02
 """Metres between what moves and the obstacles below it."""
-ROUND = ("alphabet_soup", "tomato_sauce", "wine_bottle")
+ROUND = {"alphabet_soup": 1, "tomato_sauce": 1, "wine_bottle": 2}
+"""The round objects, to the index of their axis."""
 BOWLS = ("akita_black_bowl",)
+PUT_ON = ("akita_black_bowl", "cream_cheese", "wine_bottle")
+"""The objects that are put on others."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +151,14 @@ class PickAndPlace:
         narrow = [axis for axis in sides if 2 * thing.half[axis] < GRASPABLE] or sides
         axis = max(narrow, key=lambda side: abs(thing.rotation[:, side] @ hand.rotation[:, 0]))
         closing = _flat(thing.rotation[:, axis])
-        if upright == 1 + (thing.name.startswith("wine_bottle")) and thing.name.startswith(ROUND):
+        if ROUND.get(thing.name.rpartition("_")[0]) == upright:
             closing = ALONG_Y
         closing = closing * (1.0 if closing @ hand.rotation[:, 0] >= 0 else -1.0)
         position = np.array([*thing.middle[:2], max(thing.top - min(thing.height, PALM), thing.bottom + FINGERTIP)])
         return Grip(position, closing, 2 * float(thing.half[axis]))
 
     def _grip_at_rim(self) -> Grip:
-        """Grasp the rim of a bowl where nothing is in the way, here and at its place."""
+        """Grasp the rim of a bowl where nothing is in the way, and where the arm reaches it, here and at its place."""
         thing, hand = self._thing, self._hand
         outwards = np.stack([np.cos(SIDES), np.sin(SIDES), 0 * SIDES], axis=1)
         ring = outwards @ thing.rotation * (1, 1, 0)  # in the frame of the bowl, which may lie askew
@@ -166,6 +171,9 @@ class PickAndPlace:
         else:
             hits = self._obstacles.hit(_outline(rim, outwards))
             costs = 4 * apart + 0.8 * (1 - np.abs(outwards[:, 1])) - 0.125 * outwards[:, 1] - 0.1 * turns + 0.3 * hits
+            for moved in (0, self._place() - thing.position):
+                reach = np.linalg.norm((rim + moved - self._world.robots[0].base_pos)[:, :2], axis=1)
+                costs = costs + 25 * np.maximum(reach - REACH, 0)
         best = int(np.argmin(costs))
         closing = outwards[best] * (1.0 if outwards[best] @ hand.rotation[:, 0] >= 0 else -1.0)
         return Grip(rim[best], closing, 0.02)
@@ -198,7 +206,7 @@ class PutOn(PickAndPlace):
     def _is_there(self, place: Vector) -> bool:
         away = place - self._thing.position
         touches = self._world.check_contact(self._thing.geoms, self._target.geoms)
-        return bool(np.linalg.norm(away[:2]) < 0.015 and (touches or away[2] > -0.002))
+        return bool(np.linalg.norm(away[:2]) < (0.025 if touches else 0.015) and (touches or away[2] > -0.002))
 
 
 def make_expert(world: Any) -> Expert | None:
@@ -211,11 +219,9 @@ def make_expert(world: Any) -> Expert | None:
     if len(goals) != 1 or len(goals[0]) != 3:
         return None
     relation, name, target = goals[0]
-    if name not in world.objects_dict:
-        return None
     if relation == "in" and target.startswith("basket"):
         return PutIntoBasket(world, name, target)
-    if relation == "on" and not name.startswith("plate"):
+    if relation == "on" and name.startswith(PUT_ON) and not target.startswith("wine_rack"):
         return PutOn(world, name, target)
     return None
 
