@@ -22,8 +22,10 @@ WIDE = 0.06
 """Metres between the fingers above which they are open enough to go around something."""
 OPENED = 0.12
 """Metres by which a drawer is opened to put something into it."""
-PULL = 0.06
-"""Metres ahead of the hand of the place that it is moved to while it pulls or pushes."""
+PULL = 0.022
+"""Metres ahead of the handle of the place that a closed hand is moved to: little, so that it does not slip off."""
+RETREAT = 0.06
+"""Metres ahead of the hand of the place that it is moved to while it leaves a handle."""
 SWITCH_HEIGHT, SWITCH_FRONT = 0.04, 0.02
 """Metres above the foot of the stove's switch, and in front of its axis, at which it is taken."""
 SWITCH_LEAN = 0.6
@@ -106,7 +108,7 @@ class FixtureHand(Hand):
         if abs(depth) < (0.008 if self.opening > WIDE else 0.012) and np.linalg.norm(away) < 0.018:
             return self.move(drawer.handle, CLOSED, closing, pointing)
         if self.opening < WIDE and np.linalg.norm(away) < 0.06:  # fingers that slipped off open in front of it
-            return self.move(self.position - PULL * pointing, OPEN, closing, pointing)
+            return self.move(self.position - RETREAT * pointing, OPEN, closing, pointing)
         action = self.grasp(drawer.handle, closing, pointing)
         action[-1] = OPEN
         return action
@@ -177,7 +179,7 @@ class PutInDrawerExpert:
         directions = hand.leaning(drawer.out, RIM_LEAN)
         off = hand.position - drawer.handle
         if off @ drawer.out < 0.05 and abs(off[2]) < 0.06 and np.linalg.norm(off) < 0.1:
-            back = PULL * drawer.out if hand.opening > 0.035 else 0 * off
+            back = RETREAT * drawer.out if hand.opening > 0.035 else 0 * off
             return hand.move(hand.position + back, OPEN, *hand.leaning(drawer.out, HANDLE_LEAN))
         near = 0.012 if hand.opening > WIDE else 0.02
         if np.linalg.norm(hand.position - rim) < near and hand.opening > HOLDING[0]:
@@ -252,7 +254,7 @@ def make_fixture_expert(world: Any) -> Expert | None:
         world: LIBERO's environment, whose `parsed_problem` has the goal.
     """
     match world.parsed_problem["goal_state"]:
-        case [["open", region]]:
+        case [["open", str(region)]] if "cabinet" in region:
             return OpenDrawerExpert(world, region)
         case [["in", str(bowl), str(region)]] if "bowl" in bowl and "cabinet" in region:
             return PutInDrawerExpert(world, bowl, region)
@@ -260,7 +262,7 @@ def make_fixture_expert(world: Any) -> Expert | None:
             return TurnStoveExpert(world, stove, 1)
         case [["turnoff", stove]]:
             return TurnStoveExpert(world, stove, -1)
-        case [["on", str(plate), str(region)]] if plate.startswith("plate"):
+        case [["on", str(plate), str(region)]] if plate.startswith("plate") and "table" in region:
             return DragPlateExpert(world, plate, region)
     return None
 

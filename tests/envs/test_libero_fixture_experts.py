@@ -73,6 +73,7 @@ def test_the_expert_remembers_nothing(env: LiberoEnv) -> None:
     "goal",
     [
         [["on", "wine_bottle_1", "wine_rack_1_top_region"]],
+        [["open", "microwave_1"]],
         [["in", "milk_1", "basket_1_contain_region"]],
         [["open", "wooden_cabinet_1_top_region"], ["turnon", "flat_stove_1"]],
     ],
