@@ -16,10 +16,16 @@ RIM_LEAN = 0.5
 """Radians by which the hand leans over the rim of a bowl, so that its palm clears the open drawer."""
 RIM_RADIUS, RIM_HEIGHT = 0.049, 0.04
 """Place of a bowl's rim from its origin, in metres."""
+HOLDING = (0.001, 0.02)
+"""Range of metres between the fingers while they hold the rim of a bowl."""
+WIDE = 0.06
+"""Metres between the fingers above which they are open enough to go around something."""
 OPENED = 0.12
 """Metres by which a drawer is opened to put something into it."""
-PULL = 0.06
-"""Metres ahead of the hand of the place that it is moved to while it pulls or pushes."""
+PULL = 0.022
+"""Metres ahead of the handle of the place that a closed hand is moved to: little, so that it does not slip off."""
+RETREAT = 0.06
+"""Metres ahead of the hand of the place that it is moved to while it leaves a handle."""
 SWITCH_HEIGHT, SWITCH_FRONT = 0.04, 0.02
 """Metres above the foot of the stove's switch, and in front of its axis, at which it is taken."""
 SWITCH_LEAN = 0.6
@@ -46,6 +52,8 @@ class Drawer:
         self._sign = 1.0 if high > -low else -1.0
         solid = [geom for geom in np.flatnonzero(model.geom_bodyid == body) if model.geom_contype[geom]]
         self._handle = max(solid, key=lambda geom: float(self._data.geom_xpos[geom] @ self.out))
+        self.thickness = 2 * float(np.sort(model.geom_size[self._handle])[1])
+        """Thickness of the handle's bar, in metres."""
 
     @property
     def out(self) -> Vector:
@@ -86,15 +94,24 @@ class FixtureHand(Hand):
         return closing if closing @ self.rotation[:, 0] >= 0 else -closing, pointing
 
     def has(self, drawer: Drawer) -> bool:
-        """Whether the handle of a drawer is between the fingers."""
-        return self.opening < 0.035 and bool(np.linalg.norm(self.position - drawer.handle) < 0.025)
+        """Whether the handle of a drawer is between the fingers, which are closed on it."""
+        is_near = np.linalg.norm(self.position - drawer.handle) < 0.016
+        return bool(is_near and 0.6 * drawer.thickness < self.opening < drawer.thickness + 0.008)
 
     def pull(self, drawer: Drawer) -> FloatArray:
         """Take the handle of a drawer, one finger above it and one below, and pull."""
-        directions = self.leaning(drawer.out, HANDLE_LEAN)
+        closing, pointing = self.leaning(drawer.out, HANDLE_LEAN)
+        away = drawer.handle - self.position
         if self.has(drawer):
-            return self.move(drawer.handle + PULL * drawer.out, CLOSED, *directions)
-        return self.grasp(drawer.handle, *directions)
+            return self.move(drawer.handle + PULL * drawer.out, CLOSED, closing, pointing)
+        depth = float(away @ pointing)
+        if abs(depth) < (0.008 if self.opening > WIDE else 0.012) and np.linalg.norm(away) < 0.018:
+            return self.move(drawer.handle, CLOSED, closing, pointing)
+        if self.opening < WIDE and np.linalg.norm(away) < 0.06:  # fingers that slipped off open in front of it
+            return self.move(self.position - RETREAT * pointing, OPEN, closing, pointing)
+        action = self.grasp(drawer.handle, closing, pointing)
+        action[-1] = OPEN
+        return action
 
     def lower(
         self, target: Vector, gripper: float, closing: Vector = ALONG_Y, pointing: Vector = DOWN, *, rise: float
@@ -138,31 +155,40 @@ class PutInDrawerExpert:
     def act(self) -> FloatArray:
         """See `Expert`."""
         hand, drawer = self._hand, self._drawer
-        bowl = self._data.xpos[self._bowl]
         directions = hand.leaning(drawer.out, RIM_LEAN)
+        bowl = self._data.xpos[self._bowl]
         rim = bowl + RIM_RADIUS * drawer.out + RIM_HEIGHT * UP
         away = drawer.inside + 0.015 * drawer.out - bowl
-        is_over = bool(np.abs(away[:2]).max() < 0.03)
-        if 0.0005 < hand.opening < 0.02 and np.linalg.norm(hand.position - rim) < 0.025:
-            if is_over and away[2] > -0.02:
-                return hand.move(hand.position, OPEN, *directions)
+        is_there = bool(np.abs(away[:2]).max() < 0.03) and away[2] > -0.02
+        if HOLDING[0] < hand.opening < HOLDING[1] and np.linalg.norm(hand.position - rim) < 0.025 and not is_there:
             step = _over(away, 0.06)
             before = 0.045 - float((bowl - drawer.handle) @ drawer.out)
             if step[2] > 0.02 and before > 0:  # not up against the drawer
                 step = step + before * drawer.out
             return hand.move(hand.position + step, CLOSED, *directions)
-        if is_over and away[2] > -0.03:
-            return hand.move(hand.position + 0.1 * UP, OPEN, *directions)
+        if is_there:
+            rise = 0.0 if hand.opening < HOLDING[1] else 0.1
+            return hand.move(hand.position + rise * UP, OPEN, *directions)
         if drawer.opened < (OPENED if hand.has(drawer) else 0.85 * OPENED):
             return hand.pull(drawer)
+        return self._take(rim)
+
+    def _take(self, rim: Vector) -> FloatArray:
+        """Leave the handle, and take the bowl by its rim."""
+        hand, drawer = self._hand, self._drawer
+        directions = hand.leaning(drawer.out, RIM_LEAN)
         off = hand.position - drawer.handle
         if off @ drawer.out < 0.05 and abs(off[2]) < 0.06 and np.linalg.norm(off) < 0.1:
-            back = PULL * drawer.out if hand.opening > 0.035 else 0 * off
+            back = RETREAT * drawer.out if hand.opening > 0.035 else 0 * off
             return hand.move(hand.position + back, OPEN, *hand.leaning(drawer.out, HANDLE_LEAN))
-        if np.linalg.norm(hand.position - rim) < (0.012 if hand.opening > 0.06 else 0.02):
+        near = 0.012 if hand.opening > WIDE else 0.02
+        if np.linalg.norm(hand.position - rim) < near and hand.opening > HOLDING[0]:
             return hand.move(rim, CLOSED, *directions)
         above = np.clip(hand.position[2] - rim[2], 0, 0.1)
-        return hand.lower(rim + np.tan(RIM_LEAN) * above * drawer.out, OPEN, *directions, rise=0.1)
+        aim = rim + np.tan(RIM_LEAN) * above * drawer.out
+        if hand.opening < WIDE:
+            aim = aim + 0.04 * UP
+        return hand.lower(aim, OPEN, *directions, rise=0.1)
 
 
 class TurnStoveExpert:
@@ -184,10 +210,8 @@ class TurnStoveExpert:
         hand, axes = self._hand, self._data.xmat[self._body].reshape(3, 3)
         across = axes[:, 0] if axes[:, 0] @ ALONG_Y >= 0 else -axes[:, 0]
         grip = self._data.xpos[self._body] - SWITCH_FRONT * axes[:, 1] + SWITCH_HEIGHT * UP
-        closing, pointing = (
-            np.cos(SWITCH_LEAN) * across + np.sin(SWITCH_LEAN) * UP,
-            np.sin(SWITCH_LEAN) * across - np.cos(SWITCH_LEAN) * UP,
-        )
+        closing = np.cos(SWITCH_LEAN) * across + np.sin(SWITCH_LEAN) * UP
+        pointing = np.sin(SWITCH_LEAN) * across - np.cos(SWITCH_LEAN) * UP
         if np.linalg.norm(hand.position - grip) > (0.02 if hand.opening > 0.04 else 0.04):
             return hand.lower(grip, OPEN, closing, pointing, rise=0.05)
         if hand.opening > 0.04:
@@ -230,7 +254,7 @@ def make_fixture_expert(world: Any) -> Expert | None:
         world: LIBERO's environment, whose `parsed_problem` has the goal.
     """
     match world.parsed_problem["goal_state"]:
-        case [["open", region]]:
+        case [["open", str(region)]] if "cabinet" in region:
             return OpenDrawerExpert(world, region)
         case [["in", str(bowl), str(region)]] if "bowl" in bowl and "cabinet" in region:
             return PutInDrawerExpert(world, bowl, region)
@@ -238,7 +262,7 @@ def make_fixture_expert(world: Any) -> Expert | None:
             return TurnStoveExpert(world, stove, 1)
         case [["turnoff", stove]]:
             return TurnStoveExpert(world, stove, -1)
-        case [["on", str(plate), str(region)]] if plate.startswith("plate"):
+        case [["on", str(plate), str(region)]] if plate.startswith("plate") and "table" in region:
             return DragPlateExpert(world, plate, region)
     return None
 
