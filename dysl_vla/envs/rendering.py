@@ -93,7 +93,6 @@ class SceneRenderer:
     ) -> None:
         self.full_quality = full_quality
         self._model = model
-        self._samples = model.vis.quality.offsamples
         self._mujoco = load_mujoco()
         self._option = self._mujoco.MjvOption()
         self._option.geomgroup[[*hidden_groups, NOT_DRAWN]] = 0
@@ -144,7 +143,9 @@ class SceneRenderer:
             visual = self._model.vis
             visual.global_.offheight = max(visual.global_.offheight, height)
             visual.global_.offwidth = max(visual.global_.offwidth, width)
-            visual.quality.offsamples = self._samples if self.full_quality else 0
+            samples = visual.quality.offsamples
+            if not self.full_quality:
+                visual.quality.offsamples = 0
             try:
                 renderer = mujoco.Renderer(self._model, height, width)
             except Exception as error:  # mujoco raises whatever its GL binding raised
@@ -152,6 +153,8 @@ class SceneRenderer:
                     f"MuJoCo got no OpenGL context with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); if MuJoCo "
                     f"was imported before dysl_vla.envs, set MUJOCO_GL=egl first; else {FIX}"
                 ) from error
+            finally:
+                visual.quality.offsamples = samples
             if not self.full_quality:
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
