@@ -85,7 +85,6 @@ class SceneRenderer:
 
     def __init__(self, model: mujoco.MjModel, *, hidden_groups: tuple[int, ...] = ()) -> None:
         self._model = model
-        self._samples = model.vis.quality.offsamples
         self._mujoco = load_mujoco()
         self._option = self._mujoco.MjvOption()
         self._option.geomgroup[[*hidden_groups, NOT_DRAWN]] = 0
@@ -146,7 +145,9 @@ class SceneRenderer:
             visual = self._model.vis
             visual.global_.offheight = max(visual.global_.offheight, height)
             visual.global_.offwidth = max(visual.global_.offwidth, width)
-            visual.quality.offsamples = self._samples if full_quality else 0
+            samples = visual.quality.offsamples
+            if not full_quality:
+                visual.quality.offsamples = 0
             try:
                 renderer = mujoco.Renderer(self._model, height, width)
             except Exception as error:  # mujoco raises whatever its GL binding raised
@@ -154,6 +155,8 @@ class SceneRenderer:
                     f"MuJoCo got no OpenGL context with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); if MuJoCo "
                     f"was imported before dysl_vla.envs, set MUJOCO_GL=egl first; else {FIX}"
                 ) from error
+            finally:
+                visual.quality.offsamples = samples
             if not full_quality:
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False

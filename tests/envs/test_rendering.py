@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mujoco
 import numpy as np
 import pytest
 
 from dysl_vla.envs import get_suite
 from dysl_vla.envs.base import ManipulationEnv
-from dysl_vla.envs.rendering import SceneRenderer
+from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
 from dysl_vla.types import ImageArray
+
+if TYPE_CHECKING:
+    import mujoco
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +44,7 @@ def world(env: ManipulationEnv) -> tuple[mujoco.MjModel, mujoco.MjData, SceneRen
 
 def poses(model: mujoco.MjModel, data: mujoco.MjData, count: int) -> Iterator[None]:
     """Put arms and fixtures anywhere within their joints' ranges, and loose objects anywhere near."""
-    rng = np.random.default_rng(0)
+    mujoco, rng = load_mujoco(), np.random.default_rng(0)
     start = data.qpos.copy()
     for _ in range(count):
         yield
@@ -60,6 +62,7 @@ class Plain:
     """MuJoCo's renderer as it is, with the settings of `SceneRenderer`."""
 
     def __init__(self, model: mujoco.MjModel, height: int, width: int, full: bool, option: mujoco.MjvOption) -> None:
+        mujoco = load_mujoco()
         samples = model.vis.quality.offsamples
         model.vis.quality.offsamples = 4 if full else 0
         self.option, self.renderer = option, mujoco.Renderer(model, height, width)
@@ -72,14 +75,14 @@ class Plain:
         return np.asarray(self.renderer.render())
 
 
-@pytest.mark.parametrize(("size", "full"), [((96, 128), False), ((64, 64), True)])
+@pytest.mark.parametrize(("size", "full"), [((64, 96), False), ((64, 64), True)])
 def test_no_pixel_differs_from_the_plain_renderer(env: ManipulationEnv, size: tuple[int, int], full: bool) -> None:
     model, data, renderer = world(env)
-    cameras = [model.camera(i).name for i in range(model.ncam)]
+    cameras = [model.camera(i).name for i in range(model.ncam)][-5:]
     groups = model.geom_group.copy()
     plain = Plain(model, *size, full, renderer._option)
     with closing(plain.renderer):
-        for _ in poses(model, data, 2 if full else 4):
+        for _ in poses(model, data, 1 if full else 2):
             for camera in cameras:
                 frame = renderer.render(data, camera, *size, full_quality=full)
                 np.testing.assert_array_equal(frame, plain.render(data, camera), err_msg=camera)
