@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import onnx
+import onnx_ir
 import pytest
+import torch
 
-from dysl_vla.deploy.export import ExportConfig, export
+from dysl_vla.deploy.export import ONE_FILE, ExportConfig, export
 from dysl_vla.policies.dysl import save_skips
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.skip_controller.operating import SkipStatistics
@@ -34,6 +40,38 @@ def skipping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle_folder(skipping_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traced() -> dict[tuple[str, ...], onnx.ModelProto]:
+    """The exporter's graphs of the same policy, by the names of their outputs; `bundle_folder` fills it."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(
+    skipping_checkpoint: Path, traced: dict[tuple[str, ...], onnx.ModelProto], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The bundle of the same policy, which tests must not write to."""
-    return export(ExportConfig(tmp_path_factory.mktemp("bundle") / "b", str(skipping_checkpoint)))
+    export_graph = torch.onnx.export
+
+    def keep(program: Any, *, output_names: list[str], **options: Any) -> Any:
+        graph = export_graph(program, output_names=output_names, **options)
+        assert graph is not None
+        traced[tuple(output_names)] = graph.model_proto
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.onnx.export", keep)
+        return export(ExportConfig(tmp_path_factory.mktemp("bundle") / "b", str(skipping_checkpoint)))
+
+
+@contextmanager
+def without_tracing(traced: dict[tuple[str, ...], onnx.ModelProto], one_file: int = ONE_FILE) -> Iterator[None]:
+    """Exports in the body write the graphs of `bundle_folder`: tracing takes long, and would give them again."""
+
+    def again(_: Any, *, output_names: list[str], **__: Any) -> Any:
+        return torch.onnx.ONNXProgram(onnx_ir.from_proto(traced[tuple(output_names)]), None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.export.export", lambda *_, **__: None)
+        patch.setattr("torch.onnx.export", again)
+        patch.setattr("dysl_vla.deploy.export.ONE_FILE", one_file)
+        yield
