@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	bash launch/demo.sh $(BIN)/dysl
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # Against LeRobot's own driver; LEROBOT_PYTHON=... names a Python 3.12 that is not found by itself.
 test-lerobot:

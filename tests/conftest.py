@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ import torch
 from dysl_vla.data.collect import CollectConfig, collect
 from dysl_vla.policies.mini_vla import Crop, MiniVLA, MiniVLAConfig
 from dysl_vla.skip_controller.heads_trainer import DistillConfig
+from dysl_vla.skip_controller.operating import SkipStatistics
 from dysl_vla.training.behaviour_cloning import train_tokenizer
 from dysl_vla.training.calibrate import CalibrateConfig, calibrate
 from dysl_vla.training.distill import DistillRunConfig, distill
@@ -86,3 +89,50 @@ def plan(teacher: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFacto
 def distilled(teacher: Path, plan: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("distilled") / "out"
     return distill(DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, training=TRAINING))
+
+
+@pytest.fixture(scope="session")
+def skipping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny policy whose controllers sometimes skip, sometimes not, and which sometimes verifies."""
+    from dysl_vla.policies.dysl import load_dysl, save_skips
+    from tests.policies.test_dysl import make_parts, play
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    policy, heads, settings = make_parts()
+    policy.provenance = {"data": {"instructions": MOCK_INSTRUCTIONS[:1], "origins": []}}
+    policy.save_pretrained(folder)
+    saved = MiniVLA.from_pretrained(str(folder))
+    settings = replace(settings, teacher=saved.fingerprint, skip=0.5)
+    save_skips(folder, heads, settings, {})
+    dysl = load_dysl(saved, folder, 1.0)
+    outputs = [value for chunk in play(dysl, range(60)) for value in chunk.skips.outputs.values()]
+    dysl.close()
+    statistics = SkipStatistics.measured(outputs, [0.002, 0.01, 0.03], [-0.1, 1e-6, 1e-6])
+    save_skips(folder, heads, replace(settings, statistics=statistics), {})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def traced() -> dict[tuple[str, ...], Any]:
+    """The exporter's graphs of the same policy, protobufs by the names of their outputs; `bundle_folder` fills it."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(
+    skipping_checkpoint: Path, traced: dict[tuple[str, ...], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The bundle of the same policy, which tests must not write to."""
+    from dysl_vla.deploy.export import ExportConfig, export
+
+    export_graph = torch.onnx.export
+
+    def keep(program: Any, *, output_names: list[str], **options: Any) -> Any:
+        graph = export_graph(program, output_names=output_names, **options)
+        assert graph is not None
+        traced[tuple(output_names)] = graph.model_proto
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.onnx.export", keep)
+        return export(ExportConfig(tmp_path_factory.mktemp("bundle") / "b", str(skipping_checkpoint)))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from dysl_vla.checkpoint import add_to_manifest
@@ -19,6 +20,7 @@ from dysl_vla.policies import load_policy
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.skip_controller.operating import Ablation
 from tests.conftest import MOCK_INSTRUCTIONS
+from tests.deploy.conftest import without_tracing
 from tests.policies.test_dysl import observe, play
 
 
@@ -167,16 +169,24 @@ def test_a_bundle_says_what_to_simulate(copied: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def coarse_folder(skipping_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of 8 bits. Not to be written to."""
-    return export(ExportConfig(tmp_path_factory.mktemp("int8") / "b", str(skipping_checkpoint), precision="int8"))
+def graphs(
+    bundle_folder: Path, traced: dict[tuple[str, ...], onnx.ModelProto]
+) -> dict[tuple[str, ...], onnx.ModelProto]:
+    """The graphs that were traced for `bundle_folder`: bundles that differ in files and bits alone share them."""
+    return traced
 
 
 @pytest.fixture(scope="module")
-def parted_folder(skipping_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def coarse_folder(skipping_checkpoint: Path, graphs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of 8 bits. Not to be written to."""
+    with without_tracing(graphs):
+        return export(ExportConfig(tmp_path_factory.mktemp("int8") / "b", str(skipping_checkpoint), precision="int8"))
+
+
+@pytest.fixture(scope="module")
+def parted_folder(skipping_checkpoint: Path, graphs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose graphs are too large for one file each. Not to be written to."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dysl_vla.deploy.export.ONE_FILE", 10_000)
+    with without_tracing(graphs, one_file=10_000):
         return export(ExportConfig(tmp_path_factory.mktemp("parted") / "b", str(skipping_checkpoint)))
 
 
@@ -219,12 +229,12 @@ def test_a_graph_that_is_too_large_for_one_file_keeps_its_weights_beside_it(
 
 
 def test_a_bundle_leaves_nothing_of_the_one_that_it_replaces(
-    parted_folder: Path, coarse_folder: Path, skipping_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parted_folder: Path, coarse_folder: Path, skipping_checkpoint: Path, graphs: Any, tmp_path: Path
 ) -> None:
     """Here of 8 bits, which fit into one file where the exact ones, and the encoder's, do not."""
-    monkeypatch.setattr("dysl_vla.deploy.export.ONE_FILE", 30_000)
     folder = Path(shutil.copytree(parted_folder, tmp_path / "b"))
-    export(ExportConfig(folder, str(skipping_checkpoint), precision="int8"))
+    with without_tracing(graphs, one_file=30_000):
+        export(ExportConfig(folder, str(skipping_checkpoint), precision="int8"))
     assert files_of(folder) == ONE_FILE_EACH | {"encoder.onnx.data"}
     assert json.loads((folder / "manifest.json").read_text()).keys() == files_of(folder) - {"manifest.json"}
     assert (folder / "backbone.onnx").read_bytes() == (coarse_folder / "backbone.onnx").read_bytes()

@@ -16,7 +16,6 @@ from PIL import Image
 
 from dysl_vla.cli import main
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.deploy.export import ExportConfig, export
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.offline import evaluate_offline
@@ -147,12 +146,11 @@ def test_the_full_model_is_as_far_off_as_its_own_inferences_say(mock_demos: Path
 
 
 def test_a_bundle_is_evaluated_as_the_checkpoint_that_it_was_made_from(
-    distilled: Path, mock_demos: Path, tmp_path: Path
+    skipping_checkpoint: Path, bundle_folder: Path, mock_demos: Path, tmp_path: Path
 ) -> None:
-    bundle = export(ExportConfig(tmp_path / "bundle", str(distilled)))
     results = [
         evaluate_offline(EvalConfig(tmp_path / f"out-{index}", str(folder), data=mock_demos))["variants"]
-        for index, folder in enumerate((distilled, bundle))
+        for index, folder in enumerate((skipping_checkpoint, bundle_folder))
     ]
     for way in ("full", "dysl"):
         assert results[0][way]["error"]["mean"] == pytest.approx(results[1][way]["error"]["mean"], rel=1e-3)

@@ -54,7 +54,7 @@ def test_training_leaves_a_checkpoint_with_its_record(mock_demos: Path, tmp_path
 
 def test_training_learns_a_demonstration_by_heart(tmp_path: Path) -> None:
     collect(CollectConfig(out=tmp_path / "d", suite="mock", tasks="reach", episodes=1))
-    learning = replace(FAST, steps=150, batch=16, save_every=50, learning_rate=5e-3)
+    learning = replace(FAST, steps=150, batch=8, save_every=50, learning_rate=5e-3)
     out = train(config(tmp_path / "d", tmp_path / "p", optimizer=learning))
     points = read_lines(out / CURVE_FILE)
     assert points[-1]["loss"] < 0.5 * points[0]["loss"]
@@ -69,7 +69,7 @@ def plan(tmp_path: Path) -> Path:
 
 
 def test_static_layers_alone_learn_to_act_as_all_layers_do(mock_demos: Path, plan: Path, tmp_path: Path) -> None:
-    learning = replace(FAST, steps=120, save_every=40, learning_rate=3e-3)
+    learning = replace(FAST, steps=60, save_every=20, learning_rate=3e-3)
     out = train(config(mock_demos, tmp_path / "p", layers=4, plan=plan, optimizer=learning))
     errors = [point["validation_short_loss"] for point in read_lines(out / CURVE_FILE)]
     assert errors[-1] < 0.5 * errors[0]
@@ -113,13 +113,22 @@ def test_compiled_training_learns_the_same_and_compiles_once(mock_demos: Path, p
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+LONGER = replace(FAST, steps=32)
+
+
+@pytest.fixture(scope="module")
+def whole(mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose training was not interrupted."""
+    return train(config(mock_demos, tmp_path_factory.mktemp("whole") / "p", optimizer=LONGER))
+
+
 @pytest.mark.parametrize("awaited", ["training_run.json", STATE_FILE])
-def test_a_killed_training_ends_in_the_same_weights(mock_demos: Path, tmp_path: Path, awaited: str) -> None:
+def test_a_killed_training_ends_in_the_same_weights(
+    mock_demos: Path, whole: Path, tmp_path: Path, awaited: str
+) -> None:
     """SIGKILL before the first saved state, and after it; the same command then goes on."""
-    longer = replace(FAST, steps=60)
-    whole = train(config(mock_demos, tmp_path / "whole", optimizer=longer))
     out = tmp_path / "killed"
-    arguments = f"--data {mock_demos} --out {out} --layers 2 --hidden 16 --chunk 4 --steps 60 --batch 8 --save-every 4"
+    arguments = f"--data {mock_demos} --out {out} --layers 2 --hidden 16 --chunk 4 --steps 32 --batch 8 --save-every 4"
     command = [sys.executable, "-m", "dysl_vla.cli", "train", *arguments.split(), "--threads", "1", "--warmup", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -127,9 +136,9 @@ def test_a_killed_training_ends_in_the_same_weights(mock_demos: Path, tmp_path: 
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    train(config(mock_demos, out, optimizer=longer))
+    train(config(mock_demos, out, optimizer=LONGER))
     assert MiniVLA.from_pretrained(str(out)).fingerprint == MiniVLA.from_pretrained(str(whole)).fingerprint
-    assert [point["step"] for point in read_lines(out / CURVE_FILE)] == [*range(4, 61, 4)]
+    assert [point["step"] for point in read_lines(out / CURVE_FILE)] == [*range(4, 33, 4)]
 
 
 def test_an_interruption_between_checkpoint_and_state_is_not_taken_for_the_end(
