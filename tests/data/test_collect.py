@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dysl_vla.data.collect import ActionNoise, CollectConfig, collect, demonstrate
+from dysl_vla.data.collect import ActionNoise, CollectConfig, _demonstrate, _envs, collect, demonstrate
 from dysl_vla.data.lerobot import Demonstrations, Origin
 from dysl_vla.data.options import PLACE, SIZE, camera_options
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError, DatasetError
+from dysl_vla.policies import ComputeConfig, load_policy
 from dysl_vla.policies.mock import MockPolicy
+from dysl_vla.types import FULL_QUALITY
+from tests.conftest import make_tiny_policy
 
 
 def columns(root: Path) -> dict[str, np.ndarray]:
@@ -33,6 +37,20 @@ def test_collecting_again_adds_only_what_is_missing(tmp_path: Path) -> None:
     collect(CollectConfig(out=whole, suite="mock", episodes=5, tasks="reach", workers=2))
     for name, values in columns(whole).items():
         np.testing.assert_array_equal(columns(parts)[name], values)
+
+
+def test_a_policy_of_full_quality_is_shown_it_and_the_dataset_says_so(tmp_path: Path) -> None:
+    spec = replace(make_tiny_policy().spec, rendering=FULL_QUALITY)
+    make_tiny_policy(spec=spec).save_pretrained(tmp_path / "policy")
+    policy = load_policy(str(tmp_path / "policy"))
+    name = str(tmp_path / "policy")
+    collected = collect(CollectConfig(out=tmp_path / "d", suite="mock", episodes=1, tasks="reach", policy=name))
+    assert collected.rendering == FULL_QUALITY
+    env = _envs("mock", ()).env("reach")
+    origin = Origin("mock", "reach", 0, 0, f"policy@{policy.fingerprint[:12]}", 0.0)
+    for actor, is_full in ((name, True), (None, False)):
+        _demonstrate(origin, {}, actor, ComputeConfig())
+        assert env.full_quality == is_full
 
 
 def test_a_policys_states_are_labelled_by_the_expert(tmp_path: Path) -> None:
