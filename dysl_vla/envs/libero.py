@@ -44,6 +44,9 @@ PRO_HORIZONS = {
     for perturbation in PERTURBATIONS
 }
 """Suite of LIBERO-PRO to its horizon, which is that of the suite it perturbs."""
+EXPERT_SUITES = ("libero-spatial", "libero-object", "libero-goal")
+WITHOUT_EXPERT = ("put_the_wine_bottle_on_the_rack",)
+"""Tasks of these suites that have no scripted expert."""
 FIXED_STATES = 50
 """Initial states of each task from which its episodes begin with the first evaluation seed."""
 SETTLE_STEPS = 10
@@ -72,6 +75,11 @@ def instruction_of(task: str) -> str:
     words = task.split("_")
     begin = next((i + 1 for i, word in enumerate(words) if word.startswith("SCENE")), 0)
     return " ".join(words[begin:])
+
+
+def has_expert(suite: str, task: str) -> bool:
+    """Tell whether a task has a scripted expert that was seen to succeed in most episodes: results/env/experts.md."""
+    return suite in EXPERT_SUITES and task not in WITHOUT_EXPERT
 
 
 class LiberoEnv(ManipulationEnv):
@@ -109,6 +117,7 @@ class LiberoEnv(ManipulationEnv):
             raise ConfigError(f"task: {suite} has no {task!r}; there are: {', '.join(tasks)}.")
         sizes = dict(cameras or DEFAULT_CAMERAS)
         check_cameras(sizes, CAMERAS)
+        self._has_expert = has_expert(suite, task)
         self._states = initial_states(folder_of(suite), task)[:FIXED_STATES]
         with task_file(folder_of(suite), task) as path:
             problem = load_libero().parse(str(path))
@@ -142,7 +151,7 @@ class LiberoEnv(ManipulationEnv):
             self._world._post_process()
         for _ in range(SETTLE_STEPS):
             self._world.step(REST)
-        self._expert = make_expert(self._world)
+        self._expert = make_expert(self._world) if self._has_expert else None
 
     def _place_objects(self) -> None:
         """Reset the world; its samplers may find no room for an object, and are asked again."""

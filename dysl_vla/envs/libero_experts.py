@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dysl_vla.envs.libero_fixture_experts import make_fixture_expert
 from dysl_vla.envs.libero_objects import Obstacles, Thing
 from dysl_vla.envs.robosuite_experts import ALONG_Y, CLOSED, DOWN, OPEN, OVER, UP, Expert, Hand, Vector
 from dysl_vla.types import FloatArray
@@ -215,15 +216,12 @@ def make_expert(world: Any) -> Expert | None:
     Args:
         world: LIBERO's environment, whose `parsed_problem` has the goal.
     """
-    goals = world.parsed_problem["goal_state"]
-    if len(goals) != 1 or len(goals[0]) != 3:
-        return None
-    relation, name, target = goals[0]
-    if relation == "in" and target.startswith("basket"):
-        return PutIntoBasket(world, name, target)
-    if relation == "on" and name.startswith(PUT_ON) and not target.startswith("wine_rack"):
-        return PutOn(world, name, target)
-    return None
+    match world.parsed_problem["goal_state"]:
+        case [["in", str(name), str(target)]] if target.startswith("basket"):
+            return PutIntoBasket(world, name, target)
+        case [["on", str(name), str(target)]] if name.startswith(PUT_ON) and not target.startswith("wine_rack"):
+            return PutOn(world, name, target)
+    return make_fixture_expert(world)
 
 
 def _glide(away: Vector, over: float, far: float) -> Vector:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dysl_vla.envs.base import ManipulationEnv
-from dysl_vla.envs.libero import FIXED_STATES, PRO_HORIZONS, LiberoEnv, folder_of
+from dysl_vla.envs.libero import FIXED_STATES, PRO_HORIZONS, LiberoEnv, folder_of, has_expert
 from dysl_vla.envs.libero import HORIZONS as LIBERO_HORIZONS
 from dysl_vla.envs.libero_chain import HORIZON as CHAIN_HORIZON
 from dysl_vla.envs.libero_chain import TASK as CHAIN
@@ -216,12 +216,14 @@ def robosuite_5_libero() -> Suite:
 
 def _libero(name: str) -> Suite:
     load_libero()
+    tasks = task_map()[folder_of(name)]
     return Suite(
         name,
-        task_map()[folder_of(name)],
+        tasks,
         (LIBERO_HORIZONS | PRO_HORIZONS)[name],
         partial(LiberoEnv, suite=name),
         robot="Panda",
+        without_expert=frozenset(task for task in tasks if not has_expert(name, task)),
         noise=0.4,
         fixed_states=FIXED_STATES,
     )
