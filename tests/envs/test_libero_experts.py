@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from importlib.util import find_spec
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,7 @@ from dysl_vla.envs import get_suite
 from dysl_vla.envs.libero import LiberoEnv
 from dysl_vla.envs.libero_experts import make_expert
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("liberopro") is None, reason="LIBERO is not installed"),
-]
+pytestmark = pytest.mark.slow
 
 TASKS = (
     ("libero-goal", "put_the_bowl_on_the_plate"),
@@ -27,12 +23,13 @@ TASKS = (
 OPEN = -1.0
 
 
-@contextmanager
-def _episode(suite: str, task: str, index: int = 0) -> Iterator[LiberoEnv]:
-    with closing(get_suite(suite).make(task, {"agentview": (8, 8)})) as env:
-        assert isinstance(env, LiberoEnv)
-        env.reset(seed=3, options={"episode_index": index})
-        yield env
+@pytest.fixture(scope="module", params=TASKS, ids=[suite for suite, _ in TASKS])
+def env(request: pytest.FixtureRequest) -> Iterator[LiberoEnv]:
+    """Making one takes seconds."""
+    suite, task = request.param
+    with closing(get_suite(suite).make(task, {"agentview": (8, 8)})) as made:
+        assert isinstance(made, LiberoEnv)
+        yield made
 
 
 def _finish(env: LiberoEnv, steps: int) -> int | None:
@@ -44,45 +41,40 @@ def _finish(env: LiberoEnv, steps: int) -> int | None:
     return None
 
 
-@pytest.mark.parametrize(("suite", "task"), TASKS)
-def test_the_expert_finishes_its_task(suite: str, task: str) -> None:
-    with _episode(suite, task) as env:
-        for index in range(2):
-            env.reset(seed=3, options={"episode_index": index})
-            assert _finish(env, 150) is not None
-
-
-def test_the_expert_takes_over_after_random_actions() -> None:
-    with _episode(*TASKS[0]) as env:
-        rng = np.random.default_rng(0)
-        push = np.zeros(7, np.float32)
-        for step in range(40):
-            if step % 10 == 0:
-                push = rng.uniform(-1, 1, 7).astype(np.float32)
-            env.advance(push)
-        assert _finish(env, 240) is not None
-
-
-def test_a_dropped_object_is_grasped_again() -> None:
-    with _episode(*TASKS[1]) as env:
-        milk = env._world.obj_body_id["milk_1"]
-        on_the_floor = float(env._data.xpos[milk, 2])
-        for _ in range(150):
-            env.advance(env.expert_action())
-            if env._data.xpos[milk, 2] > on_the_floor + 0.05:
-                break
-        else:
-            pytest.fail("the milk was never lifted")
-        for _ in range(12):
-            env.advance(np.array([0, 0, 0, 0, 0, 0, OPEN], np.float32))
-        assert env._data.xpos[milk, 2] < on_the_floor + 0.03
-        assert _finish(env, 240) is not None
-
-
-def test_the_action_depends_on_the_present_state_alone() -> None:
-    with _episode(*TASKS[0]) as env:
+def test_the_expert_finishes_its_task_and_remembers_nothing(env: LiberoEnv) -> None:
+    for index in range(2):
+        env.reset(seed=3, options={"episode_index": index})
         for _ in range(10):
             env.advance(env.expert_action())
         before: Any = env.expert_action()
         env._expert = make_expert(env._world)
         np.testing.assert_array_equal(env.expert_action(), before)
+        assert _finish(env, 150) is not None
+
+
+def test_the_expert_takes_over_after_random_actions(env: LiberoEnv) -> None:
+    env.reset(seed=3, options={"episode_index": 0})
+    rng = np.random.default_rng(0)
+    push = np.zeros(7, np.float32)
+    for step in range(40):
+        if step % 10 == 0:
+            push = rng.uniform(-1, 1, 7).astype(np.float32)
+        env.advance(push)
+    assert _finish(env, 240) is not None
+
+
+def test_a_dropped_object_is_grasped_again(env: LiberoEnv) -> None:
+    env.reset(seed=3, options={"episode_index": 0})
+    expert: Any = env._expert
+    body = env._world.obj_body_id[expert._thing.name]
+    at_first = float(env._data.xpos[body, 2])
+    for _ in range(150):
+        env.advance(env.expert_action())
+        if env._data.xpos[body, 2] > at_first + 0.05:
+            break
+    else:
+        pytest.fail("it was never lifted")
+    for _ in range(12):
+        env.advance(np.array([0, 0, 0, 0, 0, 0, OPEN], np.float32))
+    assert env._data.xpos[body, 2] < at_first + 0.03
+    assert _finish(env, 240) is not None

@@ -11,7 +11,7 @@ import pytest
 
 from dysl_vla.envs import FIRST_EVALUATION_SEED, get_suite, libero_package, suites
 from dysl_vla.envs.libero import HORIZONS, PERTURBATIONS, PRO_HORIZONS, LiberoEnv, folder_of
-from dysl_vla.envs.libero_package import Libero, initial_states, load_libero, task_file
+from dysl_vla.envs.libero_package import Libero, initial_states, load_libero, task_file, task_map
 from dysl_vla.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -69,6 +69,16 @@ def test_the_goal_of_a_file_whose_brackets_do_not_match_is_the_one_it_means() ->
     ]
     spatial = [goal for (name, _), goal in goals.items() if "spatial" in name]
     assert spatial == [[["on", "akita_black_bowl_2", "plate_1"]]] * 2
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("suite", "task"), [(suite, task) for suite in PRO_HORIZONS for task in task_map()[folder_of(suite)]]
+)
+def test_every_task_begins_and_steps(suite: str, task: str) -> None:
+    with closing(LiberoEnv(task, SMALL, suite=suite)) as env:
+        env.reset(seed=FIRST_EVALUATION_SEED)
+        assert env.step(np.zeros(7))[4]["success"] is False
 
 
 @pytest.mark.parametrize(

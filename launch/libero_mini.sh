@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Training of libero-mini from nothing, on libero-goal (nine tasks, without the wine rack) and libero-object (ten tasks). The same
+# command continues where it was stopped. Usage: launch/libero_mini.sh [OUT] [path of the dysl command]
+set -eu
+out=${1:-runs/libero-mini-training}
+dysl=${2:-dysl}
+cameras=agentview=128x128,robot0_eye_in_hand=96x96
+placing=put_the_bowl_on_the_stove,put_the_wine_bottle_on_top_of_the_cabinet,put_the_bowl_on_top_of_the_cabinet
+placing=$placing,put_the_cream_cheese_in_the_bowl,put_the_bowl_on_the_plate
+moving=turn_on_the_stove,push_the_plate_to_the_front_of_the_stove,open_the_middle_drawer_of_the_cabinet
+moving=$moving,open_the_top_drawer_and_put_the_bowl_inside
+
+once() {
+    step=$1
+    shift
+    [ -e "$out/$step.done" ] || { "$dysl" "$@" && touch "$out/$step.done"; }
+}
+
+mkdir -p "$out"
+once demos-placing demos collect --suite libero-goal --tasks "$placing" --episodes 50 --workers 2 --cameras "$cameras" --out "$out/demos"
+once demos-object demos collect --suite libero-object --episodes 25 --workers 2 --cameras "$cameras" --out "$out/demos"
+once demos-moving demos collect --suite libero-goal --tasks "$moving" --episodes 30 --workers 2 --cameras "$cameras" --out "$out/demos"
+once r0 train --data "$out/demos" --out "$out/r0" --crops agentview=96x128+16+0,robot0_eye_in_hand=96x96+0+0 \
+    --grids robot0_eye_in_hand=2 --steps 7000 --batch 32 --learning-rate 6e-4 --execute 4 --compile
