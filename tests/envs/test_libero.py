@@ -81,7 +81,8 @@ def test_only_the_first_evaluation_seed_has_the_benchmark_s_states() -> None:
             env.reset(seed=seed, options={"episode_index": 2})
             begins[seed] = env._data.qpos[:].copy()
         fixed = initial_states("libero_goal", "turn_on_the_stove")[2, 1:42]
-        distances = {seed: float(np.abs(begin - fixed)[9:12].max()) for seed, begin in begins.items()}
+        places = [9, 10, 16, 17, 23, 24]  # of three objects on the table, which begin a little above it
+        distances = {seed: float(np.abs(begin - fixed)[places].max()) for seed, begin in begins.items()}
         assert distances.pop(FIRST_EVALUATION_SEED) < 0.002
         assert all(distance > 0.002 for distance in distances.values())
         np.random.seed(3)
