@@ -91,9 +91,8 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, video:
             started = clock()
             observation = env.observe()
             render_s = clock() - started
-        chunk = start_chunk(policy, observation, state, env.embodiment)
-        camera.note(chunk.skips)
-        inferred: ActionChunk | None = chunk
+        inferred: ActionChunk | None = start_chunk(policy, observation, state, env.embodiment)
+        camera.note(inferred.skips)
         # Execute it: physics alone.
         while state.planned and env.instruction == instruction:
             step = len(rollout.steps)
