@@ -91,18 +91,18 @@ def run_episode(env: ManipulationEnv, policy: Policy, key: EpisodeKey, *, video:
             started = clock()
             observation = env.observe()
             render_s = clock() - started
-        inferred: ActionChunk | None = start_chunk(policy, observation, state, env.embodiment)
-        camera.note(inferred.skips)
+        chunk = start_chunk(policy, observation, state, env.embodiment)
+        camera.note(chunk.skips)
+        inferred: ActionChunk | None = chunk
         # Execute it: physics alone.
         while state.planned and env.instruction == instruction:
-            step = len(rollout.steps)
-            camera.record_before(step)
+            camera.record_before(len(rollout.steps))
             action = next_action(state)
             started = clock()
             reward, truncated, info = env.advance(action)
             outcome = {"reward": reward, "success": info["success"], "physics_ms": 1e3 * (clock() - started)}
             times, skipping = _times(inferred, render_s), _skipping(inferred)
-            episode = {"task": key.task, "episode_index": key.index, "step": step}
+            episode = {"task": key.task, "episode_index": key.index, "step": len(rollout.steps)}
             rollout.steps.append({**episode, **outcome, **times, "action": action.tolist(), **skipping})
             inferred = None
             if info["success"] or truncated:
