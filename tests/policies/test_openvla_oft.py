@@ -368,9 +368,11 @@ def watched() -> Iterator[list[int]]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    yield seen
-    is_over.set()
-    watcher.join()
+    try:
+        yield seen
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory a process has")

@@ -21,14 +21,15 @@ from dysl_vla.errors import ConfigError
 from dysl_vla.processes import Processes, launched_processes
 from dysl_vla.training.distill import STATE_FILE, DistillRunConfig, distill
 from tests.conftest import TRAINING
-from tests.training.launched import FAULT, THEN
+from tests.training.launched import FAULT
 
 TRAINED = replace(TRAINING, adapter_steps=10, skip_steps=20)
 LAUNCH = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
 QUIET = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
 
 
-def distill_command(config: DistillRunConfig, out: Path) -> list[str]:
+def launch(config: DistillRunConfig, out: Path, fault: str = "") -> tuple[int, str]:
+    """Run `dysl distill` in two processes, and return the launcher's exit code and what was printed."""
     options = {
         "policy": config.policy,
         "plan": config.plan,
@@ -41,17 +42,8 @@ def distill_command(config: DistillRunConfig, out: Path) -> list[str]:
         "warmup": TRAINED.warmup,
         "threads": 1,
     }
-    return ["distill", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
-
-
-def launch(config: DistillRunConfig, *outs: Path, fault: str = "") -> tuple[int, str]:
-    """Run `dysl distill` in two processes, and return the launcher's exit code and what was printed.
-
-    With several folders there is a run into each, and the fault is in the last one.
-    """
-    first, *others = (distill_command(config, out) for out in outs)
-    words = [*first, *(word for other in others for word in (THEN, *other))]
-    command = [*LAUNCH, *QUIET, "-m", "tests.training.launched", *words]
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [*LAUNCH, *QUIET, "-m", "tests.training.launched", "distill", *words]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {FAULT: fault}
     )
@@ -81,18 +73,20 @@ def test_two_processes_train_the_heads_of_one_and_go_on_after_ctrl_c_and_after_a
     one, two, stopped = (tmp_path / name for name in ("one", "two", "stopped"))
     config = DistillRunConfig(mock_demos, one, str(teacher), plan, frames=100, training=TRAINED)
     alone = load_file(distill(config) / "skip.safetensors")
-    # A run is left alone; in the next one, with Ctrl-C, the step that runs is finished and kept by all.
-    code, printed = launch(config, two, stopped, fault=f"0 10 {signal.SIGINT.value}")
-    assert code != 0
-    assert printed.count("Distilled: ") == 1, printed
-    assert printed.count("dysl distill: interrupted") == 2, printed
-    with safe_open(stopped / STATE_FILE, framework="pt") as file:
-        assert file.metadata()["step"] == "11"
+    code, printed = launch(config, two)
+    assert code == 0, printed
+    assert printed.count("Distilled: ") == 1
     together = load_file(two / "skip.safetensors")
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+    # Ctrl-C: the step that runs is finished and kept by all.
+    code, printed = launch(config, stopped, f"0 10 {signal.SIGINT.value}")
+    assert code != 0
+    assert printed.count("dysl distill: interrupted") == 2, printed
+    with safe_open(stopped / STATE_FILE, framework="pt") as file:
+        assert file.metadata()["step"] == "11"
     # A process is killed: no other one is left, and the run goes on from its state.
-    code, printed = launch(config, stopped, fault=f"1 20 {signal.SIGKILL.value}")
+    code, printed = launch(config, stopped, f"1 20 {signal.SIGKILL.value}")
     assert code != 0
     deadline = time.monotonic() + 10
     while running(stopped) and time.monotonic() < deadline:
