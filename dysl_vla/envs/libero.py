@@ -2,9 +2,8 @@
 
 With the first evaluation seed, episodes begin from the fixed initial states of the benchmark; with any other, and in
 demonstrations, objects are placed by its own samplers, so that no policy is trained on a state that it is evaluated on.
-The images are mirrored left to right, since LIBERO's come
-upside down and its datasets turn them by 180 degrees (openvla-oft's and LeRobot's evaluation do the same). The protocol
-is that of openvla-oft, experiments/robot/libero.
+The images are mirrored left to right, since LIBERO's come upside down and its datasets turn them by 180 degrees
+(openvla-oft's and LeRobot's evaluation do the same). The protocol is that of openvla-oft, experiments/robot/libero.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from dysl_vla.envs.libero_package import initial_states, load_libero, task_file,
 from dysl_vla.envs.rendering import SceneRenderer
 from dysl_vla.envs.robosuite import ACTION_NAMES, COLLISION_GEOMS, RATE_HZ
 from dysl_vla.envs.robosuite_arm import Arm
+from dysl_vla.envs.robosuite_experts import Expert
 from dysl_vla.envs.robosuite_libero import libero_state
 from dysl_vla.errors import ConfigError
 from dysl_vla.provenance import FIRST_EVALUATION_SEED
@@ -52,6 +52,7 @@ FIXED_STATES = 50
 SETTLE_STEPS = 10
 """Steps of an open hand that does not move, in which objects fall to rest, before a policy acts."""
 MAX_PLACEMENTS = 100
+"""Resets after which an episode is given up whose objects find no room."""
 ARM_NOISE = 0.02
 """Standard deviation of the arm's first joint positions in radians, which is robosuite's own."""
 REST = np.array([0, 0, 0, 0, 0, 0, -1.0], np.float32)
@@ -78,7 +79,7 @@ def instruction_of(task: str) -> str:
 
 
 def has_expert(suite: str, task: str) -> bool:
-    """Tell whether a task has a scripted expert that was seen to succeed in most episodes: results/env/experts.md."""
+    """Tell whether a task has a scripted expert. Goals of other suites may look alike, and were not tried."""
     return suite in EXPERT_SUITES and task not in WITHOUT_EXPERT
 
 
@@ -118,11 +119,13 @@ class LiberoEnv(ManipulationEnv):
         sizes = dict(cameras or DEFAULT_CAMERAS)
         check_cameras(sizes, CAMERAS)
         self._has_expert = has_expert(suite, task)
-        self._states = initial_states(folder_of(suite), task)[:FIXED_STATES]
+        self._expert: Expert | None = None
+        self._states = initial_states(folder_of(suite), task)
         with task_file(folder_of(suite), task) as path:
             problem = load_libero().parse(str(path))
             self._world = _build_world(path, problem["problem_name"])
         self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
+        self._arm = Arm(self._world)
         self._renderer = SceneRenderer(self._model, hidden_groups=(COLLISION_GEOMS,))
         spec = EmbodimentSpec(
             cameras=sizes,
@@ -144,7 +147,6 @@ class LiberoEnv(ManipulationEnv):
         with _global_random_numbers(int(rng.integers(2**32))):
             self._world.rng.bit_generator.state = rng.bit_generator.state  # for the arm's first pose
             self._place_objects()
-        self._arm = Arm(self._world)
         if is_fixed:
             self._world.sim.set_state_from_flattened(self._states[self._episode_index % len(self._states)])
             self._world.sim.forward()
@@ -194,8 +196,10 @@ class LiberoEnv(ManipulationEnv):
 
     def expert_action(self) -> FloatArray:
         """The action of a scripted policy on the full state; see `ManipulationEnv.expert_action`."""
-        if self._expert is None:
+        if not self._has_expert:
             return super().expert_action()
+        if self._expert is None:
+            raise ConfigError("expert_action: reset the environment first.")
         return np.clip(np.asarray(self._expert.act(), np.float32), -1, 1)
 
     def close(self) -> None:

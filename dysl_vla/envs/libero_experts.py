@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from dysl_vla.envs.libero_fixture_experts import make_fixture_expert
 from dysl_vla.envs.libero_objects import Obstacles, Thing
-from dysl_vla.envs.robosuite_experts import ALONG_Y, CLOSED, DOWN, OPEN, OVER, UP, Expert, Hand, Vector
+from dysl_vla.envs.robosuite_experts import ALONG_Y, CLOSED, DOWN, OPEN, OVER, UP, Expert, Hand, Vector, horizontal
 from dysl_vla.types import FloatArray
 
 FINGERTIP = 0.013
@@ -91,7 +92,7 @@ class CarryingHand(Hand):
         return self.move(self.position + _glide(away, max(over - place[2], 0.02), far), CLOSED, closing)
 
 
-class PickAndPlace:
+class PickAndPlace(ABC):
     """Grasp an object, carry it to its place, let go, retreat upwards.
 
     Args:
@@ -121,13 +122,13 @@ class PickAndPlace:
             return hand.move(hand.position + OVER * UP, OPEN, grip.closing)
         return hand.take(grip, self._obstacles)
 
+    @abstractmethod
     def _place(self) -> Vector:
         """Where the object's origin shall be, in metres, (3,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _is_there(self, place: Vector) -> bool:
         """Whether the object that is held can be let go."""
-        raise NotImplementedError
 
     def _is_let_go(self) -> bool:
         """Whether the object, which is not held, is in its place or falls into it."""
@@ -151,7 +152,7 @@ class PickAndPlace:
         sides = [axis for axis in range(3) if axis != upright]
         narrow = [axis for axis in sides if 2 * thing.half[axis] < GRASPABLE] or sides
         axis = max(narrow, key=lambda side: abs(thing.rotation[:, side] @ hand.rotation[:, 0]))
-        closing = _flat(thing.rotation[:, axis])
+        closing = horizontal(thing.rotation[:, axis])
         if ROUND.get(thing.name.rpartition("_")[0]) == upright:
             closing = ALONG_Y
         closing = closing * (1.0 if closing @ hand.rotation[:, 0] >= 0 else -1.0)
@@ -240,11 +241,6 @@ def _glide(away: Vector, over: float, far: float) -> Vector:
 def _between(value: float, low: float, high: float) -> float:
     """From 0 where a value is low to 1 where it is high."""
     return float(np.clip((value - low) / (high - low), 0, 1))
-
-
-def _flat(direction: Vector) -> Vector:
-    flat: Vector = direction * (1 - UP)
-    return flat / float(np.linalg.norm(flat))
 
 
 def _outline(positions: Vector, closing: Vector) -> Vector:

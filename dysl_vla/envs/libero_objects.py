@@ -26,12 +26,11 @@ class Thing:
 
     def __init__(self, world: Any, name: str) -> None:
         self.name = name
-        self.model = world.get_object(name)
-        self.geoms: list[str] = self.model.contact_geoms
+        self.geoms: list[str] = world.get_object(name).contact_geoms
         self._data = world.sim.data._data
         self._body = world.obj_body_id[name]
-        self.geom_ids = np.array([world.sim.model.geom_name2id(geom) for geom in self.geoms])
-        centers, halves, rotations = geom_boxes(world, self.geom_ids)
+        ids = np.array([world.sim.model.geom_name2id(geom) for geom in self.geoms])
+        centers, halves, rotations = geom_boxes(world, ids)
         turned = self.rotation.T @ rotations
         middle = (centers - self.position) @ self.rotation
         half = np.einsum("gij,gj->gi", np.abs(turned), halves)

@@ -61,13 +61,11 @@ class Libero:
 
     Attributes:
         root: The folder of `bddl_files` and `init_files`.
-        assets: The folder of meshes and textures.
         problems: Name of a kind of scene, in lower case, to robosuite's class for it.
         parse: The parser of a task's BDDL file.
     """
 
     root: Path
-    assets: Path
     problems: Mapping[str, Any]
     parse: Any
 
@@ -100,7 +98,7 @@ def load_libero() -> Libero:
     _find_assets(assets)
     _give_base()
     parse = importlib.import_module(f"{PACKAGE}.envs.bddl_utils").robosuite_parse_problem
-    return Libero(root, assets, envs.TASK_MAPPING, parse)
+    return Libero(root, envs.TASK_MAPPING, parse)
 
 
 def _find_assets(assets: Path) -> None:

@@ -134,8 +134,8 @@ class StackExpert:
         hand, world = self._hand, self._world
         red, green = (_Body(world, cube.root_body) for cube in (world.cubeA, world.cubeB))
         between = green.position - red.position
-        is_tight = np.linalg.norm(between[:2]) < 0.1 and abs(_horizontal(between) @ red.nearest_axis(ALONG_Y)) > 0.7
-        closing = red.nearest_axis(np.cross(UP, _horizontal(between)) if is_tight else ALONG_Y)
+        is_tight = np.linalg.norm(between[:2]) < 0.1 and abs(horizontal(between) @ red.nearest_axis(ALONG_Y)) > 0.7
+        closing = red.nearest_axis(np.cross(UP, horizontal(between)) if is_tight else ALONG_Y)
         place = green.position + 0.045 * UP
         away = place - red.position
         is_there = np.linalg.norm(away[:2]) < 0.02 and abs(away[2]) < 0.008
@@ -213,17 +213,17 @@ class NutAssemblySquareExpert:
         handle = nut.position + nut.rotation @ np.array([0.054, 0.0, 0.0])
         peg = world.sim.data.body_xpos[world.peg1_body_id]
         top = peg + 0.1 * UP
-        across = _horizontal(nut.rotation[:, 1])
+        across = horizontal(nut.rotation[:, 1])
         closing = across if across[1] >= 0 else -across
         away = top + 0.06 * UP - nut.position
         is_on = np.linalg.norm(away[:2]) < 0.012 and nut.position[2] < top[2] - 0.005
         if not hand.holds(world.nuts[0]):
             if is_on:
-                return hand.move(hand.position + OVER * UP, OPEN, _horizontal(hand.rotation[:, 0]))
+                return hand.move(hand.position + OVER * UP, OPEN, horizontal(hand.rotation[:, 0]))
             return hand.grasp(handle, closing)
         turns = (SIDES - np.arctan2(nut.rotation[1, 0], nut.rotation[0, 0]) + np.pi) % (2 * np.pi) - np.pi
         turn = min(turns, key=lambda angle: abs(angle) + LEFTWARDS * (angle > 0))
-        square = Rotation.from_rotvec(turn * UP).apply(_horizontal(hand.rotation[:, 0]))
+        square = Rotation.from_rotvec(turn * UP).apply(horizontal(hand.rotation[:, 0]))
         if is_on:
             return hand.move(hand.position + away - 0.2 * UP, CLOSED, square)
         carrying = hand.carry(away, square, rise=0.02, within=0.006)
@@ -256,10 +256,11 @@ class _Body:
         """The horizontal axis of a cube, in either direction, that is nearest to a horizontal direction."""
         axes = self.rotation.T[np.abs(self.rotation[2]) < np.sqrt(0.5)]
         nearest = axes[np.argmax(np.abs(axes @ direction))]
-        return _horizontal(nearest * np.sign(nearest @ direction))
+        return horizontal(nearest * np.sign(nearest @ direction))
 
 
-def _horizontal(direction: Vector) -> Vector:
+def horizontal(direction: Vector) -> Vector:
+    """The unit vector in the horizontal direction of a vector that is not vertical, (3,)."""
     flat: Vector = direction * (1 - UP)
     return flat / float(np.linalg.norm(flat))
 

