@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Training of libero-mini from nothing, on libero-goal (nine tasks, without the wine rack) and libero-object (ten tasks). The same
-# command continues where it was stopped. Usage: launch/libero_mini.sh [OUT] [path of the dysl command]
+# A policy for libero-goal (nine tasks, without the wine rack) and libero-object (ten tasks), from nothing: the experts'
+# demonstrations, and behaviour cloning on them. The same command continues where it was stopped.
+# Usage: launch/libero_mini.sh [OUT] [path of the dysl command]
 set -eu
 out=${1:-runs/libero-mini-training}
 dysl=${2:-dysl}

@@ -53,6 +53,8 @@ class Simulation:
     """Index of the first episode; at the horizon the next one begins."""
     seed: int = 100_000
     """Seed of the initial states."""
+    full_quality: int = 0
+    """1 for frames with shadows and reflections, on which public checkpoints were trained."""
     answer_s: float = 0.5
     """The robot has a fault if there is no observation for so long."""
     freeze_after: float = math.inf
@@ -69,7 +71,14 @@ class Simulation:
     """From then on, the process does not run."""
 
     def __post_init__(self) -> None:
-        for name in ("episode", "seed", "answer_s", "late_s", *(f for f in vars(self) if f.endswith("_after"))):
+        for name in (
+            "episode",
+            "seed",
+            "full_quality",
+            "answer_s",
+            "late_s",
+            *(f for f in vars(self) if f.endswith("_after")),
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"robot: {name} must be a number that is not negative, got {getattr(self, name)}.")
 
@@ -81,7 +90,7 @@ class Simulation:
             ConfigError: A name is unknown, or a value is not a number.
         """
         task, _, query = text.partition("?")
-        kinds = {field.name: int if field.name in ("episode", "seed") else float for field in fields(cls)[1:]}
+        kinds = {field.name: int if field.type == "int" else float for field in fields(cls)[1:]}
         values: dict[str, Any] = {}
         for name, value in parse_qsl(query, keep_blank_values=True):
             if name not in kinds:
@@ -108,6 +117,7 @@ def simulate(
     begin_worker()
     try:
         env = make_env(simulation.task, cameras)
+        env.full_quality = bool(simulation.full_quality)
         hold_action(env.embodiment, None)  # a robot that no action can hold is refused before it moves
         env.reset(seed=simulation.seed, options={"episode_index": simulation.episode})
         env.observe()  # a renderer's first frame is slow

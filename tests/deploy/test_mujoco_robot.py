@@ -136,6 +136,7 @@ def test_names_that_mean_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"no robot 'Panda'"):
         make_env("mock-reach@Panda", None)
     assert Simulation.parse("mock-reach?episode=2&nan_after=1.5") == Simulation("mock-reach", 2, nan_after=1.5)
+    assert Simulation.parse("mock-reach?full_quality=1") == Simulation("mock-reach", full_quality=1)
     for name, words in (("mujoco", "KIND:NAME"), ("ur5:x", "among lerobot, mujoco; got 'ur5'")):
         with pytest.raises(ConfigError, match=words):
             control(ControlConfig(name, policy="mock"))

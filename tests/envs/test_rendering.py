@@ -11,7 +11,9 @@ import pytest
 
 from dysl_vla.envs import get_suite
 from dysl_vla.envs.base import ManipulationEnv
+from dysl_vla.envs.metaworld import INSTRUCTIONS
 from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
+from dysl_vla.envs.robosuite import INSTRUCTIONS as ROBOSUITE_INSTRUCTIONS
 from dysl_vla.types import ImageArray
 
 if TYPE_CHECKING:
@@ -28,9 +30,18 @@ SCENES = {
 }
 
 
-@pytest.fixture(scope="module", params=SCENES)
+OTHERS = (
+    *(("metaworld-mt50", task) for task in INSTRUCTIONS if task != SCENES["metaworld-mt10"]),
+    *(("robosuite-all", task) for task in ROBOSUITE_INSTRUCTIONS if task != SCENES["robosuite-5"]),
+)
+
+
+@pytest.fixture(
+    scope="module", params=[*SCENES.items(), *(pytest.param(other, marks=pytest.mark.exhaustive) for other in OTHERS)]
+)
 def env(request: pytest.FixtureRequest) -> Iterator[ManipulationEnv]:
-    with closing(get_suite(request.param).make(SCENES[request.param], None)) as made:
+    suite, task = request.param
+    with closing(get_suite(suite).make(task, None)) as made:
         made.reset(seed=1)
         yield made
 
