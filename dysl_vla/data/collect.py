@@ -65,7 +65,8 @@ class CollectConfig:
     policy: str | None = None
     """Let this policy act and the expert correct it (a round of DAgger): a checkpoint's name or folder."""
     cameras: str | None = None
-    """Camera sizes, "corner2=144x144,gripperPOV=72x72". The suite's own when not given."""
+    """Camera sizes, "corner2=144x144,gripperPOV=72x72". When not given, those that `--policy` sees; without a
+    policy the suite's own."""
     workers: int = 1
     """Processes that simulate side by side."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -106,7 +107,8 @@ def collect(config: CollectConfig) -> Demonstrations:
             f"tasks: {suite.robot} has no scripted expert for {', '.join(lacking)}; {fix}, or import demonstrations."
         )
     sizes = camera_options("cameras", config.cameras or "", SIZE, "144x144")
-    cameras = {name: (height, width) for name, (height, width) in sizes.items()} or None
+    seen = policy.spec.cameras if policy is not None else {}
+    cameras = {name: (height, width) for name, (height, width) in sizes.items()} or seen or None
     actor = EXPERT
     rendering = policy.spec.rendering if policy is not None else None
     with closing(suite.make(tasks[0], cameras)) as env:

@@ -53,6 +53,16 @@ def test_a_policy_of_full_quality_is_shown_it_and_the_dataset_says_so(tmp_path: 
         assert env.full_quality == is_full
 
 
+def test_a_policy_is_shown_images_of_the_size_that_it_was_trained_on(tmp_path: Path) -> None:
+    spec = replace(make_tiny_policy().spec, cameras={"top": (40, 56)})
+    make_tiny_policy(spec=spec).save_pretrained(tmp_path / "policy")
+    name = str(tmp_path / "policy")
+    collected = collect(CollectConfig(out=tmp_path / "d", suite="mock", episodes=1, tasks="reach", policy=name))
+    assert collected.spec.cameras == {"top": (40, 56)}
+    with pytest.raises(ConfigError, match="trained on 'top' at 40x56"):
+        collect(CollectConfig(tmp_path / "e", "mock", episodes=1, tasks="reach", policy=name, cameras="top=48x48"))
+
+
 def test_a_policys_states_are_labelled_by_the_expert(tmp_path: Path) -> None:
     collect(CollectConfig(out=tmp_path / "d", suite="mock", episodes=3, tasks="reach", policy="mock", seed=1))
     demonstrations = Demonstrations(tmp_path / "d")
