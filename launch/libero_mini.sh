@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A policy for libero-goal (nine tasks, without the wine rack) and libero-object (ten tasks), from nothing: the experts'
-# demonstrations, and behaviour cloning on them. The same command continues where it was stopped.
+# demonstrations, behaviour cloning on them, and a round of DAgger on the tasks that it does worst. The same command
+# continues where it was stopped.
 # Usage: launch/libero_mini.sh [OUT] [path of the dysl command]
 set -eu
 out=${1:-runs/libero-mini-training}
@@ -23,3 +24,10 @@ once demos-object demos collect --suite libero-object --episodes 25 --workers 2 
 once demos-moving demos collect --suite libero-goal --tasks "$moving" --episodes 30 --workers 2 --cameras "$cameras" --out "$out/demos"
 once r0 train --data "$out/demos" --out "$out/r0" --crops agentview=96x128+16+0,robot0_eye_in_hand=96x96+0+0 \
     --grids robot0_eye_in_hand=2 --steps 7000 --batch 32 --learning-rate 6e-4 --execute 4 --compile
+once dagger-hard demos collect --policy "$out/r0" --suite libero-goal --seed 1 --episodes 50 --workers 2 --out "$out/demos" \
+    --tasks put_the_wine_bottle_on_top_of_the_cabinet,open_the_top_drawer_and_put_the_bowl_inside
+once dagger-cheese demos collect --policy "$out/r0" --suite libero-goal --seed 1 --episodes 40 --workers 2 --out "$out/demos" \
+    --tasks put_the_cream_cheese_in_the_bowl
+once dagger-bowl demos collect --policy "$out/r0" --suite libero-goal --seed 1 --episodes 30 --workers 2 --out "$out/demos" \
+    --tasks put_the_bowl_on_top_of_the_cabinet,put_the_bowl_on_the_plate
+once r1 train --init "$out/r0" --data "$out/demos" --out "$out/r1" --steps 3500 --batch 32 --learning-rate 4e-4 --compile
