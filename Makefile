@@ -18,7 +18,7 @@ test: $(INSTALLED)
 # Against LeRobot's own driver; LEROBOT_PYTHON=... names a Python 3.12 that is not found by itself.
 test-lerobot:
 	bash launch/lerobot_env.sh $(LEROBOT_VENV) $(LEROBOT_PYTHON)
-	$(LEROBOT_VENV)/bin/python -m pytest tests/lerobot -n 2 --dist worksteal
+	$(LEROBOT_VENV)/bin/python -m pytest tests/lerobot
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -43,5 +43,5 @@ pip=("$folder/bin/python" -m pip --disable-pip-version-check install)
 cpu_index=()
 command -v nvidia-smi >/dev/null || cpu_index=(--extra-index-url https://download.pytorch.org/whl/cpu)
 "${pip[@]}" --no-deps "${cpu_index[@]}" 'torch>=2.7,<2.12' 'torchvision>=0.22,<0.27'
-"${pip[@]}" 'lerobot[dataset,feetech]==0.6.1' --editable "$here[train,export]" hypothesis pytest pytest-xdist
+"${pip[@]}" 'lerobot[dataset,feetech]==0.6.1' --editable "$here[train,export]" hypothesis pytest
 touch "$stamp"
