@@ -17,6 +17,11 @@ once() {
     shift
     [ -e "$out/$step.done" ] || { "$dysl" "$@" && touch "$out/$step.done"; }
 }
+correct() {
+    step=$1 episodes=$2 tasks=$3
+    once "$step" demos collect --policy "$out/r0" --suite libero-goal --seed 1 --tasks "$tasks" --episodes "$episodes" \
+        --workers 2 --out "$out/demos"
+}
 
 mkdir -p "$out"
 once demos-placing demos collect --suite libero-goal --tasks "$placing" --episodes 50 --workers 2 --cameras "$cameras" --out "$out/demos"
@@ -24,10 +29,7 @@ once demos-object demos collect --suite libero-object --episodes 25 --workers 2 
 once demos-moving demos collect --suite libero-goal --tasks "$moving" --episodes 30 --workers 2 --cameras "$cameras" --out "$out/demos"
 once r0 train --data "$out/demos" --out "$out/r0" --crops agentview=96x128+16+0,robot0_eye_in_hand=96x96+0+0 \
     --grids robot0_eye_in_hand=2 --steps 7000 --batch 32 --learning-rate 6e-4 --execute 4 --compile
-once dagger-hard demos collect --policy "$out/r0" --suite libero-goal --seed 1 --episodes 50 --workers 2 --out "$out/demos" \
-    --tasks put_the_wine_bottle_on_top_of_the_cabinet,open_the_top_drawer_and_put_the_bowl_inside
-once dagger-cheese demos collect --policy "$out/r0" --suite libero-goal --seed 1 --episodes 40 --workers 2 --out "$out/demos" \
-    --tasks put_the_cream_cheese_in_the_bowl
-once dagger-bowl demos collect --policy "$out/r0" --suite libero-goal --seed 1 --episodes 30 --workers 2 --out "$out/demos" \
-    --tasks put_the_bowl_on_top_of_the_cabinet,put_the_bowl_on_the_plate
+correct dagger-hard 50 put_the_wine_bottle_on_top_of_the_cabinet,open_the_top_drawer_and_put_the_bowl_inside
+correct dagger-cheese 40 put_the_cream_cheese_in_the_bowl
+correct dagger-bowl 30 put_the_bowl_on_top_of_the_cabinet,put_the_bowl_on_the_plate
 once r1 train --init "$out/r0" --data "$out/demos" --out "$out/r1" --steps 3500 --batch 32 --learning-rate 4e-4 --compile

@@ -71,14 +71,7 @@ class Simulation:
     """From then on, the process does not run."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "episode",
-            "seed",
-            "full_quality",
-            "answer_s",
-            "late_s",
-            *(f for f in vars(self) if f.endswith("_after")),
-        ):
+        for name in (field.name for field in fields(self)[1:]):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"robot: {name} must be a number that is not negative, got {getattr(self, name)}.")
 

@@ -37,7 +37,9 @@ OTHERS = (
 
 
 @pytest.fixture(
-    scope="module", params=[*SCENES.items(), *(pytest.param(other, marks=pytest.mark.exhaustive) for other in OTHERS)]
+    scope="module",
+    params=[*SCENES.items(), *(pytest.param(other, marks=pytest.mark.exhaustive) for other in OTHERS)],
+    ids="-".join,
 )
 def env(request: pytest.FixtureRequest) -> Iterator[ManipulationEnv]:
     suite, task = request.param
