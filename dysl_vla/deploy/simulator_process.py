@@ -74,6 +74,8 @@ class Simulation:
         for name in (field.name for field in fields(self)[1:]):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"robot: {name} must be a number that is not negative, got {getattr(self, name)}.")
+        if self.full_quality > 1:
+            raise ConfigError(f"robot: full_quality must be 0 or 1, got {self.full_quality}.")
 
     @classmethod
     def parse(cls, text: str) -> Simulation:

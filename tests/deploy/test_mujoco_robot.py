@@ -92,6 +92,22 @@ def test_only_a_frozen_camera_shows_the_very_same_image_all_the_time(freeze_afte
     assert not still.any()
 
 
+def test_a_robot_of_full_quality_is_seen_with_shadows_and_reflections() -> None:
+    images = []
+    for full_quality in (0, 0, 1):
+        robot = MujocoRobot(Simulation("metaworld-drawer-open", full_quality=full_quality), {"corner2": (64, 64)})
+        try:
+            robot.connect(20.0)
+            images.append(robot.observe(0.0).observation["observation.images.corner2"].astype(float))
+        finally:
+            robot.stop()
+    plain, again, full = images
+    assert np.abs(plain - again).mean() < 1  # the sensor's noise
+    assert np.abs(plain - full).mean() > 3
+    with pytest.raises(ConfigError, match="full_quality must be 0 or 1, got 2"):
+        Simulation("mock-reach", full_quality=2)
+
+
 def test_a_robot_whose_controller_is_gone_holds() -> None:
     robot = MujocoRobot(Simulation("mock-reach"))
     assert robot.embodiment.action_names == ("dx", "dy", "gripper")
