@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from filelock import FileLock
 
 from dysl_vla.data.collect import CollectConfig, collect
 from dysl_vla.policies.mini_vla import Crop, MiniVLA, MiniVLAConfig
 from dysl_vla.skip_controller.heads_trainer import DistillConfig
 from dysl_vla.skip_controller.operating import SkipStatistics
 from dysl_vla.training.behaviour_cloning import train_tokenizer
-from dysl_vla.training.calibrate import CalibrateConfig, calibrate
+from dysl_vla.training.calibrate import PLAN, CalibrateConfig, calibrate
 from dysl_vla.training.distill import DistillRunConfig, distill
 from dysl_vla.types import Normalisation, PolicySpec
 
@@ -73,12 +75,25 @@ def tiny_policy() -> MiniVLA:
     return make_tiny_policy()
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` has filled, for the tests of all of pytest's processes: who comes first makes it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def mock_demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve demonstrations of each task of the mock world. Not to be written to."""
-    out = tmp_path_factory.mktemp("demos") / "mock"
-    collect(CollectConfig(out=out, suite="mock", episodes=12))
-    return out
+    return made_once(
+        tmp_path_factory, "mock-demos", lambda out: collect(CollectConfig(out=out, suite="mock", episodes=12))
+    )
 
 
 TRAINING = DistillConfig(adapter_steps=20, skip_steps=40, batch=8, warmup=5, threads=1)
@@ -86,30 +101,35 @@ TRAINING = DistillConfig(adapter_steps=20, skip_steps=40, batch=8, warmup=5, thr
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    make_tiny_policy(num_layers=6).save_pretrained(folder)
-    return folder
+    return made_once(tmp_path_factory, "teacher", lambda out: make_tiny_policy(num_layers=6).save_pretrained(out))
 
 
 @pytest.fixture(scope="session")
 def plan(teacher: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("plan") / "plan"
-    return calibrate(CalibrateConfig(mock_demos, out, str(teacher), static_ratio=0.5, longest_block=2, frames=20))
+    def make(out: Path) -> None:
+        calibrate(CalibrateConfig(mock_demos, out, str(teacher), static_ratio=0.5, longest_block=2, frames=20))
+
+    return made_once(tmp_path_factory, "plan", make) / PLAN
 
 
 @pytest.fixture(scope="session")
 def distilled(teacher: Path, plan: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("distilled") / "out"
-    return distill(DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, training=TRAINING))
+    def make(out: Path) -> None:
+        distill(DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, training=TRAINING))
+
+    return made_once(tmp_path_factory, "distilled", make)
 
 
 @pytest.fixture(scope="session")
 def skipping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny policy whose controllers sometimes skip, sometimes not, and which sometimes verifies."""
+    return made_once(tmp_path_factory, "skipping", make_skipping)
+
+
+def make_skipping(folder: Path) -> None:
     from dysl_vla.policies.dysl import load_dysl, save_skips
     from tests.policies.test_dysl import make_parts, play
 
-    folder = tmp_path_factory.mktemp("checkpoint")
     policy, heads, settings = make_parts()
     policy.provenance = {"data": {"instructions": MOCK_INSTRUCTIONS[:1], "origins": []}}
     policy.save_pretrained(folder)
@@ -121,30 +141,35 @@ def skipping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dysl.close()
     statistics = SkipStatistics.measured(outputs, [0.002, 0.01, 0.03], [-0.1, 1e-6, 1e-6])
     save_skips(folder, heads, replace(settings, statistics=statistics), {})
-    return folder
 
 
 @pytest.fixture(scope="session")
-def traced() -> dict[tuple[str, ...], Any]:
-    """The exporter's graphs of the same policy, protobufs by the names of their outputs; `bundle_folder` fills it."""
-    return {}
+def bundle_folder(skipping_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the same policy, which tests must not write to. `traced` are the exporter's graphs of it."""
+    import onnx
 
-
-@pytest.fixture(scope="session")
-def bundle_folder(
-    skipping_checkpoint: Path, traced: dict[tuple[str, ...], Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The bundle of the same policy, which tests must not write to."""
     from dysl_vla.deploy.export import ExportConfig, export
 
     export_graph = torch.onnx.export
 
-    def keep(program: Any, *, output_names: list[str], **options: Any) -> Any:
-        graph = export_graph(program, output_names=output_names, **options)
-        assert graph is not None
-        traced[tuple(output_names)] = graph.model_proto
-        return graph
+    def make(folder: Path) -> None:
+        def keep(program: Any, *, output_names: list[str], **options: Any) -> Any:
+            graph = export_graph(program, output_names=output_names, **options)
+            assert graph is not None
+            onnx.save(graph.model_proto, folder / f"{'+'.join(output_names)}.onnx")
+            return graph
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.onnx.export", keep)
-        return export(ExportConfig(tmp_path_factory.mktemp("bundle") / "b", str(skipping_checkpoint)))
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.onnx.export", keep)
+            export(ExportConfig(folder / "bundle", str(skipping_checkpoint)))
+
+    return made_once(tmp_path_factory, "bundle", make) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def traced(bundle_folder: Path) -> dict[tuple[str, ...], Any]:
+    """The exporter's graphs of `bundle_folder`, protobufs by the names of their outputs."""
+    import onnx
+
+    return {tuple(file.stem.split("+")): onnx.load(file) for file in bundle_folder.parent.glob("*.onnx")}

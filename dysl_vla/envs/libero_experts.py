@@ -27,7 +27,7 @@ SIDES = np.arange(8) * np.pi / 4
 """Directions from the middle of a bowl to the part of its rim that is grasped, in radians about z."""
 REACH = 0.765
 """Horizontal metres from the arm's base within which the hand still points straight down."""
-CLEAR = 0.02
+CLEAR = 0.04
 """Metres between what moves and the obstacles below it."""
 ROUND = {"alphabet_soup": 1, "tomato_sauce": 1, "wine_bottle": 2}
 """The round objects, to the index of their axis."""

@@ -3,12 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from dysl_vla.checkpoint import add_to_manifest
@@ -19,7 +19,7 @@ from dysl_vla.files import sha256
 from dysl_vla.policies import load_policy
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.skip_controller.operating import Ablation
-from tests.conftest import MOCK_INSTRUCTIONS
+from tests.conftest import MOCK_INSTRUCTIONS, made_once
 from tests.deploy.conftest import without_tracing
 from tests.policies.test_dysl import observe, play
 
@@ -169,25 +169,19 @@ def test_a_bundle_says_what_to_simulate(copied: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def graphs(
-    bundle_folder: Path, traced: dict[tuple[str, ...], onnx.ModelProto]
-) -> dict[tuple[str, ...], onnx.ModelProto]:
-    """The graphs that were traced for `bundle_folder`: bundles that differ in files and bits alone share them."""
-    return traced
-
-
-@pytest.fixture(scope="module")
-def coarse_folder(skipping_checkpoint: Path, graphs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def coarse_folder(skipping_checkpoint: Path, traced: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of 8 bits. Not to be written to."""
-    with without_tracing(graphs):
-        return export(ExportConfig(tmp_path_factory.mktemp("int8") / "b", str(skipping_checkpoint), precision="int8"))
+    with without_tracing(traced):
+        config = ExportConfig(Path(), str(skipping_checkpoint), precision="int8")
+        return made_once(tmp_path_factory, "int8", lambda out: export(replace(config, out=out)))
 
 
 @pytest.fixture(scope="module")
-def parted_folder(skipping_checkpoint: Path, graphs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parted_folder(skipping_checkpoint: Path, traced: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose graphs are too large for one file each. Not to be written to."""
-    with without_tracing(graphs, one_file=10_000):
-        return export(ExportConfig(tmp_path_factory.mktemp("parted") / "b", str(skipping_checkpoint)))
+    with without_tracing(traced, one_file=10_000):
+        config = ExportConfig(Path(), str(skipping_checkpoint))
+        return made_once(tmp_path_factory, "parted", lambda out: export(replace(config, out=out)))
 
 
 def files_of(folder: Path) -> set[str]:
@@ -229,11 +223,11 @@ def test_a_graph_that_is_too_large_for_one_file_keeps_its_weights_beside_it(
 
 
 def test_a_bundle_leaves_nothing_of_the_one_that_it_replaces(
-    parted_folder: Path, coarse_folder: Path, skipping_checkpoint: Path, graphs: Any, tmp_path: Path
+    parted_folder: Path, coarse_folder: Path, skipping_checkpoint: Path, traced: Any, tmp_path: Path
 ) -> None:
     """Here of 8 bits, which fit into one file where the exact ones, and the encoder's, do not."""
     folder = Path(shutil.copytree(parted_folder, tmp_path / "b"))
-    with without_tracing(graphs, one_file=30_000):
+    with without_tracing(traced, one_file=30_000):
         export(ExportConfig(folder, str(skipping_checkpoint), precision="int8"))
     assert files_of(folder) == ONE_FILE_EACH | {"encoder.onnx.data"}
     assert json.loads((folder / "manifest.json").read_text()).keys() == files_of(folder) - {"manifest.json"}

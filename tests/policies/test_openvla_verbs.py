@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from dysl_vla.deploy.client import Client
 from dysl_vla.policies import ComputeConfig, load_policy
 from dysl_vla.policies.dysl import DyslPolicy
 from dysl_vla.policies.openvla_oft import OpenVLAOFT
+from tests.conftest import made_once
 from tests.policies.hollow_folder import WHOLE, write_hollow_folder
 from tests.policies.openvla_folder import Geometry, write_openvla_folder
 
@@ -41,8 +43,11 @@ def dysl(*words: object) -> None:
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, demonstrations of the mock world, a plan and heads, as the commands make them."""
-    root = tmp_path_factory.mktemp("openvla")
+    """A base, demonstrations of the mock world, a plan and heads, as the commands make them. Not to be written to."""
+    return made_once(tmp_path_factory, "openvla-verbs", make_places)
+
+
+def make_places(root: Path) -> None:
     base, demos = write_openvla_folder(root / "base", geometry=SMALL, dtype=torch.float32), root / "demos"
     sizes = "top=32x32,wrist=32x32"
     dysl("demos", "collect", "--suite", "mock", "--out", demos, "--episodes", 6, "--cameras", sizes)
@@ -50,7 +55,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dysl("calibrate", *given, "--out", root / "plan", "--frames", 32, "--static-ratio", 0.3)
     training = ("--adapter-steps", 50, "--skip-steps", 150, "--batch", 4, "--frames", 64, "--warmup", 10)
     dysl("distill", *given, "--out", root / "fast", "--plan", root / "plan", *training, "--threads", 1)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +114,10 @@ def _whole() -> Any:
 
 
 def test_tune_and_eval_on_a_mock_world(places: Path, tmp_path: Path) -> None:
-    dysl("tune", "--policy", places / "fast", "--data", places / "demos", "--target-action-error", 10)
+    fast = shutil.copytree(places / "fast", tmp_path / "fast")
+    dysl("tune", "--policy", fast, "--data", places / "demos", "--target-action-error", 10)
     words = ("--suite", "mock", "--episodes", 2, "--variants", "full,dysl", "--video", 1)
-    dysl("eval", "--policy", places / "fast", "--out", tmp_path / "runs", *words)
+    dysl("eval", "--policy", fast, "--out", tmp_path / "runs", *words)
     full, skipping = (json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("full", "dysl"))
     steps = {name: pq.read_table(tmp_path / "runs" / name / "steps.parquet") for name in ("full", "dysl")}
     assert full["suite"] == skipping["suite"] == "mock"

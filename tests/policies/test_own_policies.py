@@ -23,10 +23,11 @@ from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan, attach
 from dysl_vla.skip_controller.heads_trainer import DistillConfig
 from dysl_vla.skip_controller.operating import SkipStatistics
 from dysl_vla.skip_controller.torch_backend import Forward
+from dysl_vla.training.calibrate import PLAN as PLAN_FILE
 from dysl_vla.training.calibrate import CalibrateConfig, calibrate, read_plan
 from dysl_vla.training.check_policy import check_policy, check_saved
 from dysl_vla.training.distill import DistillRunConfig, distill
-from tests.conftest import MOCK_INSTRUCTIONS
+from tests.conftest import MOCK_INSTRUCTIONS, made_once
 from tests.policies.own_policies import ALL, DEPTH, WIDTH, Autoregressive, FlowMatching, OftLike, OwnPolicy, Recurrent
 from tests.policies.test_dysl import observe
 
@@ -39,11 +40,15 @@ def taught(
     request: pytest.FixtureRequest, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[type[OwnPolicy], Path, Path]:
     """A policy's class, its plan's file, and its checkpoint with heads."""
-    folder = tmp_path_factory.mktemp(request.param.policy_type)
-    request.param.make().save_pretrained(folder / "teacher")
-    plan = calibrate(CalibrateConfig(mock_demos, folder / "plan", str(folder / "teacher"), static_ratio=0.5, frames=20))
-    fast = distill(DistillRunConfig(mock_demos, folder / "fast", str(folder / "teacher"), plan, 40, training=BRIEF))
-    return request.param, plan, fast
+
+    def make(folder: Path) -> None:
+        teacher = str(folder / "teacher")
+        request.param.make().save_pretrained(folder / "teacher")
+        plan = calibrate(CalibrateConfig(mock_demos, folder / "plan", teacher, static_ratio=0.5, frames=20))
+        distill(DistillRunConfig(mock_demos, folder / "fast", teacher, plan, 40, training=BRIEF))
+
+    folder = made_once(tmp_path_factory, request.param.policy_type, make)
+    return request.param, folder / "plan" / PLAN_FILE, folder / "fast"
 
 
 def test_each_kind_is_calibrated_distilled_and_evaluated(

@@ -32,7 +32,7 @@ from dysl_vla.training.behaviour_cloning import (
 )
 from dysl_vla.training.train import TrainConfig, train
 from dysl_vla.types import EmbodimentSpec
-from tests.conftest import make_tiny_policy
+from tests.conftest import made_once, make_tiny_policy
 from tests.data.foreign import record
 
 FAST = OptimizerConfig(steps=12, batch=8, save_every=4, threads=1, warmup=2)
@@ -119,7 +119,7 @@ LONGER = replace(FAST, steps=32)
 @pytest.fixture(scope="module")
 def whole(mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose training was not interrupted."""
-    return train(config(mock_demos, tmp_path_factory.mktemp("whole") / "p", optimizer=LONGER))
+    return made_once(tmp_path_factory, "whole", lambda out: train(config(mock_demos, out, optimizer=LONGER)))
 
 
 @pytest.mark.parametrize("awaited", ["training_run.json", STATE_FILE])

@@ -38,7 +38,7 @@ from dysl_vla.training.replay import Replay, Replayed
 from dysl_vla.training.tune import TuneConfig, tune
 from dysl_vla.types import ActionChunk, SkipTrace
 from dysl_vla.video import read_video
-from tests.conftest import TRAINING
+from tests.conftest import TRAINING, made_once
 
 
 def test_replayed_episodes_know_nothing_of_each_other(
@@ -158,9 +158,8 @@ def test_a_distillation_that_was_stopped_ends_like_one_that_was_not(
 
 @pytest.fixture(scope="module")
 def evaluated(distilled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("evaluated") / "out"
-    evaluate(EvalConfig(out=out, policy=str(distilled), suite="mock", episodes=2, video=1, variants="full,dysl,random"))
-    return out
+    config = EvalConfig(Path(), str(distilled), suite="mock", episodes=2, video=1, variants="full,dysl,random")
+    return made_once(tmp_path_factory, "evaluated", lambda out: evaluate(replace(config, out=out)))
 
 
 def test_ways_run_the_same_episodes_in_turn(evaluated: Path, distilled: Path, tmp_path: Path) -> None:
