@@ -20,7 +20,7 @@ from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
 from dysl_vla.envs.mock import TASKS as MOCK_TASKS
 from dysl_vla.envs.robosuite import HORIZON as ROBOSUITE_HORIZON
 from dysl_vla.envs.robosuite import INSTRUCTIONS as ROBOSUITE_INSTRUCTIONS
-from dysl_vla.envs.suites import Suite, TaskEnvs, get_suite, suites, with_robot
+from dysl_vla.envs.suites import Suite, TaskEnvs, get_suite, suites, with_perturbation, with_robot
 from dysl_vla.provenance import FIRST_EVALUATION_SEED
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "episode_rng",
     "get_suite",
     "suites",
+    "with_perturbation",
     "with_robot",
 ]
 

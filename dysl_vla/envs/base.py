@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
@@ -24,6 +24,9 @@ from dysl_vla.types import (
     ImageArray,
     check_actions,
 )
+
+if TYPE_CHECKING:
+    from dysl_vla.envs.rendering import Scene
 
 PRINTABLE = "".join(map(chr, range(32, 127)))
 VIDEO_PIXELS = 256
@@ -155,6 +158,24 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
     @abstractmethod
     def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
         """Render one frame, uint8 (height, width, 3)."""
+
+    @property
+    def scene(self) -> Scene | None:
+        """The MuJoCo scene, for what changes it; None where there is none."""
+        return None
+
+    @property
+    def perturbation(self) -> str | None:
+        """What perturbs the present episode, "light:3"; None in an environment that is not perturbed."""
+        return None
+
+    def proprioception(self) -> FloatArray:
+        """The robot's present state as it is observed, (state,), without rendering."""
+        return self._state()
+
+    def rehearse(self, action: FloatArray) -> None:
+        """Simulate one step before the episode's first one, (action,)."""
+        self._step_world(self.embodiment.clip(action))
 
     def expert_action(self) -> FloatArray:
         """The action of a scripted expert, from privileged state; (action,) inside the action space.

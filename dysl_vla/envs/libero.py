@@ -19,7 +19,7 @@ from dysl_vla.envs.base import VIDEO_PIXELS, ManipulationEnv, check_cameras
 from dysl_vla.envs.libero_controller import libero_controllers
 from dysl_vla.envs.libero_experts import make_expert
 from dysl_vla.envs.libero_package import initial_states, load_libero, task_file, task_map
-from dysl_vla.envs.rendering import SceneRenderer
+from dysl_vla.envs.rendering import Scene, SceneRenderer
 from dysl_vla.envs.robosuite import ACTION_NAMES, COLLISION_GEOMS, RATE_HZ
 from dysl_vla.envs.robosuite_arm import Arm
 from dysl_vla.envs.robosuite_experts import Expert
@@ -127,6 +127,7 @@ class LiberoEnv(ManipulationEnv):
         self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
         self._arm = Arm(self._world)
         self._renderer = SceneRenderer(self._model, hidden_groups=(COLLISION_GEOMS,))
+        self._scene = Scene(self._model, self._data, self._renderer)
         spec = EmbodimentSpec(
             cameras=sizes,
             state_names=LIBERO_STATE,
@@ -180,6 +181,11 @@ class LiberoEnv(ManipulationEnv):
     def _step_world(self, action: FloatArray) -> tuple[float, bool]:
         _, reward, success, _ = self._world.step(action)
         return float(reward), bool(success)
+
+    @property
+    def scene(self) -> Scene:
+        """See `ManipulationEnv`."""
+        return self._scene
 
     def _state(self) -> FloatArray:
         return libero_state(self._world, self._arm)

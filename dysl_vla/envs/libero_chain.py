@@ -179,6 +179,10 @@ class LiberoChainEnv(LiberoEnv):
                 self._expert = make_expert(self._world)
         return reward, self._completed == LENGTH
 
+    def rehearse(self, action: FloatArray) -> None:
+        """See `ManipulationEnv.rehearse`."""
+        super()._step_world(self.embodiment.clip(action))
+
     def advance(self, action: FloatArray) -> tuple[float, bool, dict[str, Any]]:
         """Simulate one step, after which the instruction may be another one; see `ManipulationEnv.advance`."""
         reward, truncated, info = super().advance(action)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dysl_vla.envs.base import ManipulationEnv, check_cameras
 from dysl_vla.envs.metaworld_experts import make_metaworld_expert
-from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
+from dysl_vla.envs.rendering import Scene, SceneRenderer, load_mujoco
 from dysl_vla.errors import ConfigError
 from dysl_vla.types import EmbodimentSpec, FloatArray, ImageArray
 
@@ -133,6 +133,7 @@ class MetaWorldEnv(ManipulationEnv):
         self._full_state = np.zeros(39)
         self._unchanged_model = {name: getattr(sawyer.model, name).copy() for name in MODEL_FIELDS_CHANGED_BY_RESET}
         self._renderer = SceneRenderer(sawyer.model)
+        self._scene = Scene(sawyer.model, sawyer.data, self._renderer)
         self.full_quality = full_quality
         spec = EmbodimentSpec(
             cameras=sizes,
@@ -160,8 +161,14 @@ class MetaWorldEnv(ManipulationEnv):
         self._expert = make_metaworld_expert(self.task)
 
     def _step_world(self, action: FloatArray) -> tuple[float, bool]:
+        self._sawyer.curr_path_length = 0  # the horizon is ours
         self._full_state, reward, _, _, info = self._sawyer.step(action)
         return float(reward), bool(info["success"])
+
+    @property
+    def scene(self) -> Scene:
+        """See `ManipulationEnv`."""
+        return self._scene
 
     def _state(self) -> FloatArray:
         return self._full_state[:4].astype(np.float32)

@@ -12,10 +12,12 @@ import ctypes.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dysl_vla.envs.culling import Culling
 from dysl_vla.errors import RenderingError
@@ -73,6 +75,25 @@ def _close_all() -> None:
         renderer.close()
 
 
+@dataclass(frozen=True)
+class Decoration:
+    """A body that is drawn with a scene, and is not part of its physics.
+
+    Attributes:
+        kind: MuJoCo's number of its shape.
+        size: Half its sides, in metres, (3,).
+        position: Its middle, in metres, (3,).
+        rotation: Its rotation, (3, 3).
+        colour: Red, green, blue and opacity, from 0 to 1, (4,).
+    """
+
+    kind: int
+    size: NDArray[np.float64]
+    position: NDArray[np.float64]
+    rotation: NDArray[np.float64]
+    colour: NDArray[np.float64]
+
+
 class SceneRenderer:
     """Renders the cameras of one MuJoCo model, with one renderer for each frame size and quality.
 
@@ -90,6 +111,10 @@ class SceneRenderer:
         self._option.geomgroup[[*hidden_groups, NOT_DRAWN]] = 0
         self._culling = Culling(model, np.flatnonzero(self._option.geomgroup))
         self._renderers: dict[tuple[int, int, bool], mujoco.Renderer] = {}
+        self.decorations: list[Decoration] = []
+        """Bodies that are drawn with the scene."""
+        self.drawn_groups: NDArray[np.bool_] = self._option.geomgroup.astype(np.bool_)
+        """Whether each of MuJoCo's groups of geometries is drawn, (6,)."""
 
     def render(
         self,
@@ -120,8 +145,15 @@ class SceneRenderer:
         renderer = self._renderer(height, width, full_quality)
         with self._without_unseen(renderer, data, camera):
             renderer.update_scene(data, camera=camera, scene_option=self._option)
+        self._add_decorations(renderer.scene)
         frame = renderer.render()
         return np.ascontiguousarray(frame[::-1, ::-1]) if turned else frame
+
+    def _add_decorations(self, scene: mujoco.MjvScene) -> None:
+        for one in self.decorations:
+            geom, colour = scene.geoms[scene.ngeom], one.colour.astype(np.float32)
+            self._mujoco.mjv_initGeom(geom, one.kind, one.size, one.position, one.rotation.ravel(), colour)
+            scene.ngeom += 1
 
     @contextmanager
     def _without_unseen(self, renderer: mujoco.Renderer, data: mujoco.MjData, camera: str) -> Iterator[None]:
@@ -171,3 +203,40 @@ class SceneRenderer:
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()
+
+
+class Scene:
+    """A MuJoCo scene that can be changed for an episode and given back as it was.
+
+    Args:
+        model: The scene.
+        data: Its state.
+        renderer: What renders it.
+    """
+
+    def __init__(self, model: mujoco.MjModel, data: mujoco.MjData, renderer: SceneRenderer) -> None:
+        self.model, self.data, self.renderer = model, data, renderer
+        self._before: dict[str, tuple[Any, NDArray[Any]]] = {}
+
+    def changed(self, name: str) -> NDArray[Any]:
+        """An array of the model that is about to be changed in place, "cam_pos"; `restore` gives it its values back."""
+        return self._noted(name, getattr(self.model, name))
+
+    def changed_headlight(self, part: str) -> NDArray[Any]:
+        """The colour of the light at the camera that is about to be changed, "ambient" or "diffuse", (3,)."""
+        return self._noted(f"headlight {part}", getattr(self.model.vis.headlight, part))
+
+    def _noted(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        self._before.setdefault(name, (array, array.copy()))
+        return array
+
+    def update(self) -> None:
+        """Let cameras and lights follow what was changed about them in the model."""
+        load_mujoco().mj_camlight(self.model, self.data)
+
+    def restore(self) -> None:
+        """Undo every change, but not the state of the physics."""
+        for array, values in self._before.values():
+            array[:] = values
+        self._before.clear()
+        self.renderer.decorations.clear()

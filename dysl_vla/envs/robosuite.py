@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dysl_vla.envs.base import ManipulationEnv, check_cameras
-from dysl_vla.envs.rendering import SceneRenderer, load_mujoco
+from dysl_vla.envs.rendering import Scene, SceneRenderer, load_mujoco
 from dysl_vla.envs.robosuite_arm import Arm
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
@@ -136,6 +136,7 @@ class RobosuiteEnv(ManipulationEnv):
         self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
         self._arm = Arm(self._world)
         self._renderer = SceneRenderer(self._model, hidden_groups=(COLLISION_GEOMS,))
+        self._scene = Scene(self._model, self._data, self._renderer)
 
     def load_recorded(self, model: str) -> None:
         """Build the scene of a recording, whose objects may differ in size and place; it has no episodes to reset to.
@@ -193,6 +194,11 @@ class RobosuiteEnv(ManipulationEnv):
     def _step_world(self, action: FloatArray) -> tuple[float, bool]:
         _, reward, _, _ = self._world.step(action[: self._world.action_dim])
         return float(reward), bool(self._world._check_success())
+
+    @property
+    def scene(self) -> Scene:
+        """See `ManipulationEnv`."""
+        return self._scene
 
     def _state(self) -> FloatArray:
         arm = self._arm

@@ -8,7 +8,7 @@ demonstrations, those from it on for evaluation, so that nothing is ever evaluat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from dysl_vla.envs.base import ManipulationEnv
@@ -137,12 +137,16 @@ def get_suite(name: str) -> Suite:
     """The suite of that name.
 
     Args:
-        name: "robosuite-5", or "robosuite-5@UR5e" with another robot than its own.
+        name: "robosuite-5", or "robosuite-5@UR5e" with another robot than its own; "robosuite-5+light:4" with what
+            perturbs it, see `Perturbing.parse`.
 
     Raises:
-        ConfigError: The suite or the robot is unknown; the message lists those that exist.
+        ConfigError: The suite, the robot or a perturbation is unknown; the message lists those that exist.
         MissingExtraError: The suite's simulator is not installed.
     """
+    name, _, perturbing = name.partition("+")
+    if perturbing:
+        return _perturbed(get_suite(name), perturbing)
     name, _, robot = name.partition("@")
     suite = suites.get(name)()
     if not robot or _plain(robot) == _plain(suite.robot):
@@ -159,6 +163,22 @@ def with_robot(suite: str, robot: str | None) -> str:
     return f"{suite.partition('@')[0]}@{robot}" if robot else suite
 
 
+def with_perturbation(suite: str, perturbing: str | None) -> str:
+    """The name of a suite that is perturbed; the name itself when nothing is named."""
+    return f"{suite}+{perturbing}" if perturbing else suite
+
+
+def _perturbed(suite: Suite, text: str) -> Suite:
+    from dysl_vla.envs.perturbations import PerturbedEnv, Perturbing
+
+    perturbing, make = Perturbing.parse(text), suite.make
+
+    def make_perturbed(task: str, cameras: Cameras | None) -> ManipulationEnv:
+        return PerturbedEnv(make(task, cameras), perturbing)
+
+    return replace(suite, name=with_perturbation(suite.name, text), make=make_perturbed, robots={})
+
+
 def _metaworld(name: str, tasks: tuple[str, ...]) -> Suite:
     load_mujoco()
     with needs_extra("sim"):
@@ -170,6 +190,12 @@ def _metaworld(name: str, tasks: tuple[str, ...]) -> Suite:
 def metaworld_mt10() -> Suite:
     """The ten tasks of Meta-World's MT10."""
     return _metaworld("metaworld-mt10", MT10)
+
+
+@suites.register("metaworld-mt10-plus")
+def metaworld_mt10_plus() -> Suite:
+    """MT10 with every perturbation at every level, one an episode."""
+    return replace(get_suite("metaworld-mt10+plus"), name="metaworld-mt10-plus")
 
 
 @suites.register("metaworld-mt50")
@@ -200,6 +226,12 @@ def _robosuite(name: str, tasks: tuple[str, ...], make: type[RobosuiteEnv] = Rob
 def robosuite_5() -> Suite:
     """Five tasks, each with a scripted expert for the Panda."""
     return _robosuite("robosuite-5", FIVE)
+
+
+@suites.register("robosuite-5-plus")
+def robosuite_5_plus() -> Suite:
+    """robosuite-5 with every perturbation at every level, one an episode."""
+    return replace(get_suite("robosuite-5+plus"), name="robosuite-5-plus")
 
 
 @suites.register("robosuite-all")

@@ -42,6 +42,11 @@ class EvalConfig:
     When not given, it is the suite that the policy was trained in."""
     robot: str | None = None
     """Another robot than the suite's own, where its simulator has several: Sawyer, UR5e, ... in robosuite."""
+    perturb: str | None = None
+    """What perturbs the world, NAME or NAME:LEVEL with levels from 1 to 5: camera, light, background, distractors,
+    layout, arm (where it begins), noise, blur, exposure, occlusion, dropped-frames, instruction, action-noise, latency
+    or clock. Several joined by + are there at once; plus, or plus:LEVEL, is a sweep in which each episode has another
+    one. The suites metaworld-mt10-plus and robosuite-5-plus are sweeps."""
     tasks: str | None = None
     """Comma-separated tasks. When not given, they are all of the suite, or, without a suite, those that the policy was
     trained in."""

@@ -8,6 +8,7 @@ result.json       the figures
 report.md         the figures for people
 videos/           videos of episodes, if asked for
 contact_sheet.png frames of the first video of each task
+perturbations.png what each perturbation looks like at every level, where there are any
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ with needs_extra("train"):
 
 RUN, EPISODES, PARTS, STEPS = "run.json", "episodes.jsonl", "parts", "steps.parquet"
 RESULT, REPORT, VIDEOS, CONTACT_SHEET = "result.json", "report.md", "videos", "contact_sheet.png"
+PERTURBATIONS = "perturbations.png"
 
 TIMES = ("physics_ms", "render_ms", "encode_ms", "llm_ms", "decode_ms", "guidance_ms", "total_ms")
 SKIP_TIMES = ("controllers_ms", "adapters_ms", "verify_ms")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dysl_vla.eval.chains import chain_figures, render_chains
+from dysl_vla.eval.perturbations import perturbation_figures, render_perturbations
 from dysl_vla.eval.statistics import wilson
 from dysl_vla.types import PolicySpec, gripper_columns
 
@@ -33,7 +34,7 @@ def summarise(
         `success_rate`, `success_ci95`, `per_task`, `episodes`, `latency_ms`, `render_ms`, `physics_ms`,
         `control_rate_hz` (the actions a second that the policy alone could sustain, by its median and its p99), and
         `layers` (see `layers_by_importance`; None for a policy that skips nothing); for episodes with several
-        instructions also those of `chain_figures`.
+        instructions also those of `chain_figures`, for perturbed ones those of `perturbation_figures`.
     """
     successes = sum(episode["success"] for episode in episodes)
     latency = {part: quantiles(steps[f"{part}_ms"]) for part in LATENCY_PARTS}
@@ -49,6 +50,7 @@ def summarise(
         "control_rate_hz": {name: 1e3 * spec.execute_steps / total[name] for name in ("p50", "p99")},
         "layers": layers_by_importance(steps, spec),
         **chain_figures(episodes),
+        **perturbation_figures(episodes, steps),
     }
 
 
@@ -136,6 +138,7 @@ def render_report(result: Mapping[str, Any]) -> str:
             f"| {task} | {100 * row['success_rate']:.0f} % | {100 * low:.0f} to {100 * high:.0f} | {row['episodes']} "
             f"| {row['mean_steps']:.0f} |"
         )
+    lines += render_perturbations(result["per_perturbation"]) if "per_perturbation" in result else []
     lines += ["", "| ms | mean | p50 | p95 | p99 |", "|---|---:|---:|---:|---:|"]
     parts = {**result["latency_ms"], "rendering": result["render_ms"], "physics": result["physics_ms"]}
     for part, row in parts.items():

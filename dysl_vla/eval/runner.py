@@ -13,10 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dysl_vla import provenance
-from dysl_vla.envs import Suite, TaskEnvs, get_suite, with_robot
+from dysl_vla.envs import Suite, TaskEnvs, get_suite, with_perturbation, with_robot
+from dysl_vla.envs.perturbations import PerturbedEnv
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig, Variant, load_all, variants_of
-from dysl_vla.eval.records import RUN, RunFolder, read_result
+from dysl_vla.eval.perturbations import draw_perturbations
+from dysl_vla.eval.records import PERTURBATIONS, RUN, RunFolder, read_result
 from dysl_vla.eval.report import render_report, summarise
 from dysl_vla.eval.rollout import EpisodeKey, Rollout, run_episode, warm_up
 from dysl_vla.policies import Policy
@@ -40,7 +42,7 @@ def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
     record = max((policy.provenance for policy in policies), key=len)  # that of a variant with heads says more
     suite, tasks = resolve_tasks(config, record)
     suite.check_episodes(config.episodes, config.seed)
-    config = replace(config, suite=suite.name, robot=None, tasks=",".join(tasks))
+    config = replace(config, suite=suite.name, robot=None, perturb=None, tasks=",".join(tasks))
     for policy in policies:
         check_seed(config.seed, policy)
     _try(policies, suite, tasks[0])
@@ -57,6 +59,7 @@ def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
             for run in runs:
                 claims.enter_context(run.folder.locked())
             _run(config, runs, keys)
+            _show_perturbations(config, suite, tasks[0], policies[0])
             for run in runs:
                 _finish(config, run, suite, tasks, keys)
     return {"variants": {run.variant.name or "policy": read_result(run.folder.root) for run in runs}}
@@ -85,8 +88,14 @@ def resolve_tasks(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ..
         ConfigError: The suite, a task or the robot is unknown.
     """
     suite_name, tasks = provenance.training_suite(record, config.suite, config.tasks)
-    suite = get_suite(with_robot(suite_name, config.robot))
+    suite = get_suite(with_perturbation(with_robot(suite_name, config.robot), config.perturb))
     return suite, suite.choose(tasks)
+
+
+def _show_perturbations(config: EvalConfig, suite: Suite, task: str, policy: Policy) -> None:
+    with closing(suite.make_for(task, policy.spec)) as env:
+        if isinstance(env, PerturbedEnv):
+            draw_perturbations(env, config.seed, config.out / PERTURBATIONS)
 
 
 @dataclass(frozen=True)
@@ -224,6 +233,7 @@ class _EpisodeRunner:
             "success": rollout.success,
             "steps": len(rollout.steps),
             "inferences": sum(row["total_ms"] is not None for row in rollout.steps),
+            **({"perturbation": env.perturbation} if env.perturbation else {}),
             **_chain(rollout),
         }
 
