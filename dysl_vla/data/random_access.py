@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dysl_vla.data.augment import Copies
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.selection import check_instructions
 from dysl_vla.errors import DyslError
@@ -24,16 +25,15 @@ FAR_S = 0.5
 
 
 class FrameSource:
-    """Frames and their moved copies; `source[rows]` reads some. It can be sent to another process.
+    """Frames and their copies; `source[rows]` reads some. It can be sent to another process.
 
     Rows are the frames in rising order, each with its copies behind it.
 
     Args:
         demonstrations: The dataset.
         chosen: Indices of frames, rising.
-        copies: Number of moved copies of each frame.
+        copies: Copies of each frame.
         resizes: Camera to the size, (height, width), at which the policy sees its images.
-        shift: Largest number of such pixels by which copies are moved.
 
     Raises:
         DatasetError: A file is damaged, or an instruction is blank.
@@ -43,14 +43,13 @@ class FrameSource:
         self,
         demonstrations: Demonstrations,
         chosen: NDArray[np.int64],
-        copies: int,
+        copies: Copies,
         resizes: Mapping[str, tuple[int, int]],
-        shift: int,
     ) -> None:
         columns = demonstrations.columns()
         check_instructions(demonstrations, columns["task_index"][chosen])
-        self.indices = np.repeat(chosen, 1 + copies)
-        self._demonstrations, self._copies, self._resizes, self._shift = demonstrations, copies, resizes, shift
+        self.indices = np.repeat(chosen, 1 + copies.count)
+        self._demonstrations, self._copies, self._resizes = demonstrations, copies, resizes
         self._states, self._tasks = columns["states"], columns["task_index"]
         self._videos: OrderedDict[Path, VideoReader] = OrderedDict()
 
@@ -91,10 +90,10 @@ class FrameSource:
                 read[index][IMAGE_PREFIX + camera] = image
         observations = []
         for row in rows:
-            index, copy = int(self.indices[row]), row % (1 + self._copies) - 1
+            index, copy = int(self.indices[row]), row % (1 + self._copies.count) - 1
             observation: Observation = read[index]
             if copy >= 0:
-                observation = shifted(observation, self._resizes, self._shift, np.random.default_rng([index, copy]))
+                observation = self._copies.copy(observation, self._resizes, index, copy)
             observations.append(observation)
         return observations
 
@@ -106,19 +105,3 @@ class FrameSource:
                 self._videos.popitem(last=False)[1].close()
             self._videos[path] = VideoReader(path, far_s=FAR_S)
         return self._videos[path]
-
-
-def shifted(
-    observation: Observation, resizes: Mapping[str, tuple[int, int]], limit: int, rng: np.random.Generator
-) -> Observation:
-    """Move each camera's image by up to `limit` of the pixels that the policy gets; its edges are repeated."""
-    moved = dict(observation)
-    for key, image in observation.items():
-        if key.startswith(IMAGE_PREFIX):
-            seen = resizes.get(key.removeprefix(IMAGE_PREFIX), image.shape[:2])
-            shift = round(limit * image.shape[0] / seen[0])
-            down, right = rng.integers(-shift, shift + 1, 2)
-            rows = np.clip(np.arange(image.shape[0]) + down, 0, image.shape[0] - 1)
-            columns = np.clip(np.arange(image.shape[1]) + right, 0, image.shape[1] - 1)
-            moved[key] = image[rows[:, None], columns]
-    return moved

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from dysl_vla.data.augment import SHIFT, varied
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import append_line, atomic_write, read_lines, write_lines
 from dysl_vla.interrupts import deferred_interrupt
@@ -36,8 +37,6 @@ from dysl_vla.schedule import cosine_with_warmup
 from dysl_vla.training.optimizer_state import optimizer_tensors, restore_optimizer
 from dysl_vla.types import FloatArray, ImageArray, Normalisation
 
-SHIFT = 4
-"""Pixels by which a crop is moved at random, as augmentation."""
 STATE_FILE = "training_state.safetensors"
 CURVE_FILE = "training.jsonl"
 VALIDATION_FRAMES = 2048
@@ -89,6 +88,9 @@ class OptimizerConfig:
     """Steps of linear warm-up."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
+    augment_images: bool = False
+    """Vary light, colours, contrast and noise of the images, and cover parts of them, so that the policy bears it where
+    it is used; images are moved by up to 4 pixels in any case."""
     ema: float = 0.999
     """Decay of the moving average of the weights, which is what is validated and saved."""
     seed: int = 0
@@ -326,7 +328,8 @@ class BehaviourCloning:
         corners = np.full((len(frames), 2), SHIFT) if rng is None else rng.integers(0, 2 * SHIFT + 1, (len(frames), 2))
         crops = np.empty((len(frames), height, width, 3), np.uint8)
         for row, (frame, (top, left)) in enumerate(zip(frames, corners, strict=True)):
-            crops[row] = stored[frame, top : top + height, left : left + width]
+            crop = stored[frame, top : top + height, left : left + width]
+            crops[row] = varied(crop, rng) if rng is not None and self._config.augment_images else crop
         return torch.from_numpy(crops).to(self._device)
 
     def _validate(self) -> tuple[float | None, float | None]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from dysl_vla import provenance
 from dysl_vla.checkpoint import MANIFEST, find_checkpoint, has_skips
+from dysl_vla.data.augment import Copies
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.selection import choose_frames, demonstrations_for, split_of
 from dysl_vla.errors import CheckpointError, ConfigError
@@ -385,7 +386,7 @@ class _Run:
             self._demonstrations,
             choose_frames(self._demonstrations, config.frames, split, held_out=False),
             "frames",
-            augment_copies=config.augment_copies,
+            copies=Copies(config.augment_copies, config.augment_images),
             stream=stream,
             reserve=self._memory.reserve,
             processes=self._processes,

@@ -40,6 +40,9 @@ class DistillRunConfig:
     """Number of frames to train on, evenly spread."""
     augment_copies: int = 0
     """Number of copies of each frame to train on, too, with images moved by up to 4 pixels."""
+    augment_images: bool = False
+    """Vary light, colours, contrast and noise of those copies, and cover parts of them, as for a policy that was
+    trained with `--augment-images`."""
     stream: Literal["auto", "always", "never"] = "auto"
     """Whether frames are read from the dataset and encoded for each step, in place of once and kept in memory; auto:
     where they do not fit."""
@@ -70,6 +73,8 @@ class DistillRunConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}.")
+        if self.augment_images and not self.augment_copies:
+            raise ConfigError("augment_images must come with augment_copies, which it varies; add --augment-copies 1.")
         if self.stream not in STREAM:
             raise ConfigError(f"stream must be one of {', '.join(STREAM)}, got {self.stream!r}.")
         if not 0 < self.static_ratio < 1:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dysl_vla.data.augment import Copies
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.random_access import FrameSource, shifted
+from dysl_vla.data.random_access import FrameSource
 from dysl_vla.data.selection import observations
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
@@ -26,9 +27,9 @@ with needs_extra("policy"):
 
     from dysl_vla.processes import Processes
     from dysl_vla.skip_controller.torch_backend import Forward, to_numpy
-    from dysl_vla.training.behaviour_cloning import SHIFT
     from dysl_vla.training.encoded import BATCH, Encoded, KeptFrames, StreamedFrames
 
+NONE = Copies()
 MEMORY_SHARE = 0.8
 """Share of the free memory that encoded frames may take before they are streamed; the rest is for the training."""
 
@@ -41,7 +42,7 @@ def encode(
     chosen: NDArray[np.int64],
     what: str,
     *,
-    augment_copies: int = 0,
+    copies: Copies = NONE,
     stream: bool | None = None,
     reserve: int = 0,
     processes: Processes | None = None,
@@ -56,8 +57,7 @@ def encode(
         demonstrations: Demonstrations of an embodiment that the policy fits.
         chosen: Indices of frames, rising.
         what: Name of the frames on the progress bar.
-        augment_copies: Number of copies of each frame, behind it, whose images are moved as in training; how far is a
-            function of frame and copy.
+        copies: Copies of each frame, which stand behind it.
         stream: Whether frames are read and encoded when they are needed, in place of kept; None: where they do not
             fit, measured by the first of them.
         reserve: Bytes that are left free for what comes after.
@@ -77,13 +77,13 @@ def encode(
                 "stream must not be always for a policy with memory, whose frames are encoded in the order of their "
                 "episodes and kept; give fewer --frames where memory is short."
             )
-    total = len(chosen) * (1 + augment_copies)
+    total = len(chosen) * (1 + copies.count)
     bar = tqdm(total=total, desc=f"encoding {what}", unit="frame", disable=not processes.is_main or bool(stream))
-    with closing(_encoded(policy, demonstrations, chosen, resizes, augment_copies)) as batches, bar:
+    with closing(_encoded(policy, demonstrations, chosen, resizes, copies)) as batches, bar:
         kept = _kept(policy, batches, bar, stream=stream, reserve=reserve, processes=processes)
     if kept is not None:
         return kept
-    source = FrameSource(demonstrations, chosen, augment_copies, resizes, SHIFT)
+    source = FrameSource(demonstrations, chosen, copies, resizes)
     return StreamedFrames(policy, source, processes.local_count)
 
 
@@ -154,7 +154,7 @@ def _encoded(
     demonstrations: Demonstrations,
     chosen: NDArray[np.int64],
     resizes: Mapping[str, tuple[int, int]],
-    copies: int,
+    copies: Copies,
 ) -> Generator[tuple[list[int], list[Any]]]:
     """Yield frames and their copies, some at a time, as indices and items."""
     walk = _Walk(policy, demonstrations, chosen) if policy.has_memory else None
@@ -168,10 +168,7 @@ def _encoded(
                 raise DatasetError(f"{demonstrations.root} has frame {index} out of order in its videos.")
             read += 1
             pending.append((index, observation))
-            pending += [
-                (index, shifted(observation, resizes, SHIFT, np.random.default_rng([index, copy])))
-                for copy in range(copies)
-            ]
+            pending += [(index, copies.copy(observation, resizes, index, number)) for number in range(copies.count)]
         if pending and (walk is not None or len(pending) >= BATCH):
             yield _flushed(policy, pending, state)
         if walk is not None:

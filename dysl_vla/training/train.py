@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dysl_vla import provenance
 from dysl_vla.checkpoint import MANIFEST
+from dysl_vla.data.augment import SHIFT
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.options import NUMBER, PLACE, SIZE, camera_options
 from dysl_vla.data.selection import check_instructions, split_of
@@ -48,7 +49,6 @@ with needs_extra("policy"):
     from dysl_vla.policies.mini_vla import CELL, Crop, MiniVLA, MiniVLAConfig
     from dysl_vla.training.behaviour_cloning import (
         CURVE_FILE,
-        SHIFT,
         STATE_CLIP,
         STATE_FILE,
         BehaviourCloning,

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from dysl_vla.data import random_access
+from dysl_vla.data.augment import Copies, shifted
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.random_access import FrameSource, shifted
+from dysl_vla.data.random_access import FrameSource
 from dysl_vla.data.selection import observations
 from dysl_vla.errors import DatasetError
 from tests.data.foreign import VIDEO, record
 
 
 def source_of(demonstrations: Demonstrations, copies: int = 0) -> FrameSource:
-    return FrameSource(demonstrations, np.arange(demonstrations.total_frames), copies, {}, 4)
+    return FrameSource(demonstrations, np.arange(demonstrations.total_frames), Copies(copies), {})
 
 
 def check_any_order(demonstrations: Demonstrations) -> None:
@@ -48,7 +49,7 @@ def test_a_copy_is_moved_in_the_same_way_by_any_process(mock_demos: Path) -> Non
     source = source_of(demonstrations, copies=2)
     frame, first, second = source.read([30, 31, 32])
     assert source.indices[30:33].tolist() == [10, 10, 10]
-    expected = [shifted(frame, {}, 4, np.random.default_rng([10, copy])) for copy in range(2)]
+    expected = [shifted(frame, {}, np.random.default_rng([10, copy])) for copy in range(2)]
     [elsewhere] = pickle.loads(pickle.dumps(source)).read([32])  # noqa: S301 # it has videos open
     for one, other in ((first, expected[0]), (second, expected[1]), (second, elsewhere)):
         assert all(np.array_equal(one[name], value) for name, value in other.items())

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from dysl_vla.data.augment import SHIFT
 from dysl_vla.data.collect import CollectConfig, collect
 from dysl_vla.data.lerobot import Demonstrations, DemonstrationWriter, Episode, Origin
 from dysl_vla.errors import CheckpointError, ConfigError, DatasetError
@@ -24,7 +25,6 @@ from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.training.behaviour_cloning import (
     CURVE_FILE,
     FLOOR,
-    SHIFT,
     STATE_FILE,
     BehaviourCloning,
     OptimizerConfig,
@@ -40,6 +40,20 @@ FAST = OptimizerConfig(steps=12, batch=8, save_every=4, threads=1, warmup=2)
 
 def config(data: Path, out: Path, **changes: object) -> TrainConfig:
     return replace(TrainConfig(data=data, out=out, layers=2, hidden=16, chunk=4, optimizer=FAST), **changes)  # type: ignore[arg-type]
+
+
+def test_varied_images_train_another_policy_and_a_killed_training_of_it_goes_on(
+    mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varying = replace(FAST, augment_images=True)
+    plain, whole = (train(config(mock_demos, tmp_path / n, optimizer=o)) for n, o in (("a", FAST), ("b", varying)))
+    with monkeypatch.context() as patched:
+        patched.setattr(BehaviourCloning, "_validate", lambda self: 1 / 0 if self.step == 8 else (0.0, None))
+        with pytest.raises(ZeroDivisionError):
+            train(config(mock_demos, tmp_path / "p", optimizer=varying))
+    out = train(config(mock_demos, tmp_path / "p", optimizer=varying))
+    ends = [MiniVLA.from_pretrained(str(folder)).fingerprint for folder in (out, whole, plain)]
+    assert ends[0] == ends[1] != ends[2]
 
 
 def test_training_leaves_a_checkpoint_with_its_record(mock_demos: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ HERE = Path("nowhere")
         (CalibrateConfig, {"frames": 0}, "frames must be at least 1, got 0"),
         (DistillRunConfig, {"frames": 0}, "frames must be at least 1, got 0"),
         (DistillRunConfig, {"augment_copies": -1}, "augment_copies must be at least 0, got -1"),
+        (DistillRunConfig, {"augment_images": True}, "augment_images must come with augment_copies"),
         (DistillRunConfig, {"adapter_size": 0}, "adapter_size must be at least 1, got 0"),
         (DistillRunConfig, {"importance": "touch"}, "unknown importance measure 'touch'"),
         (DistillRunConfig, {"init_heads": True, "plan": HERE}, "plan must not be given with init_heads"),

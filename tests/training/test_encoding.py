@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dysl_vla.data.augment import SHIFT, Copies, shifted
 from dysl_vla.data.lerobot import Demonstrations
-from dysl_vla.data.random_access import shifted
 from dysl_vla.policies.mini_vla import MiniVLA
-from dysl_vla.training.behaviour_cloning import SHIFT
 from dysl_vla.training.encoding import encode
 
 
@@ -22,7 +21,7 @@ def test_shifted_copies_stand_behind_their_frame_and_are_the_same_every_time(
     demonstrations = Demonstrations(mock_demos)
     chosen = np.arange(3, 40, 2)
     plain = encode(tiny_policy, demonstrations, chosen, "frames")
-    copied, again = (encode(tiny_policy, demonstrations, chosen, "frames", augment_copies=2) for _ in range(2))
+    copied, again = (encode(tiny_policy, demonstrations, chosen, "frames", copies=Copies(2)) for _ in range(2))
     assert copied.indices.tolist() == np.repeat(chosen, 3).tolist()
     first, once, twice = (
         torch.stack([i["inputs_embeds"] for i in e.rows(np.arange(len(e)))]) for e in (plain, copied, again)
@@ -39,7 +38,7 @@ def test_a_shift_moves_a_whole_image_and_nothing_else(seed: int, rows: int, colu
     y, x = np.mgrid[:rows, :columns]
     image = np.stack([y, x, y + x], axis=2).astype(np.uint8)
     observation = {"observation.images.top": image, "observation.state": np.ones(2, np.float32), "task": "move"}
-    moved = shifted(observation, {}, SHIFT, np.random.default_rng(seed))
+    moved = shifted(observation, {}, np.random.default_rng(seed))
     inside = (moved["observation.images.top"].astype(int) - image)[SHIFT:-SHIFT, SHIFT:-SHIFT].reshape(-1, 3)
     down, right = inside[0, :2]
     assert (inside == (down, right, down + right)).all()

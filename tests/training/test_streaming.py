@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dysl_vla.data.augment import Copies
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.policies import compute, load_skippable_policy
@@ -76,7 +77,7 @@ def test_streamed_frames_train_the_same_heads_to_the_bit_also_when_the_run_was_s
 def test_copies_are_streamed_behind_their_frame(tiny_policy: MiniVLA, mock_demos: Path) -> None:
     demonstrations, chosen = Demonstrations(mock_demos), np.arange(3, 40, 2)
     kept, streamed = (
-        encode(tiny_policy, demonstrations, chosen, "frames", augment_copies=2, stream=stream)
+        encode(tiny_policy, demonstrations, chosen, "frames", copies=Copies(2, is_varied=True), stream=stream)
         for stream in (False, True)
     )
     assert isinstance(kept, KeptFrames)
