@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A policy for libero-goal (nine tasks, without the wine rack) and libero-object (ten tasks), from nothing: the experts'
-# demonstrations, behaviour cloning on them, and a round of DAgger on the tasks that it does worst. The same command
-# continues where it was stopped.
+# Training of libero-mini from nothing: a policy for libero-goal (nine tasks, without the wine rack) and libero-object (ten
+# tasks). The experts' demonstrations, behaviour cloning on them (r0), a round of DAgger on the tasks that it does worst (r1),
+# and another, in which its static layers also learn to act as all do (r2); then adapters and controllers for it (r2-fast), which
+# is what is shipped. The same command continues where it was stopped.
 # Usage: launch/libero_mini.sh [OUT] [path of the dysl command]
 set -eu
 out=${1:-runs/libero-mini-training}
@@ -18,9 +19,9 @@ once() {
     [ -e "$out/$step.done" ] || { "$dysl" "$@" && touch "$out/$step.done"; }
 }
 correct() {
-    step=$1 episodes=$2 tasks=$3
-    once "$step" demos collect --policy "$out/r0" --suite libero-goal --seed 1 --tasks "$tasks" --episodes "$episodes" \
-        --workers 2 --out "$out/demos"
+    step=$1 policy=$2 seed=$3 episodes=$4 tasks=$5
+    once "$step" demos collect --policy "$out/$policy" --suite libero-goal --seed "$seed" --tasks "$tasks" \
+        --episodes "$episodes" --workers 2 --out "$out/demos"
 }
 
 mkdir -p "$out"
@@ -29,7 +30,14 @@ once demos-object demos collect --suite libero-object --episodes 25 --workers 2 
 once demos-moving demos collect --suite libero-goal --tasks "$moving" --episodes 30 --workers 2 --cameras "$cameras" --out "$out/demos"
 once r0 train --data "$out/demos" --out "$out/r0" --crops agentview=96x128+16+0,robot0_eye_in_hand=96x96+0+0 \
     --grids robot0_eye_in_hand=2 --steps 7000 --batch 32 --learning-rate 6e-4 --execute 4 --compile
-correct dagger-hard 50 put_the_wine_bottle_on_top_of_the_cabinet,open_the_top_drawer_and_put_the_bowl_inside
-correct dagger-cheese 40 put_the_cream_cheese_in_the_bowl
-correct dagger-bowl 30 put_the_bowl_on_top_of_the_cabinet,put_the_bowl_on_the_plate
+correct dagger-hard r0 1 50 put_the_wine_bottle_on_top_of_the_cabinet,open_the_top_drawer_and_put_the_bowl_inside
+correct dagger-cheese r0 1 40 put_the_cream_cheese_in_the_bowl
+correct dagger-bowl r0 1 30 put_the_bowl_on_top_of_the_cabinet,put_the_bowl_on_the_plate
 once r1 train --init "$out/r0" --data "$out/demos" --out "$out/r1" --steps 3500 --batch 32 --learning-rate 4e-4 --compile
+correct dagger2-bottle r1 2 60 put_the_wine_bottle_on_top_of_the_cabinet
+correct dagger2-high r1 2 40 put_the_bowl_on_top_of_the_cabinet,open_the_top_drawer_and_put_the_bowl_inside
+once plan calibrate --policy "$out/r1" --data "$out/demos" --longest-block 19 --out "$out/plan"
+once r2 train --init "$out/r1" --data "$out/demos" --plan "$out/plan" --out "$out/r2" --steps 4000 --batch 32 \
+    --learning-rate 4e-4 --compile
+once r2-fast distill --policy "$out/r2" --data "$out/demos" --plan "$out/plan" --frames 80000 --adapter-size 256 \
+    --joint-exit-prob 0.9 --adapter-steps 0 --skip-steps 25000 --learning-rate 3e-3 --out "$out/r2-fast"
