@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -313,6 +313,27 @@ class MiniVLA(BackbonePolicy, nn.Module):
                 self._token_ids.clear()
             self._token_ids[instruction] = self.tokenizer.encode(instruction).ids
         return self._token_ids[instruction]
+
+    def with_layers(self, layers: Sequence[int]) -> MiniVLA:
+        """Return a shallower policy, of some of the backbone's layers in their order and all other weights.
+
+        Args:
+            layers: Indices of the layers that it has, rising.
+        """
+        shallow = MiniVLA(replace(self.config, num_layers=len(layers)), Tokenizer.from_str(self.tokenizer.to_str()))
+        tensors = self.state_dict()
+        prefix = "backbone.layers."
+        kept = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+        for new, old in enumerate(layers):
+            own = f"{prefix}{old}."
+            kept |= {
+                f"{prefix}{new}.{name.removeprefix(own)}": value
+                for name, value in tensors.items()
+                if name.startswith(own)
+            }
+        shallow.load_state_dict(kept)
+        shallow.provenance = self.provenance
+        return shallow.eval()
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a checkpoint: weights in half precision, configuration, tokenizer and provenance."""

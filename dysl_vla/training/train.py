@@ -84,6 +84,9 @@ class TrainConfig:
     plan: Path | None = None
     """A plan written by `dysl calibrate`: its static layers, run without the others, are also trained to act as all
     layers do, so that skipping loses less."""
+    drop_dynamic: bool = False
+    """Keep only the plan's static layers, which makes the policy of --init as shallow before it is trained on: static
+    depth, to compare skipping with."""
     cameras: str | None = None
     """Comma-separated cameras that the policy uses; all usable ones when not given."""
     resize: str | None = None
@@ -120,6 +123,10 @@ class TrainConfig:
             raise ConfigError(f"execute must be from 1 to the chunk's {self.chunk} actions, got {self.execute}.")
         for name, form in CAMERA_OPTIONS.items():
             camera_options(name, getattr(self, name) or "", *form)
+        if self.drop_dynamic and (self.init is None or self.plan is None):
+            raise ConfigError(
+                "drop_dynamic must come with init and plan, whose static layers of it are kept; add both."
+            )
         for name in ("cameras", "resize", "crops", "grids", "layers", "hidden", "chunk", "execute"):
             if self.init is not None and getattr(self, name) != getattr(TrainConfig, name):
                 raise ConfigError(f"{name} must not be given with init, as {self.init} decides it; leave one out.")
@@ -144,11 +151,13 @@ def train(config: TrainConfig) -> Path:
     check_instructions(demonstrations, columns["task_index"])
     torch.manual_seed(config.optimizer.seed)
     policy, split = _beginning(config, demonstrations, columns)
-    shortest_path = _shortest_path(config.plan, policy.config.num_layers)
+    path = _shortest_path(config.plan, policy.config.num_layers)
+    if config.drop_dynamic:
+        policy = policy.with_layers(path)
     # Tell a new run, one that goes on and one that has ended apart.
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.optimizer)}, default=str))
     del settings["optimizer"]
-    settings["plan"] = shortest_path or None
+    settings["plan"] = path or None
     identity = {**settings, "frames": demonstrations.total_frames, "initial_weights": policy.fingerprint}
     if _is_finished(config.out, identity):
         shutil.rmtree(config.out / FRAMES, ignore_errors=True)  # a kill may have left them
@@ -170,7 +179,7 @@ def train(config: TrainConfig) -> Path:
             if is_new:  # a damaged dataset leaves no training behind
                 shutil.rmtree(config.out, ignore_errors=True)
             raise
-        BehaviourCloning(policy, arrays, config.optimizer, config.out, shortest_path).run()
+        BehaviourCloning(policy, arrays, config.optimizer, config.out, () if config.drop_dynamic else path).run()
         shutil.rmtree(config.out / FRAMES)
     return config.out
 

@@ -92,6 +92,25 @@ def test_static_layers_alone_learn_to_act_as_all_layers_do(mock_demos: Path, pla
     assert len(policy.backbone.layers) == 4
 
 
+def test_a_policy_of_the_static_layers_alone_begins_as_they_act_and_is_trained_on(
+    mock_demos: Path, plan: Path, tmp_path: Path
+) -> None:
+    deep = train(config(mock_demos, tmp_path / "deep", layers=4))
+    teacher = MiniVLA.from_pretrained(str(deep))
+    shallow = teacher.with_layers([0, 3])
+    for new, old in enumerate((0, 3)):
+        kept, whole = (one.backbone.layers[layer].state_dict() for one, layer in ((shallow, new), (teacher, old)))
+        assert all(torch.equal(kept[name], whole[name]) for name in whole)
+    once = TrainConfig(mock_demos, tmp_path / "p", init=str(deep), plan=plan, drop_dynamic=True, optimizer=FAST)
+    trained = MiniVLA.from_pretrained(str(train(once)))
+    assert trained.config.num_layers == 2
+    assert trained.provenance["init"]["config"]["layers"] == 4
+    assert trained.fingerprint != shallow.fingerprint
+    assert [point["validation_short_loss"] for point in read_lines(tmp_path / "p" / CURVE_FILE)] == [None] * 3
+    with pytest.raises(ConfigError, match="drop_dynamic must come with init and plan"):
+        config(mock_demos, tmp_path / "n", plan=plan, drop_dynamic=True)
+
+
 def test_layers_off_the_shortest_path_learn_from_demonstrations_alone(
     mock_demos: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
