@@ -48,6 +48,8 @@ class DistillRunConfig:
     where they do not fit."""
     init_heads: bool = False
     """Start from the heads that the policy comes with, with their plan and without stage 1, instead of new ones."""
+    fit_frames: int = 0
+    """Number of frames on which new adapters are set to the best linear maps before they are trained; 0: none."""
     adapter_size: int | None = None
     """Width of an adapter's bottleneck. When not given, 88 beside a narrow backbone, and up to 128 beside a wide one,
     where adapters and controllers together have at most 1.2 % of its weights."""
@@ -69,7 +71,13 @@ class DistillRunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 1), ("augment_copies", 0), ("adapter_size", 1), ("controller_size", 1)):
+        for name, least in (
+            ("frames", 1),
+            ("fit_frames", 0),
+            ("augment_copies", 0),
+            ("adapter_size", 1),
+            ("controller_size", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}.")

@@ -25,7 +25,7 @@ from dysl_vla.eval import evaluate
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.plot import plot
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
-from dysl_vla.files import write_json
+from dysl_vla.files import read_lines, write_json
 from dysl_vla.policies import load_policy, load_skippable_policy
 from dysl_vla.policies.dysl import load_dysl
 from dysl_vla.policies.mini_vla import MiniVLA
@@ -154,6 +154,19 @@ def test_a_distillation_that_was_stopped_ends_like_one_that_was_not(
     assert all(torch.equal(value, expected[name]) for name, value in ends.items())
     with pytest.raises(ConfigError, match="batch"):
         distill(replace(config, training=replace(TRAINING, batch=9)))
+
+
+def test_fitted_adapters_begin_where_others_have_to_be_trained_to(
+    teacher: Path, plan: Path, mock_demos: Path, tmp_path: Path
+) -> None:
+    errors = {}
+    for frames in (0, 100):
+        config = DistillRunConfig(mock_demos, tmp_path / f"{frames}", str(teacher), plan, frames=100, training=TRAINING)
+        out = distill(replace(config, fit_frames=frames))
+        [first, *_] = read_lines(out / "distill.jsonl")
+        errors[frames] = [value for name, value in first.items() if name.startswith("adapter_error/")]
+    assert len(errors[0]) > 0
+    assert all(fitted < trained for trained, fitted in zip(*errors.values(), strict=True))
 
 
 @pytest.fixture(scope="module")
