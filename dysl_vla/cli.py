@@ -110,6 +110,16 @@ def _distill(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _baseline(arguments: Sequence[str]) -> int:
+    from dysl_vla.training.baselines import BaselineRunConfig, train_baseline
+    from dysl_vla.training.train import evaluation
+
+    config = _parse(BaselineRunConfig, arguments, "dysl baseline")
+    out = train_baseline(config)
+    print(f"Trained: {out}. Evaluate it: {evaluation(out, config.data)}")
+    return 0
+
+
 def _tune(arguments: Sequence[str]) -> int:
     from dysl_vla.training.tune import TuneConfig, render_curve, tune
 
@@ -316,6 +326,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a policy on demonstrations"),
     "calibrate": (_calibrate, "measure which layers a policy cannot do without, and plan what may be skipped"),
     "distill": (_distill, "train adapters and controllers, so that a policy skips layers"),
+    "baseline": (_baseline, "train another method that runs fewer layers, to compare with"),
     "tune": (_tune, "choose how much a policy skips, by time, by success or by the actions' error"),
     "bench backbone": (_bench_backbone, "measure what skipping costs beside what it saves, on a decoder of any size"),
     "bench env": (_bench_env, "measure how fast a suite simulates, and where the time goes"),

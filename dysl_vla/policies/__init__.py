@@ -51,7 +51,11 @@ __all__ = [
 ]
 
 
-OURS = {"mini-vla": "dysl_vla.policies.mini_vla", "openvla-oft": "dysl_vla.policies.openvla_oft"}
+OURS = {
+    "mini-vla": "dysl_vla.policies.mini_vla",
+    "openvla-oft": "dysl_vla.policies.openvla_oft",
+    "baseline": "dysl_vla.policies.baseline",
+}
 """Type of a policy of this package to the module that registers it."""
 PARTS = ("layers", "width", "followers", "has_memory", "encode", "collate", "act", "remember", "save_pretrained")
 """Attributes of a `SkippablePolicy` beyond those of a `Policy`."""

@@ -17,6 +17,7 @@ with needs_extra("policy"):
     import torch
 
     from dysl_vla.processes import Processes
+    from dysl_vla.skip_controller.baselines import BaselineTrainer
     from dysl_vla.skip_controller.heads_trainer import Batch, FullModelAnswer, HeadsTrainer
     from dysl_vla.training.encoded import Encoded, StreamedFrames
     from dysl_vla.training.encoding import memory_to_keep, tensor_bytes
@@ -40,7 +41,7 @@ class Batches:
     def __init__(
         self,
         policy: SkippablePolicy,
-        trainer: HeadsTrainer,
+        trainer: HeadsTrainer | BaselineTrainer,
         frames: Encoded,
         size: int,
         processes: Processes,

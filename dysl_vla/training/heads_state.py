@@ -14,6 +14,7 @@ with needs_extra("policy"):
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
+    from dysl_vla.skip_controller.baselines import BaselineTrainer
     from dysl_vla.skip_controller.heads_trainer import HeadsTrainer
     from dysl_vla.training.optimizer_state import optimizer_tensors, restore_optimizer
 
@@ -31,7 +32,7 @@ class Progress:
     is_streamed: bool | None = None
 
 
-def save_heads_state(path: Path, trainer: HeadsTrainer, progress: Progress) -> None:
+def save_heads_state(path: Path, trainer: HeadsTrainer | BaselineTrainer, progress: Progress) -> None:
     """Write the heads, their optimizer and the trainer's own values; the file is complete or absent."""
     state = {f"weights.{name}": p.detach() for name, p in trainer.parameters.items()}
     state |= optimizer_tensors(trainer.parameters, trainer.optimizer)
@@ -46,7 +47,7 @@ def save_heads_state(path: Path, trainer: HeadsTrainer, progress: Progress) -> N
 
 
 @torch.no_grad()
-def restore_heads_state(path: Path, trainer: HeadsTrainer) -> Progress:
+def restore_heads_state(path: Path, trainer: HeadsTrainer | BaselineTrainer) -> Progress:
     """Restore what `save_heads_state` wrote, if it did.
 
     Raises:
