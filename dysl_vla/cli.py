@@ -177,6 +177,23 @@ def _plot(arguments: Sequence[str]) -> int:
     return tyro.cli(draw, args=arguments, prog="dysl plot")
 
 
+def _plot_pareto(arguments: Sequence[str]) -> int:
+    from dysl_vla.eval.pareto import pareto
+
+    def draw(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("pareto.png")) -> int:
+        """Draw success against the LLM's latency, and print the table; runs are paired with the first of their suite.
+
+        Args:
+            folders: Folders of `dysl eval`, each of one run or of several (`--variants`, the full model first).
+            out: Path of the picture, which ends in .png.
+        """
+        print(pareto(folders, out))
+        print(out)
+        return 0
+
+    return tyro.cli(draw, args=arguments, prog="dysl plot pareto")
+
+
 def _eval(arguments: Sequence[str]) -> int:
     from dysl_vla.eval.config import EvalConfig
 
@@ -333,6 +350,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "bench bundle": (_bench_bundle, "measure an exported policy beside its checkpoint"),
     "bench serve": (_bench_serve, "measure a policy server with many clients, some of which misbehave"),
     "plot": (_plot, "draw which layers ran in an evaluation"),
+    "plot pareto": (_plot_pareto, "draw success against latency of many evaluations"),
     "eval": (_eval, "evaluate a policy in simulation (success, latency, videos) or on demonstrations"),
     "export": (_export, "turn a policy that skips layers into a folder that needs no torch"),
     "control": (_control, "run a policy on a robot, real or simulated, at a fixed rate"),

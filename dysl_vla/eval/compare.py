@@ -133,7 +133,8 @@ def _ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, dict[str
     }
 
 
-def _p_value(p: float) -> str:
+def p_value(p: float) -> str:
+    """Write a p-value for people."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
@@ -156,7 +157,7 @@ def render_comparison(runs: Sequence[Path], comparisons: Sequence[Comparison]) -
         ]
         lines.append(
             f"| {comparison.run} | {100 * pairs.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) "
-            f"| {pairs.only_second} : {pairs.only_first} | {_p_value(pairs.mcnemar_p())} | {shown[0]} | {shown[1]} |"
+            f"| {pairs.only_second} : {pairs.only_first} | {p_value(pairs.mcnemar_p())} | {shown[0]} | {shown[1]} |"
         )
     lines += _render_in_a_row(comparisons)
     if any(comparison.latency_ratio is None for comparison in comparisons):
