@@ -125,23 +125,15 @@ def test_a_perturbed_episode_is_the_episode_perturbed_and_leaves_the_world_as_it
             weak = begin(PerturbedEnv(env, Perturbing(((name, 1),))))
             assert not same(weak, seen)
             assert not same(seen, begin(strong, index=4))
-        env.scene.restore()
-        assert same(begin(env), nominal)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_expert_can_act_in_a_perturbed_world(worlds: list[ManipulationEnv], name: str) -> None:
-    for env in worlds:
-        strange = PerturbedEnv(env, Perturbing(((name, 2),)))
-        begin(strange)
-        before = strange.proprioception().copy()
-        for _ in range(6):
-            _, truncated, info = strange.advance(strange.expert_action())
+        begin(strong)
+        before = strong.proprioception().copy()
+        for _ in range(6):  # an expert can act in it
+            _, truncated, info = strong.advance(strong.expert_action())
             assert not truncated
             assert not info["success"]
-        assert not np.array_equal(strange.proprioception(), before)
-        assert env.scene is not None
+        assert not np.array_equal(strong.proprioception(), before)
         env.scene.restore()
+        assert same(begin(env), nominal)
 
 
 def test_things_are_moved_by_as_much_as_is_said_and_touch_nothing_new(worlds: list[ManipulationEnv]) -> None:
