@@ -360,7 +360,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval compare": (_eval_compare, "compare evaluations, paired by episode"),
 }
 
-CONTINUES = ("demos collect", "demos import", "train", "distill", "eval")
+CONTINUES = ("demos collect", "demos import", "train", "distill", "baseline", "eval")
 """Verbs that continue a run that was interrupted."""
 
 

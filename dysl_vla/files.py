@@ -118,7 +118,7 @@ def _given(value: Any) -> Any:
     plain = json.loads(json.dumps(value, default=str))
     if isinstance(plain, dict):
         plain = {name: inside for name, one in plain.items() if (inside := _given(one)) is not None}
-    return None if plain in ("", [], {}) else plain
+    return None if plain in ("", [], {}) or plain is False else plain
 
 
 def write_text(path: Path, text: str) -> None:

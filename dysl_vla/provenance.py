@@ -92,6 +92,7 @@ def origins(record: Any) -> Iterator[dict[str, Any]]:
         yield from record.get("data", {}).get("origins", [])
         yield from origins(record.get("init"))
         yield from origins(record.get("skipping"))
+        yield from origins(record.get("baseline"))
 
 
 def training_suite(record: Any, suite: str | None = None, tasks: str | None = None) -> tuple[str, str | None]:
@@ -144,4 +145,5 @@ def _last_origins(record: Any) -> list[dict[str, Any]]:
     if not record:
         return []
     own: list[dict[str, Any]] = record.get("data", {}).get("origins", [])
-    return own or _last_origins(record.get("init")) or _last_origins(record.get("skipping"))
+    others = (record.get(name) for name in ("init", "skipping", "baseline"))
+    return own or next(filter(None, map(_last_origins, others)), [])

@@ -45,10 +45,13 @@ class Copies:
             number: The copy's number, from 0.
         """
         rng = np.random.default_rng([index, number])
-        moved = shifted(observation, resizes, rng)
+        moved = dict(shifted(observation, resizes, rng))
         if not self.is_varied:
             return moved
-        return {key: varied(value, rng) if key.startswith(IMAGE_PREFIX) else value for key, value in moved.items()}
+        for key, image in moved.items():
+            if key.startswith(IMAGE_PREFIX):
+                moved[key] = varied(image, rng, resizes.get(key.removeprefix(IMAGE_PREFIX)))
+        return moved
 
 
 def shifted(observation: Observation, resizes: Mapping[str, tuple[int, int]], rng: np.random.Generator) -> Observation:
@@ -65,12 +68,13 @@ def shifted(observation: Observation, resizes: Mapping[str, tuple[int, int]], rn
     return moved
 
 
-def varied(image: ImageArray, rng: np.random.Generator) -> ImageArray:
+def varied(image: ImageArray, rng: np.random.Generator, size: tuple[int, int] | None = None) -> ImageArray:
     """Change an image's brightness, colours and contrast, add noise, and cover a part of it; some stay as they are.
 
     Args:
         image: uint8, (height, width, 3).
         rng: Decides how.
+        size: The size, (height, width), at which the policy sees it, and has its noise; None: its own.
     """
     if rng.random() < AS_IT_IS:
         return image
@@ -79,7 +83,10 @@ def varied(image: ImageArray, rng: np.random.Generator) -> ImageArray:
     values = image * gain
     values += (contrast - 1) * (values - values.mean(dtype=np.float32))
     if rng.random() < NOISY:
-        values += np.float32(NOISE * rng.random()) * rng.standard_normal(image.shape, np.float32)
+        height, width = size or image.shape[:2]
+        noise = np.float32(NOISE * rng.random()) * rng.standard_normal((height, width, 3), np.float32)
+        rows, columns = (np.arange(full) * few // full for full, few in zip(image.shape, (height, width), strict=False))
+        values += noise[rows[:, None], columns]
     if rng.random() < COVERED:
         height, width = image.shape[:2]
         side = max(1, round(SQUARE * rng.random() * min(height, width)))

@@ -98,6 +98,10 @@ def collect(config: CollectConfig) -> Demonstrations:
     if policy is not None:
         suite_name, task_names = provenance.training_suite(policy.provenance, config.suite, config.tasks)
     suite = get_suite(with_robot(suite_name, config.robot))
+    if suite.perturbing is not None:
+        raise ConfigError(
+            f"suite: {suite.name} is perturbed, for evaluation; demonstrate in {suite_name.split('+')[0]}."
+        )
     noise = suite.noise if config.noise is None else config.noise
     tasks = suite.choose(task_names)
     if lacking := [task for task in tasks if task in suite.without_expert]:

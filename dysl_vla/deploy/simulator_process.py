@@ -243,6 +243,8 @@ def make_env(name: str, cameras: Mapping[str, tuple[int, int]] | None) -> Manipu
     for suite_name in suites.names():
         if suite_name.partition("-")[0] == family:
             suite = get_suite(with_robot(suite_name, robot))
+            if suite.perturbing is not None:  # a robot's faults are options of its own
+                continue
             # Tasks may be named by the simulator alone, or by the suite, where several have a task of one name.
             for named in (asked, f"{family}-{asked}".removeprefix(f"{suite_name}-")):
                 if (task := suite.find(named)) is not None:

@@ -173,6 +173,11 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         """The robot's present state as it is observed, (state,), without rendering."""
         return self._state()
 
+    def world_changed(self) -> None:
+        """Take note of what was changed about the world from outside: where things, cameras and lights are."""
+        if self.scene is not None:
+            self.scene.update()
+
     def rehearse(self, action: FloatArray) -> None:
         """Simulate one step before the episode's first one, (action,)."""
         self._step_world(self.embodiment.clip(action))

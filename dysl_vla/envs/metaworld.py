@@ -160,6 +160,11 @@ class MetaWorldEnv(ManipulationEnv):
         self._mujoco.mj_forward(self._sawyer.model, self._sawyer.data)
         self._expert = make_metaworld_expert(self.task)
 
+    def world_changed(self) -> None:
+        """See `ManipulationEnv.world_changed`."""
+        super().world_changed()
+        self._full_state = self._sawyer._get_obs()
+
     def _step_world(self, action: FloatArray) -> tuple[float, bool]:
         self._sawyer.curr_path_length = 0  # the horizon is ours
         self._full_state, reward, _, _, info = self._sawyer.step(action)

@@ -22,6 +22,7 @@ from dysl_vla.envs.metaworld import HORIZON, INSTRUCTIONS, MT10, MetaWorldEnv
 from dysl_vla.envs.mock import HORIZON as MOCK_HORIZON
 from dysl_vla.envs.mock import TASKS as MOCK_TASKS
 from dysl_vla.envs.mock import MockEnv
+from dysl_vla.envs.perturbations import SWEEP, PerturbedEnv, Perturbing
 from dysl_vla.envs.rendering import load_mujoco
 from dysl_vla.envs.robosuite import EXPERT_ROBOTS, FIVE, ROBOTS, RobosuiteEnv, load_robosuite
 from dysl_vla.envs.robosuite import HORIZON as ROBOSUITE_HORIZON
@@ -51,6 +52,7 @@ class Suite:
         fixed_states: Number of initial states from which a benchmark's protocol evaluates a task: those of the first
             evaluation seed. Without any, and for the other seeds, there are as many states as episodes.
         robots: Name of each other robot to this suite with that robot.
+        perturbing: What perturbs its episodes; None: nothing.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Suite:
     noise: float = 1.0
     fixed_states: int | None = None
     robots: Mapping[str, Callable[[], Suite]] = field(default_factory=dict)
+    perturbing: Perturbing | None = None
 
     def choose(self, names: str | None) -> tuple[str, ...]:
         """The tasks asked for, all of them when none is named, in the suite's order.
@@ -144,9 +147,9 @@ def get_suite(name: str) -> Suite:
         ConfigError: The suite, the robot or a perturbation is unknown; the message lists those that exist.
         MissingExtraError: The suite's simulator is not installed.
     """
-    name, _, perturbing = name.partition("+")
-    if perturbing:
-        return _perturbed(get_suite(name), perturbing)
+    name, is_perturbed, perturbing = name.partition("+")
+    if is_perturbed:
+        return _perturbed(get_suite(name), Perturbing.parse(perturbing))
     name, _, robot = name.partition("@")
     suite = suites.get(name)()
     if not robot or _plain(robot) == _plain(suite.robot):
@@ -160,7 +163,8 @@ def get_suite(name: str) -> Suite:
 
 def with_robot(suite: str, robot: str | None) -> str:
     """The name of a suite with a given robot; the name itself when no robot is named."""
-    return f"{suite.partition('@')[0]}@{robot}" if robot else suite
+    name, plus, perturbing = suite.partition("+")
+    return f"{name.partition('@')[0]}@{robot}{plus}{perturbing}" if robot else suite
 
 
 def with_perturbation(suite: str, perturbing: str | None) -> str:
@@ -168,15 +172,24 @@ def with_perturbation(suite: str, perturbing: str | None) -> str:
     return f"{suite}+{perturbing}" if perturbing else suite
 
 
-def _perturbed(suite: Suite, text: str) -> Suite:
-    from dysl_vla.envs.perturbations import PerturbedEnv, Perturbing
+def _perturbed(suite: Suite, perturbing: Perturbing, name: str | None = None) -> Suite:
+    """The suite with perturbed episodes; its name says so, unless it has another one."""
+    if suite.perturbing is not None:
+        raise ConfigError(f"perturb: {suite.name} is perturbed already; take the suite without.")
 
-    perturbing, make = Perturbing.parse(text), suite.make
+    def make(task: str, cameras: Cameras | None) -> ManipulationEnv:
+        return PerturbedEnv(suite.make(task, cameras), perturbing)
 
-    def make_perturbed(task: str, cameras: Cameras | None) -> ManipulationEnv:
-        return PerturbedEnv(make(task, cameras), perturbing)
+    robots = {
+        robot: partial(_perturbed_by, make_suite, perturbing, name and with_robot(name, robot))
+        for robot, make_suite in suite.robots.items()
+    }
+    own_name = name or with_perturbation(suite.name, perturbing.name)
+    return replace(suite, name=own_name, make=make, robots=robots, perturbing=perturbing)
 
-    return replace(suite, name=with_perturbation(suite.name, text), make=make_perturbed, robots={})
+
+def _perturbed_by(make: Callable[[], Suite], perturbing: Perturbing, name: str | None) -> Suite:
+    return _perturbed(make(), perturbing, name)
 
 
 def _metaworld(name: str, tasks: tuple[str, ...]) -> Suite:
@@ -195,7 +208,7 @@ def metaworld_mt10() -> Suite:
 @suites.register("metaworld-mt10-plus")
 def metaworld_mt10_plus() -> Suite:
     """MT10 with every perturbation at every level, one an episode."""
-    return replace(get_suite("metaworld-mt10+plus"), name="metaworld-mt10-plus")
+    return _perturbed(get_suite("metaworld-mt10"), Perturbing.parse(SWEEP), "metaworld-mt10-plus")
 
 
 @suites.register("metaworld-mt50")
@@ -231,7 +244,7 @@ def robosuite_5() -> Suite:
 @suites.register("robosuite-5-plus")
 def robosuite_5_plus() -> Suite:
     """robosuite-5 with every perturbation at every level, one an episode."""
-    return replace(get_suite("robosuite-5+plus"), name="robosuite-5-plus")
+    return _perturbed(get_suite("robosuite-5"), Perturbing.parse(SWEEP), "robosuite-5-plus")
 
 
 @suites.register("robosuite-all")

@@ -75,6 +75,8 @@ def compare(runs: Sequence[Path]) -> list[Comparison]:
             )
         if any(first.instructions != outcome[key].instructions for key, first in outcomes[0].items()):
             raise ConfigError(f"compare: {runs[0]} and {run} have other instructions in one episode; run both anew.")
+        if any(first.perturbation != outcome[key].perturbation for key, first in outcomes[0].items()):
+            raise ConfigError(f"compare: {runs[0]} and {run} were perturbed otherwise in one episode; run both anew.")
     return [
         Comparison(run, _pair(outcomes[0], outcome), _pair_in_a_row(outcomes[0], outcome), _ratios(results[0], result))
         for run, result, outcome in zip(runs[1:], results[1:], outcomes[1:], strict=True)
@@ -86,6 +88,7 @@ class _Outcome:
     success: bool
     completed: int
     instructions: tuple[str, ...]
+    perturbation: str | None
 
 
 _Outcomes = dict[tuple[str, int, int], _Outcome]
@@ -94,7 +97,7 @@ _Outcomes = dict[tuple[str, int, int], _Outcome]
 def _outcomes(run: Path) -> _Outcomes:
     return {
         (e["task"], e["seed"], e["episode_index"]): _Outcome(
-            e["success"], e.get("completed", 0), tuple(e.get("instructions", ()))
+            e["success"], e.get("completed", 0), tuple(e.get("instructions", ())), e.get("perturbation")
         )
         for e in read_lines(run / EPISODES)
     }

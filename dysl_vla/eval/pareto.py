@@ -69,7 +69,10 @@ def pareto(folders: Sequence[Path], out: Path) -> str:
         raise ConfigError(f"out must be the path of a picture, which ends in .png, got {out}.")
     suites: dict[str, list[Path]] = {}
     for run in [run for folder in folders for run in _runs(folder)]:
-        suites.setdefault(str(read_result(run).get("suite")), []).append(run)
+        suite = read_result(run).get("suite")
+        if suite is None:
+            raise ConfigError(f"{run}: is an evaluation on demonstrations, which has no success; give runs of a suite.")
+        suites.setdefault(suite, []).append(run)
     if not suites:
         raise ConfigError("pareto needs at least one folder of `dysl eval`.")
     points = {suite: _points(runs) for suite, runs in suites.items()}
@@ -88,6 +91,12 @@ def _runs(folder: Path) -> list[Path]:
 
 def _points(runs: Sequence[Path]) -> list[Point]:
     comparisons = compare(runs) if len(runs) > 1 else []
+    for one in comparisons:
+        if one.latency_ratio is None:
+            raise ConfigError(
+                f"{one.run}: its latencies cannot be compared with those of {runs[0]}; run both with --workers 1 on "
+                "one machine with the same versions."
+            )
     return [Point(run, read_result(run), one) for run, one in zip(runs, [None, *comparisons], strict=True)]
 
 
@@ -129,8 +138,8 @@ def _table(suite: str, points: Sequence[Point]) -> list[str]:
             low, high = point.comparison.success.difference_ci95()
             difference = f"{100 * point.comparison.success.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
             chance = p_value(point.comparison.success.mcnemar_p())
-            if point.comparison.latency_ratio is not None:
-                ratio = f"{point.comparison.latency_ratio['llm']['mean']:.2f}x"
+            assert point.comparison.latency_ratio is not None  # `_points` refuses it
+            ratio = f"{point.comparison.latency_ratio['llm']['mean']:.2f}x"
         lines.append(
             f"| {point.name} | {100 * point.result['success_rate']:.1f} % | {difference} | {chance} "
             f"| {layers} | {llm['mean']:.2f}, {llm['p99']:.2f} | {ratio} |"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dysl_vla import provenance
 from dysl_vla.envs import Suite, TaskEnvs, get_suite, with_perturbation, with_robot
-from dysl_vla.envs.perturbations import PerturbedEnv
+from dysl_vla.envs.perturbations import PerturbedEnv, describe, perturbations
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig, Variant, load_all, variants_of
 from dysl_vla.eval.perturbations import draw_perturbations
@@ -46,6 +46,7 @@ def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
     for policy in policies:
         check_seed(config.seed, policy)
     _try(policies, suite, tasks[0])
+    _check_perturbing(suite, tasks, policies[0])
     # Run what is missing, and write the figures.
     runs = [
         VariantRun(
@@ -59,7 +60,8 @@ def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
             for run in runs:
                 claims.enter_context(run.folder.locked())
             _run(config, runs, keys)
-            _show_perturbations(config, suite, tasks[0], policies[0])
+            if suite.perturbing is not None:
+                _show_perturbations(config, suite, tasks[0], policies[0])
             for run in runs:
                 _finish(config, run, suite, tasks, keys)
     return {"variants": {run.variant.name or "policy": read_result(run.folder.root) for run in runs}}
@@ -75,6 +77,27 @@ def _try(policies: Sequence[Policy], suite: Suite, task: str) -> None:
         for policy in policies:
             [chunk] = policy.infer([observation], [policy.reset()])
             check_actions(chunk.actions, len(env.embodiment.action_names))
+
+
+def _check_perturbing(suite: Suite, tasks: Sequence[str], policy: Policy) -> None:
+    """Refuse what perturbs some tasks alone, before anything is written.
+
+    Raises:
+        ConfigError: A perturbation that was asked for does not apply to a task.
+    """
+    if suite.perturbing is None or not any(
+        perturbations.get(name).varies_by_task for name, _ in suite.perturbing.cells
+    ):
+        return
+    missed: dict[str, list[str]] = {}
+    for task in tasks:
+        with closing(suite.make_for(task, policy.spec)) as env:
+            missed[task] = suite.perturbing.misses(env)
+    fitting = ",".join(task for task, names in missed.items() if not names)
+    for task, names in missed.items():
+        if names:
+            fix = f"take --tasks {fitting}" if fitting else "take another"
+            raise ConfigError(f"perturb: {names[0]} does not apply to {task}, which has nothing to change; {fix}.")
 
 
 def resolve_tasks(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ...]]:
@@ -94,8 +117,8 @@ def resolve_tasks(config: EvalConfig, record: Any) -> tuple[Suite, tuple[str, ..
 
 def _show_perturbations(config: EvalConfig, suite: Suite, task: str, policy: Policy) -> None:
     with closing(suite.make_for(task, policy.spec)) as env:
-        if isinstance(env, PerturbedEnv):
-            draw_perturbations(env, config.seed, config.out / PERTURBATIONS)
+        assert isinstance(env, PerturbedEnv)
+        draw_perturbations(env, config.seed, config.out / PERTURBATIONS)
 
 
 @dataclass(frozen=True)
@@ -149,9 +172,11 @@ def check_seed(seed: int, policy: Policy) -> None:
 def _identity(
     config: EvalConfig, variant: Variant, suite: Suite, tasks: tuple[str, ...], policy: Policy
 ) -> dict[str, Any]:
+    perturbing = suite.perturbing
     return {
         "policy": config.policy,
         "weights": policy.fingerprint,
+        "perturbations": describe(perturbing.cells) if perturbing else None,
         "variants": config.variants,
         "variant": variant.name,
         "suite": config.suite,

@@ -108,7 +108,7 @@ def load_skippable_policy(name: str, compute: ComputeConfig | None = None) -> Sk
         ConfigError: No policy has that name, or its layers cannot be skipped.
         CheckpointError: The checkpoint is damaged, foreign or edited.
     """
-    return _skippable(name, load_policy(name, skip=0, compute=compute))
+    return _skippable(name, _load_full(name, compute or ComputeConfig()))
 
 
 def _skippable(name: str, policy: Policy) -> SkippablePolicy:
@@ -207,6 +207,11 @@ def _as_variant(name: str, policy: Policy, skip: float | None, ablation: Ablatio
         if skip is not None:
             policy.set_skip(skip)
         return policy
+    if hasattr(policy, "set_dial") and (skip is not None or ablation is not None):
+        raise ConfigError(
+            f"skip and variants must be left out for {name!r}, another method that decides by itself; evaluate the "
+            "policy that it was trained for beside it."
+        )
     folder = None if name == "mock" else find_checkpoint(name)
     if folder is None or not has_skips(folder):
         if skip or ablation is not None:

@@ -35,6 +35,7 @@ from dysl_vla.policies import is_known_as, load_skippable_policy, original_finge
 from dysl_vla.policies.base import SkippablePolicy, policies
 from dysl_vla.policies.compute import ComputeConfig
 from dysl_vla.skip_controller.baselines import Baseline, BaselineConfig, BaselineRunner, Pass, make_baseline
+from dysl_vla.skip_controller.compatibility import compute_dtype, run_device
 from dysl_vla.skip_controller.torch_backend import Forward, to_numpy, wait_for_gpu
 from dysl_vla.types import ActionChunk, EpisodeState, InferenceTiming, Observation, PolicySpec, SkipTrace
 
@@ -48,7 +49,7 @@ class BaselineSettings:
     Attributes:
         sizes: The method and its sizes.
         dial: What decides how many layers run.
-        base: Name of the policy that it was trained for.
+        policy: Name of the policy that it was trained for.
         teacher: Its fingerprint.
         mean_layers: Mean number of layers that an inference runs, on held-out demonstrations.
     """
@@ -57,7 +58,7 @@ class BaselineSettings:
 
     sizes: BaselineConfig
     dial: float
-    base: str
+    policy: str
     teacher: str
     mean_layers: float
 
@@ -115,15 +116,15 @@ class BaselinePolicy:
         chunks = []
         for observation, state in zip(observations, states, strict=True):
             started = time.perf_counter()
-            items = self._policy.encode([observation], [state])
-            chunks.append(self.infer_encoded(items, time.perf_counter() - started))
+            [item] = self._policy.encode([observation], [state])
+            chunks.append(self.infer_encoded(item, time.perf_counter() - started))
         return chunks
 
     @torch.inference_mode()
-    def infer_encoded(self, items: Sequence[Any], encode_s: float = 0.0) -> ActionChunk:
+    def infer_encoded(self, item: Any, encode_s: float = 0.0) -> ActionChunk:
         """Infer from one encoded observation, as `infer` does after encoding."""
         started = time.perf_counter()
-        inputs, _ = self._policy.collate(items)
+        inputs, _ = self._policy.collate([item])
         wait_for_gpu(inputs)
         encode_s += time.perf_counter() - started
         with self._runner.running(Pass(self._settings.dial)) as one:
@@ -150,14 +151,15 @@ class BaselinePolicy:
         check_manifest(folder, (CONFIG, PROVENANCE, WEIGHTS))
         values = {key: value for key, value in document.items() if key != "policy_type"}
         settings = validated(BaselineSettings, values, folder / CONFIG)
-        policy = load_skippable_policy(settings.base, compute)
+        policy = load_skippable_policy(settings.policy, compute)
         if not is_known_as(policy, settings.teacher):
-            raise CheckpointError(f"{folder / CONFIG}: {settings.base} was changed since; train the baseline again.")
+            raise CheckpointError(f"{folder / CONFIG}: {settings.policy} was changed since; train the baseline again.")
         baseline = make_baseline(settings.sizes)
         try:
             baseline.load_state_dict({key: value.float() for key, value in load_file(folder / WEIGHTS).items()})
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error}); train it again.") from error
+        baseline.to(run_device(policy.layers, "0"), compute_dtype(policy.layers))
         return cls(policy, baseline, settings, read_document(folder / PROVENANCE))
 
 
@@ -173,10 +175,10 @@ def save_baseline(folder: Path, baseline: Baseline, settings: BaselineSettings, 
 
 
 def settings_for(
-    policy: SkippablePolicy, sizes: BaselineConfig, base: str, dial: float, mean_layers: float
+    policy: SkippablePolicy, sizes: BaselineConfig, name: str, dial: float, mean_layers: float
 ) -> BaselineSettings:
     """Return the settings of a baseline that was trained for a policy."""
-    where = str(Path(base).resolve()) if Path(base).is_dir() else base
+    where = str(Path(name).resolve()) if Path(name).is_dir() else name
     return BaselineSettings(sizes, dial, where, original_fingerprint(policy), mean_layers)
 
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.heads import Adapter, Controller
+from dysl_vla.skip_controller.heads_trainer import mixed_precision
 from dysl_vla.skip_controller.skipping import Skipper
 from dysl_vla.skip_controller.torch_backend import Forward
 
@@ -65,14 +67,19 @@ def fit_adapters(
         skipper: The decoder, attached with heads.
         act: The policy's `act`.
         batches: The policy's inputs, and which tokens of the first forward are not padding (None: all).
+
+    Raises:
+        ConfigError: The policy's `act` ran no layer.
     """
     assert skipper.heads is not None
     adapters, plan = skipper.heads.adapters, skipper.plan
     pairs = {layer: block.target for block in plan.blocks for layer in plan.exits_of(block)}
     moments: dict[int, _Moments] = {}
     for inputs, mask in batches:
-        with skipper.record() as forwards:
+        with mixed_precision(skipper.layers), skipper.record() as forwards:
             act(inputs, Forward())
+        if not forwards:
+            raise ConfigError("act must run the policy's `layers`, and ran none; name the decoder's own list.")
         for number, layers in enumerate(forwards):
             for layer, target in pairs.items():
                 found = moments.setdefault(layer, _Moments(layers[layer].shape[-1], layers[layer]))
@@ -90,9 +97,7 @@ def _set_linear(adapter: Adapter, moments: _Moments) -> None:
     scale = down[:-1].norm(dim=0).clamp_min(1e-12)  # both factors of a size, as an optimizer likes them
     scale = (scale / up.norm(dim=1).clamp_min(1e-12)).sqrt()
     down, up = down / scale, up * scale[:, None]
-    for parameter in (adapter.down.weight, adapter.down.bias, adapter.up):
-        assert isinstance(parameter, nn.Parameter)
-        parameter.zero_()
+    adapter.up.zero_()  # units that are left over stay as they begin
     for sign, start in ((1, 0), (-1, rank)):
         part = slice(start, start + rank)
         adapter.down.weight[part] = sign * down[:-1].T.to(adapter.down.weight)

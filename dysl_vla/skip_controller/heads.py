@@ -75,7 +75,7 @@ class Controller(nn.Module):
         Returns:
             (batch,) log-odds, whose sigmoid is the probability.
         """
-        inside = functional.silu(self.hidden(_pool(hidden, mask)))
+        inside = functional.silu(self.hidden(pool(hidden, mask)))
         answer: Tensor = self.out(inside)
         return answer.view(-1)
 
@@ -97,8 +97,8 @@ class SkipHeads(nn.Module):
         self.controllers = nn.ModuleDict({str(layer): Controller(config) for layer in layers})
 
 
-def _pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the last token and the mean of all, (batch, 2 hidden)."""
+def pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the last token and the mean of all, (batch, 2 hidden), of (batch, tokens, hidden)."""
     if mask is None and torch.compiler.is_compiling():  # a traced tensor cannot be kept
         return torch.cat([hidden[:, -1], hidden.mean(dim=1)], dim=1)
     if mask is None:

@@ -20,7 +20,7 @@ from dysl_vla.errors import ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import append_line, check_same_run, is_unused, locked_dir, read_lines, write_json, write_lines
 from dysl_vla.interrupts import deferred_interrupt
-from dysl_vla.policies import ComputeConfig, load_skippable_policy
+from dysl_vla.policies import ComputeConfig, SkippablePolicy, load_skippable_policy
 from dysl_vla.training.train import describe
 
 with needs_extra("policy"):
@@ -29,6 +29,7 @@ with needs_extra("policy"):
     from dysl_vla.policies.baseline import BaselinePolicy, save_baseline, settings_for
     from dysl_vla.processes import Processes
     from dysl_vla.skip_controller.baselines import (
+        METHODS,
         Baseline,
         BaselineConfig,
         BaselineRunner,
@@ -37,7 +38,9 @@ with needs_extra("policy"):
         make_baseline,
     )
     from dysl_vla.skip_controller.baselines.running import dial_for
+    from dysl_vla.skip_controller.compatibility import compute_dtype, run_device
     from dysl_vla.training.batches import Batches
+    from dysl_vla.training.check_policy import check_policy
     from dysl_vla.training.encoding import encode
     from dysl_vla.training.heads_state import Progress, restore_heads_state, save_heads_state
 
@@ -77,9 +80,13 @@ class BaselineRunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
         for name, least in (("frames", 1), ("augment_copies", 0), ("adapter_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.augment_images and not self.augment_copies:
+            raise ConfigError("augment_images must come with augment_copies, which it varies; add --augment-copies 1.")
 
 
 def train_baseline(config: BaselineRunConfig) -> Path:
@@ -97,8 +104,57 @@ def train_baseline(config: BaselineRunConfig) -> Path:
         raise ConfigError(f"out must be a new folder or one of a baseline; {config.out} is not empty and holds none.")
     policy = load_skippable_policy(config.policy, config.compute)
     demonstrations = demonstrations_for(config.data, policy.spec)
+    sizes = _sizes(config, policy)
+    identity = {
+        **json.loads(json.dumps(asdict(config), default=str)),
+        "demonstrated_frames": demonstrations.total_frames,
+        "teacher": policy.fingerprint,
+    }
+    if (config.out / RUN_FILE).exists():
+        check_same_run(config.out / RUN_FILE, identity)
+        if (config.out / MANIFEST).exists():
+            return config.out
+    else:
+        check_policy(policy, demonstrations)
+        _check_fits(policy)
+    split = split_of(demonstrations, policy.provenance)
+    held_out = choose_frames(demonstrations, DIAL_FRAMES, split, held_out=True)
+    chosen = choose_frames(demonstrations, config.frames, split, held_out=False)
+    with locked_dir(config.out):
+        write_json(config.out / RUN_FILE, identity)
+        torch.set_num_threads(config.training.threads or len(os.sched_getaffinity(0)))
+        torch.manual_seed(config.training.seed)
+        for parameter in (policy if isinstance(policy, torch.nn.Module) else policy.layers).parameters():
+            parameter.requires_grad_(False)
+        # Train.
+        baseline = make_baseline(sizes).to(run_device(policy.layers, "0"))
+        copies = Copies(config.augment_copies, config.augment_images)
+        frames = encode(policy, demonstrations, chosen, "frames", copies=copies, stream=False)
+        runner = BaselineRunner(policy.layers, baseline)
+        trainer = BaselineTrainer(runner, policy.act, policy.spec.execute_steps, config.layers, config.training)
+        seconds = _train(config, trainer, Batches(policy, trainer, frames, config.training.batch, Processes()))
+        runner.detach()
+        # Choose its dial.
+        items = encode(policy, demonstrations, held_out, "held-out frames", stream=False).rows(np.arange(len(held_out)))
+        record = {
+            "method": config.method,
+            **provenance.record(),
+            "config": identity,
+            "data": describe(demonstrations),
+            "seconds": round(seconds, 1),
+        }
+        baseline.to(compute_dtype(policy.layers))
+        untuned = settings_for(policy, sizes, config.policy, config.layers, config.layers)
+        with closing(BaselinePolicy(policy, baseline, untuned, record)) as one:
+            dial, mean = choose_dial(one, baseline, config.layers, items)
+        save_baseline(config.out, baseline, settings_for(policy, sizes, config.policy, dial, mean), record)
+        (config.out / STATE_FILE).unlink(missing_ok=True)
+    return config.out
+
+
+def _sizes(config: BaselineRunConfig, policy: SkippablePolicy) -> BaselineConfig:
     spec = policy.spec
-    sizes = BaselineConfig(
+    return BaselineConfig(
         config.method,
         len(policy.layers),
         policy.width,
@@ -108,52 +164,28 @@ def train_baseline(config: BaselineRunConfig) -> Path:
         config.layers,
         adapter_size=config.adapter_size,
     )
-    identity = {
-        **json.loads(json.dumps(asdict(config), default=str)),
-        "demonstrated_frames": demonstrations.total_frames,
-        "teacher": policy.fingerprint,
-    }
-    if (config.out / RUN_FILE).exists():
-        check_same_run(config.out / RUN_FILE, identity)
-    if (config.out / MANIFEST).exists():
-        return config.out
-    with locked_dir(config.out):
-        write_json(config.out / RUN_FILE, identity)
-        torch.set_num_threads(config.training.threads or len(os.sched_getaffinity(0)))
-        torch.manual_seed(config.training.seed)
-        for parameter in _frozen(policy):
-            parameter.requires_grad_(False)
-        baseline = make_baseline(sizes)
-        split = split_of(demonstrations, policy.provenance)
-        chosen = choose_frames(demonstrations, config.frames, split, held_out=False)
-        frames = encode(
-            policy, demonstrations, chosen, "frames", copies=Copies(config.augment_copies, config.augment_images)
-        )
-        runner = BaselineRunner(policy.layers, baseline)
-        trainer = BaselineTrainer(runner, policy.act, spec.execute_steps, config.layers, config.training)
-        seconds = _train(config, trainer, Batches(policy, trainer, frames, config.training.batch, Processes()))
-        runner.detach()
-        held_out = choose_frames(demonstrations, DIAL_FRAMES, split, held_out=True)
-        items = encode(policy, demonstrations, held_out, "held-out frames").rows(np.arange(len(held_out)))
-        record = {
-            "method": config.method,
-            **provenance.record(),
-            "config": json.loads(json.dumps(asdict(config), default=str)),
-            "data": describe(demonstrations),
-            "seconds": round(seconds, 1),
-        }
-        untuned = settings_for(policy, sizes, config.policy, config.layers, config.layers)
-        one = BaselinePolicy(policy, baseline, untuned, record)
-        dial, mean = choose_dial(one, baseline, config.layers, items)
-        one.close()
-        save_baseline(config.out, baseline, settings_for(policy, sizes, config.policy, dial, mean), record)
-        (config.out / STATE_FILE).unlink(missing_ok=True)
-    return config.out
 
 
-def _frozen(policy: object) -> list[torch.nn.Parameter]:
-    modules = [policy] if isinstance(policy, torch.nn.Module) else []
-    return [parameter for module in modules for parameter in module.parameters()]
+def _check_fits(policy: SkippablePolicy) -> None:
+    """Refuse a policy that these methods are not for.
+
+    Raises:
+        ConfigError: Its action comes from more than the last token of one forward.
+    """
+    decode = getattr(policy, "decode", None)
+    reason = None
+    if policy.has_memory or policy.followers or decode is None:
+        reason = "it has a memory, followers or more than one forward"
+    else:
+        hidden = torch.randn(1, 8, policy.width).to(run_device(policy.layers, "0"), compute_dtype(policy.layers))
+        other = torch.cat([torch.randn_like(hidden[:, :-1]), hidden[:, -1:]], dim=1)
+        try:
+            reads_last = torch.equal(decode(hidden), decode(other))
+        except (RuntimeError, IndexError):  # it expects tokens of its own
+            reads_last = False
+        reason = None if reads_last else "its action comes from other tokens than the last"
+    if reason is not None:
+        raise ConfigError(f"policy must act by the last token of one forward for these methods, and {reason}.")
 
 
 def _train(config: BaselineRunConfig, trainer: BaselineTrainer, steps: Batches) -> float:
@@ -200,7 +232,7 @@ def choose_dial(policy: BaselinePolicy, baseline: Baseline, layers: float, items
 
     def measure(dial: float) -> float:
         policy.set_dial(dial)
-        traces = [policy.infer_encoded([item]).skips for item in items]
+        traces = [policy.infer_encoded(item).skips for item in items]
         return float(np.mean([trace.layers for trace in traces if trace is not None]))
 
     dial = float(round(layers)) if baseline.rises else dial_for(layers, *baseline.dials, measure)

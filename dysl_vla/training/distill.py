@@ -60,7 +60,6 @@ with needs_extra("policy"):
 
     from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, load_heads, save_skips
     from dysl_vla.processes import Processes, launched_processes
-    from dysl_vla.skip_controller.closed_form import fit_adapters
     from dysl_vla.skip_controller.compatibility import compute_dtype, run_device
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.heads_trainer import HeadsTrainer, mixed_precision
@@ -69,8 +68,9 @@ with needs_extra("policy"):
     from dysl_vla.training.batches import Batches
     from dysl_vla.training.check_policy import check_policy, check_saved
     from dysl_vla.training.dry_run import MemoryUse, budgets, choose_checkpointing, render
-    from dysl_vla.training.encoded import BATCH, Encoded, StreamedFrames, killed_readers
+    from dysl_vla.training.encoded import Encoded, StreamedFrames, killed_readers
     from dysl_vla.training.estimate import Rehearsal
+    from dysl_vla.training.fit import fit_heads
     from dysl_vla.training.heads_state import Progress, restore_heads_state, save_heads_state
 
 RUN_FILE, STATE_FILE, CURVE_FILE = "distill_run.json", "distill_state.safetensors", "distill.jsonl"
@@ -333,10 +333,8 @@ class _Run:
     def _train(self, seconds: float) -> float:
         config, trainer, is_main = self._config, self._trainer, self._processes.is_main
         frames = self._frames()
-        if config.fit_frames and not self._initial and trainer.step == 0:
-            rows = np.unique(np.linspace(0, len(frames) - 1, config.fit_frames).astype(np.int64))
-            with closing(frames.ahead(np.array_split(rows, max(1, len(rows) // BATCH)))) as parts:
-                fit_adapters(self._skipper, self._policy.act, map(self._policy.collate, parts))
+        if config.fit_frames and trainer.step == 0:
+            fit_heads(self._policy, self._skipper, frames, config.fit_frames, self._processes)
         steps = Batches(
             self._policy,
             trainer,

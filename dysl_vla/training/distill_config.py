@@ -48,8 +48,9 @@ class DistillRunConfig:
     where they do not fit."""
     init_heads: bool = False
     """Start from the heads that the policy comes with, with their plan and without stage 1, instead of new ones."""
-    fit_frames: int = 0
-    """Number of frames on which new adapters are set to the best linear maps before they are trained; 0: none."""
+    fit_frames: int | None = None
+    """Number of frames on which new adapters are set to their best linear maps before they are trained. When not given,
+    they begin as the identity."""
     adapter_size: int | None = None
     """Width of an adapter's bottleneck. When not given, 88 beside a narrow backbone, and up to 128 beside a wide one,
     where adapters and controllers together have at most 1.2 % of its weights."""
@@ -73,7 +74,7 @@ class DistillRunConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("frames", 1),
-            ("fit_frames", 0),
+            ("fit_frames", 1),
             ("augment_copies", 0),
             ("adapter_size", 1),
             ("controller_size", 1),
@@ -89,7 +90,7 @@ class DistillRunConfig:
             raise ConfigError(f"static_ratio must be above 0 and below 1, got {self.static_ratio}.")
         if self.importance is not None:
             importance_measures.get(self.importance)
-        for name in ("plan", "adapter_size", "controller_size"):
+        for name in ("plan", "adapter_size", "controller_size", "fit_frames"):
             if self.init_heads and getattr(self, name) != getattr(DistillRunConfig, name):
                 raise ConfigError(
                     f"{name} must not be given with init_heads, as the heads of {self.policy} decide it; leave one out."

@@ -36,12 +36,9 @@ def save_heads_state(path: Path, trainer: HeadsTrainer | BaselineTrainer, progre
     """Write the heads, their optimizer and the trainer's own values; the file is complete or absent."""
     state = {f"weights.{name}": p.detach() for name, p in trainer.parameters.items()}
     state |= optimizer_tensors(trainer.parameters, trainer.optimizer)
-    metadata = {
-        "step": str(trainer.step),
-        "seconds": str(progress.seconds),
-        "tolerance": trainer.tolerance.hex(),
-        "streamed": str(progress.is_streamed),
-    }
+    metadata = {"step": str(trainer.step), "seconds": str(progress.seconds), "streamed": str(progress.is_streamed)}
+    if isinstance(trainer, HeadsTrainer):
+        metadata["tolerance"] = trainer.tolerance.hex()
     with atomic_write(path) as temporary:
         save_file(state, temporary, metadata=metadata)
 
@@ -62,7 +59,8 @@ def restore_heads_state(path: Path, trainer: HeadsTrainer | BaselineTrainer) -> 
                 parameter.copy_(file.get_tensor(f"weights.{name}"))
             restore_optimizer(trainer.parameters, trainer.optimizer, file)
         trainer.step = int(metadata["step"])
-        trainer.tolerance = float.fromhex(metadata["tolerance"])
+        if isinstance(trainer, HeadsTrainer):
+            trainer.tolerance = float.fromhex(metadata["tolerance"])
         is_streamed = {"True": True, "False": False}.get(metadata.get("streamed", ""))
         return Progress(float(metadata["seconds"]), is_streamed)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:

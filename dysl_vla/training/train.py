@@ -125,7 +125,7 @@ class TrainConfig:
             camera_options(name, getattr(self, name) or "", *form)
         if self.drop_dynamic and (self.init is None or self.plan is None):
             raise ConfigError(
-                "drop_dynamic must come with init and plan, whose static layers of it are kept; add both."
+                "drop_dynamic must come with init and plan: it keeps the plan's static layers of that policy; add both."
             )
         for name in ("cameras", "resize", "crops", "grids", "layers", "hidden", "chunk", "execute"):
             if self.init is not None and getattr(self, name) != getattr(TrainConfig, name):

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dysl_vla.envs import ManipulationEnv, get_suite
+from dysl_vla.data.collect import CollectConfig, collect
+from dysl_vla.envs import ManipulationEnv, episode_rng, get_suite, with_robot
 from dysl_vla.envs.libero import instruction_of
 from dysl_vla.envs.libero_package import task_map
 from dysl_vla.envs.metaworld import INSTRUCTIONS as METAWORLD
@@ -23,12 +26,19 @@ from dysl_vla.envs.robosuite import INSTRUCTIONS as ROBOSUITE
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval import evaluate
 from dysl_vla.eval.config import EvalConfig
+from dysl_vla.eval.runner import _check_perturbing
+from dysl_vla.policies.mini_vla import MiniVLA
+from tests.conftest import make_tiny_policy
 
 NAMES = perturbations.names()
 PLACED = ("layout", "arm")
 """Those that change where things begin."""
 SEEN = tuple(name for name in NAMES if perturbations.get(name).shows)
 TOP = "observation.images.top"
+
+
+def draw(part: str) -> np.random.Generator:
+    return episode_rng(part, 0, 0)
 
 
 def perturbed(name: str, task: str = "reach", suite: str = "mock") -> PerturbedEnv:
@@ -42,7 +52,16 @@ def test_levels_differ_in_size_and_size_grows(name: str) -> None:
     sizes = perturbations.get(name).magnitudes
     assert len(sizes) == len(LEVELS)
     assert list(sizes) == sorted(set(sizes))
-    assert perturbations.get(name).unit
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "instruction"])
+def test_the_readme_states_the_sizes(name: str) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [row] = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
+    stated = [
+        float(number) for number in re.findall(r"[\d.]+", row.rpartition("|")[0].rpartition("|")[2].partition("cm")[0])
+    ]
+    assert stated[:5] == list(perturbations.get(name).magnitudes)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +72,8 @@ def test_levels_differ_in_size_and_size_grows(name: str) -> None:
         ("light:", "the level of light"),
         ("light+light:2", "named once"),
         ("plus+light", "leave out what is beside it"),
+        ("", "must name a perturbation"),
+        ("light+", "must name a perturbation"),
     ],
 )
 def test_what_is_no_perturbation_is_refused(text: str, words: str) -> None:
@@ -136,23 +157,30 @@ def test_a_perturbed_episode_is_the_episode_perturbed_and_leaves_the_world_as_it
         assert same(begin(env), nominal)
 
 
-def test_things_are_moved_by_as_much_as_is_said_and_touch_nothing_new(worlds: list[ManipulationEnv]) -> None:
-    from dysl_vla.envs.perturbations.scene import _free_joints, _touching
+def places_of(env: ManipulationEnv) -> Any:
+    """Where the things that stand freely are, (things, 3)."""
+    assert env.scene is not None
+    model, data = env.scene.model, env.scene.data
+    joints = [joint for joint in range(model.njnt) if model.jnt_type[joint] == 0]
+    return np.array([data.qpos[model.jnt_qposadr[joint] :][:3] for joint in joints])
 
+
+def test_things_are_moved_by_as_much_as_is_said_and_stay_where_they_are_put(worlds: list[ManipulationEnv]) -> None:
+    moved = []
     for env in worlds:
         for index in range(5):
             begin(env, index)
-            assert env.scene is not None
-            model, data = env.scene.model, env.scene.data
-            joints = _free_joints(model)
-            places = [data.qpos[model.jnt_qposadr[joint] :][:3].copy() for joint in joints]
-            touched = [_touching(env.scene, model.jnt_bodyid[joint]) for joint in joints]
-            begin(PerturbedEnv(env, Perturbing((("layout", 5),))), index)
-            for joint, place, before in zip(joints, places, touched, strict=True):
-                moved = data.qpos[model.jnt_qposadr[joint] :][:3] - place
-                assert np.linalg.norm(moved) <= 0.06 + 1e-9
-                assert moved[2] == 0
-                assert _touching(env.scene, model.jnt_bodyid[joint]) <= before
+            before = places_of(env)
+            world = PerturbedEnv(env, Perturbing((("layout", 5),)))
+            begin(world, index)
+            placed = places_of(env)
+            assert np.linalg.norm(placed - before, axis=1).max() <= 0.06 + 1e-9
+            assert (placed[:, 2] == before[:, 2]).all()
+            moved.append(np.linalg.norm(placed - before, axis=1).mean())
+            for _ in range(10):  # nothing is thrown out of what it was put into, or falls off what it stands on
+                world.advance(np.zeros(len(env.embodiment.action_names), np.float32))
+            assert np.abs(places_of(env) - placed).max(axis=0) == pytest.approx([0, 0, 0], abs=0.012)
+    assert np.mean(moved) > 0.01
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -182,15 +210,16 @@ def test_late_actions_are_the_same_actions_later() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_so_many_cycles_are_missed(level: int) -> None:
     share = perturbations.get("clock").magnitudes[level - 1] / 100
-    clock = perturbations.get("clock")(level, np.random.default_rng(0))
-    steps = sum(clock.steps() for _ in range(4000))
+    clock = perturbations.get("clock")(level, draw)
+    steps = sum(clock.repeats(step) for step in range(4000))
     assert (steps - 4000) / steps == pytest.approx(share, abs=0.02)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_so_many_frames_are_dropped(level: int) -> None:
-    dropping = perturbations.get("dropped-frames")(level, np.random.default_rng(0))
-    shown = [int(dropping.images({"top": np.full((1, 1, 3), n % 256, np.uint8)})["top"][0, 0, 0]) for n in range(2000)]
+    dropping = perturbations.get("dropped-frames")(level, draw)
+    pictures = [{"top": np.full((1, 1, 3), number % 256, np.uint8)} for number in range(2000)]
+    shown = [int(dropping.images(picture, step)["top"][0, 0, 0]) for step, picture in enumerate(pictures)]
     dropped = np.mean([now == before for before, now in itertools.pairwise(shown)])
     assert dropped == pytest.approx(perturbations.get("dropped-frames").magnitudes[level - 1] / 100, abs=0.04)
 
@@ -198,7 +227,7 @@ def test_so_many_frames_are_dropped(level: int) -> None:
 @given(st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3), st.sampled_from(LEVELS))
 def test_a_noisy_action_is_possible_and_has_the_same_gripper(values: list[float], level: int) -> None:
     action = np.array(values, np.float32)
-    noisy = perturbations.get("action-noise")(level, np.random.default_rng(0)).action(action)
+    noisy = perturbations.get("action-noise")(level, draw).action(action, 0)
     assert noisy[-1] == action[-1]
     assert (noisy[:-1] != action[:-1]).all()
 
@@ -234,9 +263,69 @@ def test_an_evaluation_says_what_was_perturbed(tmp_path: Path) -> None:
     assert {line["perturbation"] for line in lines} == cells
     assert "| blur |" in (tmp_path / "r/report.md").read_text()
     assert (tmp_path / "r/perturbations.png").is_file()
-    evaluate(config)  # goes on, and finds nothing to do
+    evaluate(config)  # finds nothing to do
     with pytest.raises(ConfigError, match="another"):
         evaluate(EvalConfig(tmp_path / "r", "mock", suite="mock", episodes=9, tasks="reach"))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("mock+noise", "mock+noise:3"),
+        ("mock+noise+blur:1", "mock+blur:1+noise:3"),
+        ("mock+plus", "mock+plus"),
+        ("mock+plus:2", "mock+plus:2"),
+        ("metaworld-mt10-plus", "metaworld-mt10-plus"),
+        ("robosuite-5-plus@UR5e", "robosuite-5-plus@UR5e"),
+        ("robosuite-5@UR5e+light:4", "robosuite-5@UR5e+light:4"),
+        (with_robot("robosuite-5@Sawyer+light:4", "UR5e"), "robosuite-5@UR5e+light:4"),
+    ],
+)
+def test_a_perturbed_suite_has_one_name(text: str, name: str) -> None:
+    suite = get_suite(text)
+    assert suite.name == name
+    assert suite.perturbing is not None
+    assert get_suite(suite.name).perturbing == suite.perturbing
+    plain = get_suite(name.partition("+")[0].replace("-plus", ""))
+    assert (suite.tasks, suite.horizon, suite.fixed_states) == (plain.tasks, plain.horizon, plain.fixed_states)
+
+
+def test_a_sweep_is_not_perturbed_again_and_nothing_is_demonstrated_in_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="perturbed already"):
+        get_suite("metaworld-mt10-plus+light")
+    with pytest.raises(ConfigError, match="demonstrate in mock"):
+        collect(CollectConfig(out=tmp_path / "d", suite="mock+noise"))
+    assert not (tmp_path / "d").exists()
+
+
+def test_what_applies_to_some_tasks_alone_is_refused() -> None:
+    policy = make_tiny_policy()
+    seen: Any = SeenFrom(policy, {"corner2": (32, 32)})
+    suite = get_suite("metaworld-mt10+layout")
+    with pytest.raises(ConfigError, match=r"layout does not apply to door-open.*take --tasks push,pick-place"):
+        _check_perturbing(suite, ("push", "pick-place", "door-open"), seen)
+    _check_perturbing(suite, ("push",), seen)
+
+
+class SeenFrom:
+    """A policy's spec with other cameras."""
+
+    def __init__(self, policy: MiniVLA, cameras: dict[str, tuple[int, int]]) -> None:
+        self.spec = replace(policy.spec, cameras=cameras)
+
+
+def test_a_perturbation_does_not_depend_on_the_cameras_or_on_how_often_one_looks() -> None:
+    images = []
+    for cameras, looks in (({"top": (32, 32), "wrist": (16, 16)}, 1), ({"top": (32, 32)}, 3)):
+        for name in ("noise", "occlusion", "exposure"):
+            env = get_suite(f"mock+{name}").make("reach", cameras)
+            begin(env)
+            for _ in range(3):
+                env.advance(np.zeros(3, np.float32))
+                seen = [env.observe()[TOP] for _ in range(looks)][-1]
+            images.append(seen)
+    for one, other in zip(images[:3], images[3:], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_film_does_not_change_what_is_filmed(tmp_path: Path) -> None:

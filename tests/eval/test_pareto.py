@@ -37,7 +37,7 @@ def test_each_suite_has_a_table_and_is_paired_with_its_first_run(
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "episodes, against" in line] == [
         "mock, 4 episodes, against plain/full:",
-        f"mock+noise, 4 episodes, against {runs.name}/full:",
+        f"mock+noise:3, 4 episodes, against {runs.name}/full:",
     ]
     rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in lines if line.startswith("| ")}
     assert rows["plain/full"][2] == "-"

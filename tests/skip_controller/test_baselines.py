@@ -21,14 +21,14 @@ from dysl_vla.skip_controller.baselines import (
 )
 from dysl_vla.skip_controller.baselines.running import dial_for
 
-SIZES = BaselineConfig("deer", 6, 16, 4, 2, 2, layers=3, adapter_size=16, controller_size=8, head_size=16)
+SIZES = BaselineConfig("deer", 6, 16, 4, 2, 2, layers=4, adapter_size=16)
 BRIEF = BaselineTrainingConfig(steps=150, batch=16, learning_rate=1e-2, warmup=5)
 
 
 class World:
     """A random decoder, a read-out and inputs."""
 
-    def __init__(self, method: str, layers: float = 3) -> None:
+    def __init__(self, method: str, layers: float = 4) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=10,
@@ -150,6 +150,8 @@ def test_the_dial_is_the_smallest_that_runs_few_enough(wanted: float) -> None:
     [
         ({"method": "magic"}, "method must be one of deer, flexidepth, mole"),
         ({"layers": 7}, "layers must be from 1 to"),
+        ({"layers": 3}, "layers must be at least 4 for deer"),
+        ({"method": "mole", "layers": 2.5}, "layers must be a whole number for mole"),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], words: str) -> None:

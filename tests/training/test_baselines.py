@@ -14,8 +14,10 @@ from dysl_vla.eval import evaluate
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.policies import load_policy
 from dysl_vla.policies.baseline import BaselinePolicy
+from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.skip_controller.baselines import METHODS, BaselineTrainer, BaselineTrainingConfig
 from dysl_vla.training.baselines import BaselineRunConfig, train_baseline
+from dysl_vla.training.distill import DistillRunConfig, distill
 from tests.conftest import made_once
 from tests.policies.test_dysl import observe
 
@@ -75,7 +77,7 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not(
     assert not list((tmp_path / "p").glob("*state*"))
     train_baseline(asked)  # finished: nothing to do
     with pytest.raises(ConfigError, match="another"):
-        train_baseline(replace(asked, layers=2))
+        train_baseline(replace(asked, layers=5))
 
 
 def test_a_damaged_or_edited_baseline_does_not_start(trained: Path, tmp_path: Path) -> None:
@@ -92,10 +94,39 @@ def test_a_damaged_or_edited_baseline_does_not_start(trained: Path, tmp_path: Pa
         load_policy(str(copy))
 
 
+def test_what_is_no_baselines_is_refused_by_name(trained: Path, mock_demos: Path, tmp_path: Path) -> None:
+    for options in ({"skip": 0.0}, {"variants": "full,dysl"}):
+        with pytest.raises(ConfigError, match="skip and variants must be left out"):
+            evaluate(EvalConfig(tmp_path / "r", str(trained), suite="mock", episodes=1, **options))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="offers no 'layers'"):
+        distill(DistillRunConfig(mock_demos, tmp_path / "d", str(trained)))
+    assert not (tmp_path / "r").exists()
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_policy_that_reads_other_tokens_is_refused(
+    teacher: Path, mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MiniVLA, "decode", lambda self, hidden: self.head(hidden[:, 0]).view(len(hidden), 4, 3))
+    with pytest.raises(ConfigError, match="its action comes from other tokens than the last"):
+        train_baseline(config(teacher, mock_demos, tmp_path / "p"))
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "magic"}, "method must be one of"),
+        ({"frames": 0}, "frames must be at least 1"),
+        ({"augment_images": True}, "augment_images must come with"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        replace(BaselineRunConfig("deer", Path("d"), Path("o"), 4), **changes)
+
+
 def test_a_folder_of_something_else_is_left_alone(teacher: Path, mock_demos: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="holds none"):
         train_baseline(config(teacher, mock_demos, tmp_path))
-    with pytest.raises(ConfigError, match="method must be one of"):
-        train_baseline(config(teacher, mock_demos, tmp_path / "n", "magic"))
-    assert not (tmp_path / "n").exists()

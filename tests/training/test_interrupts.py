@@ -66,10 +66,10 @@ def test_training_keeps_the_step_that_was_interrupted(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_distilling_keeps_the_step_that_was_interrupted(
-    teacher: Path, plan: Path, mock_demos: Path, distilled: Path, monkeypatch: pytest.MonkeyPatch
+def test_distilling_keeps_the_step_that_was_interrupted(  # noqa: PLR0917 # fixtures
+    teacher: Path, plan: Path, mock_demos: Path, distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = distilled.parent / "interrupted"
+    out = tmp_path / "interrupted"
     run = DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, training=TRAINING)
     with monkeypatch.context() as patched:
         press_ctrl_c_at(33, HeadsTrainer, "update", patched)

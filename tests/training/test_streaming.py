@@ -41,10 +41,10 @@ def stacked(items: list[Any]) -> torch.Tensor:
     return torch.stack([item["inputs_embeds"] for item in items])
 
 
-def test_streamed_frames_train_the_same_heads_to_the_bit_also_when_the_run_was_stopped(
-    teacher: Path, plan: Path, mock_demos: Path, distilled: Path, monkeypatch: pytest.MonkeyPatch
+def test_streamed_frames_train_the_same_heads_to_the_bit_also_when_the_run_was_stopped(  # noqa: PLR0917 # fixtures
+    teacher: Path, plan: Path, mock_demos: Path, distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = distilled.parent / "streamed"
+    out = tmp_path / "streamed"
     config = DistillRunConfig(mock_demos, out, str(teacher), plan, frames=100, stream="always", training=TRAINING)
     forms: list[type[Encoded]] = []
     original = distill_module.Batches

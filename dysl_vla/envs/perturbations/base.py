@@ -1,12 +1,13 @@
 """What a perturbation of a simulated world is, how one is named, and how several make a sweep.
 
-A perturbation is a function of (task, seed, episode index) like the initial state, so that every method meets the same
-one. Its direction is drawn and its level, from 1 to 5, is its size: the levels of one episode differ in size alone.
+A perturbation is a function of (task, seed, episode index) like the initial state, and what changes during an episode
+one of the step, too: every method meets the same, whatever cameras it has and however often it looks. The level, from 1
+to 5, is its size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,25 +23,32 @@ SWEEP = "plus"
 """The name of all perturbations, of which an episode has one."""
 
 
+Draw = Callable[[str], np.random.Generator]
+"""Random numbers of (task, seed, episode index), a perturbation and a part of it, which the argument names."""
+
+
 class Perturbation:
     """One perturbation of one episode. A subclass overrides what it perturbs; nothing else is changed.
 
     Args:
         level: From 1 to 5.
-        rng: The random numbers of (task, seed, episode index) and this perturbation.
+        draw: Its random numbers.
     """
 
     name: ClassVar[str]
     magnitudes: ClassVar[tuple[float, ...]]
-    """The size at each level, in `unit`."""
-    unit: ClassVar[str]
+    """The size at each level."""
     shows: ClassVar[bool] = False
     """Whether a single picture shows it."""
 
-    def __init__(self, level: int, rng: np.random.Generator) -> None:
+    varies_by_task: ClassVar[bool] = False
+    """Whether it applies to some tasks of a suite alone."""
+
+    def __init__(self, level: int, draw: Draw) -> None:
         self.level = level
         self.size = self.magnitudes[level - 1]
-        self.rng = rng
+        self.draw = draw
+        self.rng = draw("")
 
     @classmethod
     def applies_to(cls, env: Any) -> bool:
@@ -54,20 +62,20 @@ class Perturbation:
             env: A `ManipulationEnv`. What is changed about its model is given back by its `Scene`.
         """
 
-    def images(self, images: dict[str, ImageArray]) -> dict[str, ImageArray]:
-        """Change what the cameras saw; camera name to uint8 (height, width, 3)."""
+    def images(self, images: dict[str, ImageArray], step: int) -> dict[str, ImageArray]:
+        """Change what the cameras saw at a step; camera name to uint8 (height, width, 3)."""
         return images
 
     def instruction(self, text: str) -> str:
         """Change what is asked for in words."""
         return text
 
-    def action(self, action: FloatArray) -> FloatArray:
-        """Change the action that is executed, (action,); it is clipped afterwards."""
+    def action(self, action: FloatArray, step: int) -> FloatArray:
+        """Change the action that is executed at a step, (action,); it is clipped afterwards."""
         return action
 
-    def steps(self) -> int:
-        """The number of steps for which the present action is executed."""
+    def repeats(self, step: int) -> int:
+        """The number of times that the world goes on with the action of a step."""
         return 1
 
 
@@ -103,6 +111,8 @@ class Perturbing:
             ConfigError: A name or a level is unknown.
         """
         cells = [_cell(part) for part in text.split("+")]
+        if not all(name for name, _ in cells):
+            raise ConfigError(f"perturb must name a perturbation, {SWEEP} or {', '.join(perturbations.names())}.")
         names = [name for name, _ in cells]
         if SWEEP in names:
             if len(cells) > 1:
@@ -113,7 +123,19 @@ class Perturbing:
             raise ConfigError(f"perturb: each perturbation must be named once, got {text!r}.")
         for name in names:
             perturbations.get(name)
-        return cls(tuple((name, DEFAULT_LEVEL if level is None else level) for name, level in cells))
+        return cls(tuple(sorted((name, DEFAULT_LEVEL if level is None else level) for name, level in cells)))
+
+    @property
+    def name(self) -> str:
+        """The one name of it: "latency:2+light:4", "plus" or "plus:3"."""
+        if not self.is_sweep:
+            return describe(self.cells)
+        levels = {level for _, level in self.cells}
+        return SWEEP if levels == set(LEVELS) else f"{SWEEP}:{levels.pop()}"
+
+    def misses(self, env: Any) -> list[str]:
+        """Names of perturbations that were asked for and do not apply to an environment; a sweep leaves them out."""
+        return [name for name, _ in self.cells if not self.is_sweep and not perturbations.get(name).applies_to(env)]
 
     def of_episode(self, env: Any, order: np.random.Generator, index: int) -> Sequence[tuple[str, int]]:
         """Names and levels of an episode's perturbations.
@@ -131,7 +153,7 @@ class Perturbing:
         possible = [cell for cell in self.cells if perturbations.get(cell[0]).applies_to(env)]
         if self.is_sweep:
             return [possible[order.permutation(len(possible))[index % len(possible)]]]
-        for name, _ in set(self.cells) - set(possible):
+        for name in self.misses(env):
             raise ConfigError(f"perturb: {name} does not apply to {env.task}, which has nothing that it could change.")
         return possible
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class PerturbedEnv(ManipulationEnv):
         self._perturbing = perturbing
         self._active: list[Perturbation] = []
         self._cells: str | None = None
+        self._cycle = 0
 
     @property
     def perturbation(self) -> str | None:
@@ -56,27 +58,30 @@ class PerturbedEnv(ManipulationEnv):
         order = episode_rng(f"{self.task} perturbed", 0, 0)
         cells = self._perturbing.of_episode(self._env, order, self._episode_index)
         self._cells = describe(cells)
-        self._active = [
-            perturbations.get(name)(level, episode_rng(f"{self.task} {name}", self._seed, self._episode_index))
-            for name, level in cells
-        ]
+        self._active = [perturbations.get(name)(level, partial(self._draw, name)) for name, level in cells]
+        self._cycle = 0
         for perturbation in self._active:
             perturbation.begin(self._env)
-        if self.scene is not None:
-            self.scene.update()
+        self._env.world_changed()
+
+    def _draw(self, name: str, part: str) -> np.random.Generator:
+        return episode_rng(f"{self.task} {name} {part}", self._seed, self._episode_index)
 
     def advance(self, action: FloatArray) -> tuple[float, bool, dict[str, Any]]:
         """See `ManipulationEnv.advance`; the world may go on for more than one step."""
         check_actions(np.asarray(action), len(self.embodiment.action_names))
         executed = self.embodiment.clip(np.asarray(action, np.float32))
         for perturbation in self._active:
-            executed = self.embodiment.clip(perturbation.action(executed))
-        for _ in range(max((perturbation.steps() for perturbation in self._active), default=1)):
+            executed = self.embodiment.clip(perturbation.action(executed, self._cycle))
+        rewards = 0.0
+        for _ in range(max((perturbation.repeats(self._cycle) for perturbation in self._active), default=1)):
             reward, truncated, info = self._env.advance(executed)
+            rewards += reward
             if truncated or info["success"]:
                 break
+        self._cycle += 1
         self._note_instruction()
-        return reward, truncated, info
+        return rewards, truncated, info
 
     def _step_world(self, action: FloatArray) -> tuple[float, bool]:
         return self._env._step_world(action)
@@ -96,7 +101,7 @@ class PerturbedEnv(ManipulationEnv):
         observation = self._env.observe()
         images = {camera: observation[IMAGE_PREFIX + camera] for camera in self.embodiment.cameras}
         for perturbation in self._active:
-            images = perturbation.images(images)
+            images = perturbation.images(images, self._cycle)
             observation[TASK_KEY] = perturbation.instruction(observation[TASK_KEY])
         return {**observation, **{IMAGE_PREFIX + camera: image for camera, image in images.items()}}
 

@@ -22,6 +22,8 @@ WORKSPACE = 0.35
 PLACE_TRIES = 100
 APART = 0.09
 """Metres between a distractor and what moves."""
+DEEPER = 0.001
+"""Metres by which a thing may press deeper into what it stands on."""
 ARM_STEPS = 60
 """Steps within which the hand is brought to where it begins; they are not part of the episode."""
 HAND_NEAR = 0.005
@@ -56,17 +58,17 @@ class ScenePerturbation(Perturbation):
 
 @register
 class Camera(ScenePerturbation):
-    """Every camera is moved and turned; one on the hand by a third as much."""
+    """Every camera is moved by so many cm, and turned by 2/3 of a degree for each; on the hand a third as much."""
 
     name = "camera"
     magnitudes = (1, 2, 4, 6, 9)
-    unit = "cm, and two thirds of a degree for each"
 
     def change(self, env: Any, scene: Scene) -> None:
         """See `ScenePerturbation`."""
         import mujoco
 
         for camera in env.embodiment.cameras:
+            self.rng = self.draw(camera)
             index = scene.model.camera(camera).id
             on_hand = scene.model.body_weldid[scene.model.cam_bodyid[index]] != 0
             size = self.size / 3 if on_hand else self.size
@@ -79,11 +81,10 @@ class Camera(ScenePerturbation):
 
 @register
 class Light(ScenePerturbation):
-    """All lights are brighter or darker, tinted, and the placed ones moved."""
+    """All lights get so many per cent brighter or darker, half as much tinted, and placed ones move by as many cm."""
 
     name = "light"
     magnitudes = (15, 30, 45, 60, 75)
-    unit = "% of the light's strength, half as much of its colour, and as many cm"
 
     def change(self, env: Any, scene: Scene) -> None:
         """See `ScenePerturbation`."""
@@ -100,11 +101,10 @@ class Light(ScenePerturbation):
 
 @register
 class Background(ScenePerturbation):
-    """Floor, walls, table and other large fixed surfaces take another colour, each its own."""
+    """Large fixed surfaces (floor, walls, table) go so many per cent towards another colour of the same brightness."""
 
     name = "background"
     magnitudes = (15, 30, 50, 70, 90)
-    unit = "% of another colour of the same brightness"
 
     @classmethod
     def applies_to(cls, env: Any) -> bool:
@@ -113,11 +113,12 @@ class Background(ScenePerturbation):
 
     def change(self, env: Any, scene: Scene) -> None:
         """See `ScenePerturbation`."""
-        model, share = scene.model, self.size / 100
-        for geom in _background(scene):
-            colours = scene.changed("geom_rgba")[geom, :3]
-            if (material := model.geom_matid[geom]) >= 0:
-                colours = scene.changed("mat_rgba")[material, :3]
+        material, share = scene.model.geom_matid, self.size / 100
+        surfaces = dict.fromkeys(
+            ("mat_rgba", material[geom]) if material[geom] >= 0 else ("geom_rgba", geom) for geom in _background(scene)
+        )
+        for array, index in surfaces:
+            colours = scene.changed(array)[index, :3]
             other = self.rng.uniform(0.1, 1, 3)
             other *= (colours @ GREY) / (other @ GREY)
             colours[:] = np.clip((1 - share) * colours + share * other, 0, 1)
@@ -125,11 +126,10 @@ class Background(ScenePerturbation):
 
 @register
 class Distractors(ScenePerturbation):
-    """Coloured bodies stand where nothing else does. They are seen, and cannot be touched."""
+    """So many coloured bodies stand where nothing else does. They are seen, and cannot be touched."""
 
     name = "distractors"
     magnitudes = (1, 2, 3, 5, 8)
-    unit = "bodies"
 
     def change(self, env: Any, scene: Scene) -> None:
         """See `ScenePerturbation`."""
@@ -141,7 +141,7 @@ class Distractors(ScenePerturbation):
             angle, colour = self.rng.uniform(0, 2 * np.pi), (*self.rng.uniform(0, 1, 3), 1.0)
             place = self._free_place(scene)
             if place is None:
-                return
+                return  # there is no more room
             turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
             scene.renderer.decorations.append(
                 Decoration(int(kind), np.full(3, half), place + np.array([0, 0, half]), turn, np.array(colour))
@@ -170,11 +170,14 @@ class Distractors(ScenePerturbation):
 
 @register
 class Layout(ScenePerturbation):
-    """Every thing that stands freely is moved and turned, to where it touches nothing new."""
+    """Every thing that stands freely is moved by at most so many cm, and turned by at most ten degrees for each.
+
+    It stays on what it stands on, and touches nothing else.
+    """
 
     name = "layout"
     magnitudes = (1, 2, 3, 4, 6)
-    unit = "cm at most, and ten degrees for each"
+    varies_by_task = True
 
     @classmethod
     def applies_to(cls, env: Any) -> bool:
@@ -188,7 +191,7 @@ class Layout(ScenePerturbation):
         model, data = scene.model, scene.data
         for joint in _free_joints(model):
             at = model.jnt_qposadr[joint]
-            before, touching = data.qpos[at : at + 7].copy(), _touching(scene, model.jnt_bodyid[joint])
+            before, touched = data.qpos[at : at + 7].copy(), touching(scene, model.jnt_bodyid[joint])
             turn = np.zeros(4)
             for _ in range(PLACE_TRIES):
                 step = self.direction(2) * 0.01 * self.size * np.sqrt(self.rng.uniform())
@@ -198,7 +201,8 @@ class Layout(ScenePerturbation):
                 )
                 mujoco.mju_mulQuat(data.qpos[at + 3 : at + 7], turn, before[3:])
                 mujoco.mj_forward(model, data)
-                if _touching(scene, model.jnt_bodyid[joint]) <= touching:
+                now = touching(scene, model.jnt_bodyid[joint])
+                if now.keys() == touched.keys() and all(now[geom] > touched[geom] - DEEPER for geom in now):
                     break
             else:
                 data.qpos[at : at + 7] = before
@@ -207,11 +211,10 @@ class Layout(ScenePerturbation):
 
 @register
 class ArmPose(ScenePerturbation):
-    """The hand begins at another place, to which the robot's own controller brings it; sideways or above."""
+    """The hand begins so many cm away, sideways or above; the robot's own controller brings it there."""
 
     name = "arm"
     magnitudes = (2, 4, 6, 9, 12)
-    unit = "cm"
     axes: ClassVar[tuple[str, ...]] = ("x", "y", "z")
 
     @classmethod
@@ -263,9 +266,13 @@ def _things_middle(scene: Scene) -> Floats:
     return middle
 
 
-def _touching(scene: Scene, body: int) -> set[int]:
-    """The bodies that a body touches, as the bodies that they are welded to."""
-    weld, contacts = scene.model.body_weldid, scene.data.contact
-    pairs = weld[scene.model.geom_bodyid[contacts.geom[: scene.data.ncon]]]
-    own = weld[body]
-    return {int(other) for pair in pairs for mine, other in (pair, pair[::-1]) if mine == own and other != own}
+def touching(scene: Scene, body: int) -> dict[int, float]:
+    """The geometries of others that a body touches, with the distance, in metres, which is negative inside of them."""
+    contacts = scene.data.contact
+    welded = scene.model.body_weldid[scene.model.geom_bodyid]
+    own, found = scene.model.body_weldid[body], dict[int, float]()
+    for pair, distance in zip(contacts.geom[: scene.data.ncon], contacts.dist[: scene.data.ncon], strict=True):
+        for mine, other in (pair, pair[::-1]):
+            if welded[mine] == own and welded[other] != own:
+                found[int(other)] = min(float(distance), found.get(int(other), np.inf))
+    return found

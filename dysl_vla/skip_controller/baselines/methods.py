@@ -1,6 +1,6 @@
 """DeeR-VLA, FlexiDepth and MoLe-VLA, as far as they apply to a frozen decoder that acts from one forward.
 
-What is left out is said at each. All of them get adapters of the size that ours have, since the decoder is frozen, and
+What is left out is said at each. All of them may use adapters like ours, since the decoder is frozen, and
 are trained to act as the full model does, as ours are.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,12 @@ from torch.nn import functional
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.baselines.running import Baseline, Pass
-from dysl_vla.skip_controller.heads import Adapter, Controller, HeadsConfig
+from dysl_vla.skip_controller.heads import Adapter, Controller, HeadsConfig, pool
 
+EXIT_EVERY, HEAD_SIZE = 2, 256
+"""Layers from one exit of DeeR to the next, and the width of an exit's head."""
+ROUTER_SIZE = 64
+"""Width of MoLe's router."""
 SHARPNESS = 1.0
 """Weight of the difference between the layers that run and those that shall, as a share of all, in a loss."""
 
@@ -35,9 +38,6 @@ class BaselineConfig:
         execute_steps: Number of actions of a chunk that are executed.
         layers: Number of layers that shall run in the mean.
         adapter_size: Width of an adapter's bottleneck.
-        controller_size: Width of a router's hidden layer.
-        head_size: Width of an exit's action head.
-        exit_every: Layers from one exit of DeeR to the next.
 
     Raises:
         ConfigError: The method is unknown, or so many layers cannot run.
@@ -51,20 +51,26 @@ class BaselineConfig:
     execute_steps: int
     layers: float
     adapter_size: int = 88
-    controller_size: int = 16
-    head_size: int = 256
-    exit_every: int = 2
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
         if not 1 <= self.layers <= self.num_layers:
             raise ConfigError(f"layers must be from 1 to the policy's {self.num_layers}, got {self.layers}.")
+        if self.method == "mole" and self.layers != round(self.layers):
+            raise ConfigError(f"layers must be a whole number for mole, which picks so many, got {self.layers}.")
+        if self.method == "deer" and self.layers < (least := self.exits[min(1, len(self.exits) - 1)] + 1):
+            raise ConfigError(f"layers must be at least {least} for deer, which compares two exits, got {self.layers}.")
 
     @property
     def heads(self) -> HeadsConfig:
         """Return the sizes of adapters and routers."""
-        return HeadsConfig(self.hidden_size, self.adapter_size, self.controller_size)
+        return HeadsConfig(self.hidden_size, self.adapter_size)
+
+    @property
+    def exits(self) -> list[int]:
+        """Return the layers behind which DeeR has exits."""
+        return sorted({*range(1, self.num_layers, EXIT_EVERY), self.num_layers - 1})
 
 
 class DeeR(Baseline):
@@ -81,15 +87,15 @@ class DeeR(Baseline):
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
         self._config = config
-        self.exits = sorted({*range(1, config.num_layers, config.exit_every), config.num_layers - 1})
+        self.exits = config.exits
         outputs = config.chunk_length * config.action_dim
         self.heads = nn.ModuleDict(
             {
                 str(layer): nn.Sequential(
                     nn.LayerNorm(config.hidden_size),
-                    nn.Linear(config.hidden_size, config.head_size),
+                    nn.Linear(config.hidden_size, HEAD_SIZE),
                     nn.GELU(),
-                    nn.Linear(config.head_size, outputs),
+                    nn.Linear(HEAD_SIZE, outputs),
                 )
                 for layer in self.exits
             }
@@ -117,7 +123,7 @@ class DeeR(Baseline):
 
 
 class FlexiDepth(Baseline):
-    """FlexiDepth (Luo et al. 2025, arXiv 2503.23798): a router and an adapter at every layer, and no static layer.
+    """FlexiDepth (Luo et al. 2025, arXiv 2503.23798): a router and an adapter at every layer but the first.
 
     A router weighs the layer's output and the adapter's; at inference the layer runs where its weight is above the
     dial. One decision is for all tokens, where the original decides for each: here all tokens are read at once.
@@ -160,22 +166,18 @@ class MoLe(Baseline):
     distillation of a token's features and the training of the decoder are left out.
     """
 
-    temperature: ClassVar[float] = 1.0
-
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
         self._config = config
         self.router = nn.Sequential(
-            nn.Linear(2 * config.hidden_size, 4 * config.controller_size),
-            nn.SiLU(),
-            nn.Linear(4 * config.controller_size, config.num_layers),
+            nn.Linear(2 * config.hidden_size, ROUTER_SIZE), nn.SiLU(), nn.Linear(ROUTER_SIZE, config.num_layers)
         )
         self.adapters = nn.ModuleDict({str(layer): Adapter(config.heads) for layer in range(1, config.num_layers)})
 
     def layer(self, index: int, hidden: Tensor, run: Callable[[], Tensor], one: Pass) -> Tensor:
         """See `Baseline`."""
         if index == 0:  # it always runs: models count tokens there
-            scores = self.router(torch.cat([hidden[:, -1], hidden.mean(dim=1)], dim=1))
+            scores = self.router(pool(hidden, None))
             one.terms.append(self._gates(scores, max(1, round(one.dial)), soft=one.is_training))
             return run()
         gate = one.terms[0][:, index]
@@ -193,7 +195,7 @@ class MoLe(Baseline):
         if count > 1:
             chosen.scatter_(1, others.topk(min(count - 1, others.shape[1]), dim=1).indices, 1.0)
         if soft:
-            weights = functional.softmax(others / self.temperature, dim=1) * (count - 1)
+            weights = functional.softmax(others, dim=1) * (count - 1)
             chosen = chosen + weights - weights.detach()
         return torch.cat([torch.ones_like(scores[:, :1]), chosen], dim=1)
 

@@ -74,7 +74,7 @@ class BaselineRunner:
     """
 
     def __init__(self, layers: nn.ModuleList, baseline: Baseline) -> None:
-        self.baseline = baseline
+        self.layers, self.baseline = layers, baseline
         self._decoder = WrappedLayers(layers, self._run)
         self._pass: Pass | None = None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dysl_vla.errors import ConfigError
 from dysl_vla.schedule import cosine_with_warmup
 from dysl_vla.skip_controller.baselines.running import Baseline, BaselineRunner, Pass
-from dysl_vla.skip_controller.heads_trainer import FullModelAnswer
+from dysl_vla.skip_controller.heads_trainer import FullModelAnswer, mixed_precision
 from dysl_vla.skip_controller.torch_backend import Act, Forward
 
 
@@ -67,7 +67,6 @@ class BaselineTrainer:
 
     Attributes:
         step: Number of steps done.
-        tolerance: Not used; what is saved of every training has it.
         parameters: The baseline's parameters by name.
         optimizer: Their optimizer.
     """
@@ -78,7 +77,8 @@ class BaselineTrainer:
         self, runner: BaselineRunner, act: Act, execute_steps: int, dial: float, config: BaselineTrainingConfig
     ) -> None:
         self._runner, self._act, self._execute, self._dial, self._config = runner, act, execute_steps, dial, config
-        self.step, self.tolerance = 0, 0.0
+        self.step = 0
+        self._mixed = mixed_precision(runner.layers)
         baseline: Baseline = runner.baseline
         self.parameters = dict(baseline.named_parameters())
         self.optimizer = torch.optim.AdamW(
@@ -92,20 +92,23 @@ class BaselineTrainer:
     @torch.no_grad()
     def answer(self, batch: tuple[Any, Tensor | None]) -> FullModelAnswer:
         """Compute the full model's answer to a batch."""
-        return FullModelAnswer(self._act(batch[0], Forward()), [])
+        with self._mixed:
+            return FullModelAnswer(self._act(batch[0], Forward()), [])
 
     def update(self, batch: tuple[Any, Tensor | None], answer: FullModelAnswer) -> dict[str, float]:
         """Do one optimizer step.
 
         Raises:
-            ConfigError: The loss is not finite any more.
+            ConfigError: The loss is not finite any more, or the batch is padded.
         """
         config = self._config
+        if batch[1] is not None and not batch[1].all():
+            raise ConfigError("policy must give all observations as many tokens: these methods know no padding.")
         for group in self.optimizer.param_groups:
             group["lr"] = cosine_with_warmup(config.learning_rate, self.step, config.steps, config.warmup)
-        with self._runner.running(Pass(self._dial, is_training=True)) as one:
+        with self._mixed, self._runner.running(Pass(self._dial, is_training=True)) as one:
             actions = self._act(batch[0], Forward(needs_gradient=True))
-        loss = self._runner.baseline.loss(actions, answer.actions, one, self._distance)
+            loss = self._runner.baseline.loss(actions, answer.actions, one, self._distance)
         if not math.isfinite(float(loss.detach())):
             raise ConfigError(f"learning_rate must be lower: the loss is {float(loss)} at step {self.step}.")
         self.optimizer.zero_grad(set_to_none=True)
