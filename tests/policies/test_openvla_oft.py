@@ -392,7 +392,7 @@ def test_loading_needs_no_network_and_holds_the_weights_once(tmp_path: Path, mon
     peak = max(seen) - seen[0]
     weights = sum(parameter.nbytes for parameter in policy.parameters())
     assert weights > 50e6
-    assert 0.8 * weights <= peak <= weights + largest + 15e6  # the weights, and the shard that is open
+    assert 0.8 * weights <= peak <= weights + largest + 30e6  # the weights, and the shard that is open; not twice
 
 
 @pytest.mark.parametrize("name", ["../outside/model.safetensors", "/etc/passwd", "sub/a.safetensors", 3, None, "a.bin"])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dysl_vla.skip_controller import HeadsConfig, SkipHeads, SkipPlan
-from dysl_vla.skip_controller.heads import Controller, _pool, default_adapter_size
+from dysl_vla.skip_controller.heads import Controller, default_adapter_size, pool
 from dysl_vla.skip_controller.layer_similarity import choose_static_layers
 
 
@@ -61,9 +61,9 @@ def test_padding_does_not_reach_a_controller(side: str) -> None:
 def test_controllers_read_the_last_token_and_the_mean(dtype: torch.dtype, is_masked: bool) -> None:
     hidden = torch.randn(2, 7, 8).to(dtype)
     with torch.inference_mode():
-        pooled = _pool(hidden, torch.ones(2, 7) if is_masked else None)
+        pooled = pool(hidden, torch.ones(2, 7) if is_masked else None)
     wanted = torch.cat([hidden[:, -1].float(), hidden.float().mean(dim=1)], dim=1)
     torch.testing.assert_close(pooled.float(), wanted, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=1e-2)
     hidden.requires_grad_()
-    _pool(hidden, None).sum().backward()  # what inference made and kept can be trained through
+    pool(hidden, None).sum().backward()  # what inference made and kept can be trained through
     assert hidden.grad is not None

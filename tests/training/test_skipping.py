@@ -160,12 +160,12 @@ def test_fitted_adapters_begin_where_others_have_to_be_trained_to(
     teacher: Path, plan: Path, mock_demos: Path, tmp_path: Path
 ) -> None:
     errors = {}
-    for frames in (0, 100):
+    for frames in (None, 100):
         config = DistillRunConfig(mock_demos, tmp_path / f"{frames}", str(teacher), plan, frames=100, training=TRAINING)
         out = distill(replace(config, fit_frames=frames))
         [first, *_] = read_lines(out / "distill.jsonl")
         errors[frames] = [value for name, value in first.items() if name.startswith("adapter_error/")]
-    assert len(errors[0]) > 0
+    assert len(errors[None]) > 0
     assert all(fitted < trained for trained, fitted in zip(*errors.values(), strict=True))
 
 
