@@ -8,23 +8,19 @@ vary most. Training goes on from there, and begins close to its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.skip_controller.heads import Adapter, Controller
+from dysl_vla.skip_controller.heads import Adapter
 from dysl_vla.skip_controller.heads_trainer import mixed_precision
 from dysl_vla.skip_controller.skipping import Skipper
 from dysl_vla.skip_controller.torch_backend import Forward
 
 RIDGE = 1e-4
 """Share of the mean variance of an input that is added to all of them, so that few frames suffice."""
-
-
-FIT_STEPS, FIT_DECAY = 300, 1e-4
-"""Steps in which controllers are fitted to all frames at once, and the decay of their weights."""
 
 
 class _Moments:
@@ -103,96 +99,3 @@ def _set_linear(adapter: Adapter, moments: _Moments) -> None:
         adapter.down.weight[part] = sign * down[:-1].T.to(adapter.down.weight)
         adapter.down.bias[part] = sign * down[-1].to(adapter.down.bias)
         adapter.up[part] = sign * up.to(adapter.up)
-
-
-@torch.no_grad()
-def fit_controllers(
-    skipper: Skipper,
-    act: Callable[[object, Forward], Tensor],
-    execute_steps: int,
-    batches: Sequence[tuple[object, Tensor | None]],
-) -> None:
-    """Fit controllers to how far a skip takes the executed actions from the full model's, on all frames at once.
-
-    A controller's log-odds become those of a skip that is less harmful than most: minus the deviation of the error's
-    logarithm from its mean. So controllers of all exits are of one scale, and a threshold means one error.
-
-    Args:
-        skipper: The decoder, attached with heads whose adapters are ready.
-        act: The policy's `act`.
-        execute_steps: Number of actions of a chunk that are executed.
-        batches: The policy's inputs, and which tokens of the first forward are not padding (None: all).
-    """
-    assert skipper.heads is not None
-    controllers = skipper.heads.controllers
-    seen: dict[str, list[Tensor]] = {name: [] for name in controllers}
-    errors: dict[str, list[Tensor]] = {name: [] for name in controllers}
-    handles = [
-        controller.hidden.register_forward_pre_hook(lambda _, given, kept=seen[name]: kept.append(given[0].float()))
-        for name, controller in controllers.items()
-        if isinstance(controller, Controller)
-    ]
-    try:
-        for inputs, mask in batches:
-            wanted = act(inputs, Forward())
-            for exits in _configurations(skipper):
-                with skipper.force_exits(exits, mask=mask) as forced:
-                    actions = act(inputs, Forward(forced))
-                error = (actions - wanted)[:, :execute_steps].abs().mean(dim=(1, 2)).float()
-                for place in exits:
-                    if place is not None:
-                        errors[str(place)].append(error)
-    finally:
-        for handle in handles:
-            handle.remove()
-    logs = torch.cat([part for parts in errors.values() for part in parts]).clamp_min(1e-9).log()
-    mean, deviation = logs.mean(), logs.std().clamp_min(1e-6)
-    for name, controller in controllers.items():
-        if errors[name]:
-            wanted = (mean - torch.cat(errors[name]).clamp_min(1e-9).log()) / deviation
-            assert isinstance(controller, Controller)
-            _fit(controller, torch.cat(seen[name]), wanted)
-
-
-def _configurations(skipper: Skipper) -> list[list[int | None]]:
-    """Return where blocks are left: all at their exits of one rank, and each alone."""
-    exits = [skipper.plan.exits_of(block) for block in skipper.plan.blocks]
-    together = [
-        [layers[rank] if rank < len(layers) else None for layers in exits] for rank in range(max(map(len, exits)))
-    ]
-    alone = [
-        [place if number == block else None for number in range(len(exits))]
-        for block, layers in enumerate(exits)
-        for place in layers
-    ]
-    return together + (alone if len(exits) > 1 else [])
-
-
-@torch.enable_grad()
-def _fit(controller: Controller, seen: Tensor, wanted: Tensor) -> None:
-    """Fit a controller's output to wanted values, (frames,), from what its first layer reads, (frames, 2 hidden)."""
-    mean, deviation = seen.mean(dim=0), seen.std(dim=0).clamp_min(1e-6)
-    scaled = (seen - mean) / deviation
-    generator = torch.Generator().manual_seed(0)
-    first = torch.randn(controller.hidden.weight.shape, generator=generator) / seen.shape[1] ** 0.5
-    weights = [
-        first.to(seen).requires_grad_(),
-        torch.zeros_like(controller.hidden.bias, dtype=seen.dtype, requires_grad=True),
-        torch.zeros_like(controller.out.weight[0], dtype=seen.dtype, requires_grad=True),
-        torch.zeros(1, dtype=seen.dtype, device=seen.device, requires_grad=True),
-    ]
-    optimizer = torch.optim.AdamW(weights, lr=0.01, weight_decay=FIT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT_STEPS)
-    for _ in range(FIT_STEPS):
-        inside = nn.functional.silu(scaled @ weights[0].T + weights[1])
-        loss = nn.functional.mse_loss(inside @ weights[2] + weights[3], wanted)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        hidden = weights[0] / deviation
-        controller.hidden.weight.copy_(hidden)
-        controller.hidden.bias.copy_(weights[1] - hidden @ mean)
-        controller.out.weight[0] = weights[2].to(controller.out.weight)
-        controller.out.bias.copy_(weights[3])
