@@ -100,11 +100,15 @@ class ManipulationEnv(gymnasium.Env[dict[str, Any], FloatArray]):
         index = (options or {}).get("episode_index", self._episode_index + 1)
         if not isinstance(index, int | np.integer) or index < 0:
             raise ConfigError(f"episode_index must be a number from 0 on, got {index!r}.")
-        self._episode_index = int(index)
-        self.np_random = episode_rng(self.task, self._seed, self._episode_index)
+        self.begin(self._seed, int(index))
+        return self.observe(), {"episode_index": self._episode_index}
+
+    def begin(self, seed: int, index: int) -> None:
+        """Start the episode of a seed and an index without rendering."""
+        self._seed, self._episode_index = seed, index
+        self.np_random = episode_rng(self.task, seed, index)
         self._step = 0
         self._reset_world(self.np_random)
-        return self.observe(), {"episode_index": self._episode_index}
 
     def step(self, action: FloatArray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Gymnasium's step: `advance`, then `observe`. Success is `info["success"]`; it does not end the episode."""

@@ -60,7 +60,7 @@ def evaluate_in_simulation(config: EvalConfig) -> dict[str, Any]:
             for run in runs:
                 claims.enter_context(run.folder.locked())
             _run(config, runs, keys)
-            if suite.perturbing is not None:
+            if suite.perturbing is not None and not (config.out / PERTURBATIONS).exists():
                 _show_perturbations(config, suite, tasks[0], policies[0])
             for run in runs:
                 _finish(config, run, suite, tasks, keys)

@@ -52,8 +52,7 @@ class PerturbedEnv(ManipulationEnv):
     def _reset_world(self, rng: np.random.Generator) -> None:
         if self.scene is not None:
             self.scene.restore()
-        self._env.full_quality = self.full_quality
-        self._env.reset(seed=self._seed, options={"episode_index": self._episode_index})
+        self._env.begin(self._seed, self._episode_index)
         self._note_instruction()
         order = episode_rng(f"{self.task} perturbed", 0, 0)
         cells = self._perturbing.of_episode(self._env, order, self._episode_index)
