@@ -9,7 +9,7 @@ from typing import Any
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.compare import Comparison, compare, p_value
-from dysl_vla.eval.records import RESULT, read_result
+from dysl_vla.eval.records import read_result, runs_in
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import atomic_write
 
@@ -68,7 +68,7 @@ def pareto(folders: Sequence[Path], out: Path) -> str:
     if out.suffix != ".png":
         raise ConfigError(f"out must be the path of a picture, which ends in .png, got {out}.")
     suites: dict[str, list[Path]] = {}
-    for run in [run for folder in folders for run in _runs(folder)]:
+    for run in (run for folder in folders for run in sorted(runs_in(folder), key=lambda one: one.name != "full")):
         suite = read_result(run).get("suite")
         if suite is None:
             raise ConfigError(f"{run}: is an evaluation on demonstrations, which has no success; give runs of a suite.")
@@ -78,15 +78,6 @@ def pareto(folders: Sequence[Path], out: Path) -> str:
     points = {suite: _points(runs) for suite, runs in suites.items()}
     _draw(points, out)
     return "\n".join(line for suite, group in points.items() for line in _table(suite, group))
-
-
-def _runs(folder: Path) -> list[Path]:
-    if (folder / RESULT).is_file():
-        return [folder]
-    runs = sorted(path.parent for path in folder.glob(f"*/{RESULT}"))
-    if not runs:
-        read_result(folder)  # says what is missing
-    return sorted(runs, key=lambda run: run.name != "full")
 
 
 def _points(runs: Sequence[Path]) -> list[Point]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dysl_vla.errors import ConfigError
-from dysl_vla.eval.records import RESULT, STEPS, read_result
+from dysl_vla.eval.records import RESULT, STEPS, read_result, runs_in
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import atomic_write
 
@@ -35,9 +35,7 @@ def plot(folder: Path) -> list[Path]:
     """
     if (folder / RESULT).is_file() and "suite" not in read_result(folder):
         raise ConfigError(f"{folder}: is an evaluation on demonstrations, whose pictures are drawn already: see there.")
-    runs = [folder] if (folder / RESULT).is_file() else sorted(path.parent for path in folder.glob(f"*/{RESULT}"))
-    if not runs:
-        read_result(folder)  # says what is missing
+    runs = runs_in(folder)
     results = [read_result(run) for run in runs]
     skipping = [(run, result) for run, result in zip(runs, results, strict=True) if result.get("layers")]
     if not skipping:

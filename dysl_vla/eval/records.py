@@ -139,6 +139,20 @@ class RunFolder:
         return self.root / PARTS / f"{task}-{index:05d}.parquet"
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folders of the finished runs in a folder: itself, or those of `--variants`.
+
+    Raises:
+        ConfigError: The folder holds no finished run.
+    """
+    if (folder / RESULT).is_file():
+        return [folder]
+    runs = sorted(path.parent for path in folder.glob(f"*/{RESULT}"))
+    if not runs:
+        read_result(folder)  # says what is missing
+    return runs
+
+
 def read_result(root: Path) -> dict[str, Any]:
     """Read the figures of a finished run.
 
