@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Training of libero-mini from nothing: a policy for libero-goal (nine tasks, without the wine rack) and libero-object (ten
 # tasks). The experts' demonstrations, behaviour cloning on them (r0), a round of DAgger on the tasks that it does worst (r1),
-# and another, in which its static layers also learn to act as all do (r2); then adapters and controllers for it (r2-fast), which
-# is what is shipped. The same command continues where it was stopped.
+# and another, in which its static layers also learn to act as all do (r2); then adapters and controllers for it (r2-fast). The
+# same command continues where it was stopped.
 # Usage: launch/libero_mini.sh [OUT] [path of the dysl command]
 set -eu
 out=${1:-runs/libero-mini-training}

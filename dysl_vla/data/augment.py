@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Copies:
             number: The copy's number, from 0.
         """
         rng = np.random.default_rng([index, number])
-        moved = dict(shifted(observation, resizes, rng))
+        moved = shifted(observation, resizes, rng)
         if not self.is_varied:
             return moved
         for key, image in moved.items():
@@ -54,7 +55,9 @@ class Copies:
         return moved
 
 
-def shifted(observation: Observation, resizes: Mapping[str, tuple[int, int]], rng: np.random.Generator) -> Observation:
+def shifted(
+    observation: Observation, resizes: Mapping[str, tuple[int, int]], rng: np.random.Generator
+) -> dict[str, Any]:
     """Move each camera's image by up to `SHIFT` of the pixels that the policy gets; its edges are repeated."""
     moved = dict(observation)
     for key, image in observation.items():

@@ -41,7 +41,7 @@ def test_a_baseline_is_evaluated_like_any_policy_and_runs_fewer_layers(trained: 
     result = evaluate(EvalConfig(tmp_path / "r", str(trained), suite="mock", episodes=2))["variants"]["policy"]
     assert 1 <= result["layers"]["mean"] <= 6
     settings = json.loads((trained / "config.json").read_text())
-    assert settings["mean_layers"] <= 4.5
+    assert settings["mean_layers"] <= 4  # as was asked for
 
 
 def test_a_row_does_not_depend_on_its_neighbours(trained: Path) -> None:

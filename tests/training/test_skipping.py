@@ -169,6 +169,15 @@ def test_fitted_adapters_begin_where_others_have_to_be_trained_to(
     assert all(fitted < trained for trained, fitted in zip(*errors.values(), strict=True))
 
 
+def test_fitting_that_needs_more_memory_than_there_is_is_refused(
+    teacher: Path, plan: Path, mock_demos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dysl_vla.training.fit.free_memory", lambda *_: 1000)
+    config = DistillRunConfig(mock_demos, tmp_path / "o", str(teacher), plan, 100, fit_frames=50, training=TRAINING)
+    with pytest.raises(ConfigError, match="fit_frames must be left out: its sums need"):
+        distill(config)
+
+
 @pytest.fixture(scope="module")
 def evaluated(distilled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = EvalConfig(Path(), str(distilled), suite="mock", episodes=2, video=1, variants="full,dysl,random")

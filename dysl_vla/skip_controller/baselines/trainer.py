@@ -85,9 +85,9 @@ class BaselineTrainer:
             self.parameters.values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
 
-    def rng(self, step: int | None = None) -> np.random.Generator:
-        """Return the random generator of a step, or of the coming one."""
-        return np.random.default_rng([self._config.seed, self.step if step is None else step])
+    def rng(self, step: int) -> np.random.Generator:
+        """Return the random generator of a step."""
+        return np.random.default_rng([self._config.seed, step])
 
     @torch.no_grad()
     def answer(self, batch: tuple[Any, Tensor | None]) -> FullModelAnswer:
