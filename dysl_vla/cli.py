@@ -124,9 +124,11 @@ def _tune(arguments: Sequence[str]) -> int:
     from dysl_vla.training.tune import TuneConfig, render_curve, tune
 
     config = _parse(TuneConfig, arguments, "dysl tune")
-    curve, chosen = tune(config)
-    print(render_curve(curve, chosen))
+    tuned = tune(config)
+    chosen = tuned.chosen
+    print(render_curve(tuned.curve, chosen))
     print(f"Stored in {config.policy}: skip {chosen.skip}, {chosen.layers:.1f} layers an inference.")
+    print(tuned.advice)
     print(f"Take it to a robot: dysl export --policy {config.policy} --out {config.policy}-bundle")
     return 0
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -37,30 +34,21 @@ from dysl_vla.policies import ExportablePolicy, load_skippable_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
 
 with needs_extra("export"):
-    import onnx
     import onnxruntime
-    import onnxscript  # noqa: F401 # torch needs it
-    from onnx_ir import external_data
 with needs_extra("policy"):
     import torch
     from torch import Tensor, nn
 
+    from dysl_vla.deploy.graphs import DATA, quantize, write_graph
     from dysl_vla.policies.dysl import SkipSettings, load_dysl, read_skips
-    from dysl_vla.skip_controller.conditional import ConditionalDecoder
+    from dysl_vla.skip_controller.conditional import ConditionalDecoder, PrunedDecoder
     from dysl_vla.skip_controller.heads import SkipHeads
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
     from dysl_vla.skip_controller.torch_backend import TorchBackend
 
-OPSET = 18
-ONE_FILE = 1_900_000_000
-"""Bytes of weights up to which a graph is one file: a protobuf must be smaller than 2 GiB."""
-DATA = ".data"
-"""Suffix, after the name of a larger graph's file, of the file of its weights."""
 OTHER_INSTRUCTIONS = ("Pick up the red cube.", "put  it in the bin", "x" * 200)
 """Instructions that show whether the tokenizer alone makes the token ids, unlike in a policy with a template."""
-INSIDE = 1024
-"""Bytes up to which a larger graph holds a tensor itself: shapes and the like are needed to read it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +67,9 @@ class ExportConfig:
     """Precision of weights and matrix products: as trained, or 8 bits, which are smaller and less exact."""
     skip: float | None = None
     """The bundle's operating point. It is the checkpoint's when not given."""
+    prune: bool = False
+    """Leave out the layers that never run at operating point 1, and the controllers: the bundle is smaller, and can do
+    nothing but take the shortest path."""
 
     def __post_init__(self) -> None:
         if self.skip is not None and not 0 < self.skip <= 1:
@@ -104,6 +95,13 @@ def export(config: ExportConfig) -> Path:
     folder = find_checkpoint(config.policy)
     if not has_skips(folder):
         raise ConfigError(f"policy must have adapters and controllers; {config.policy} has none, so use dysl distill.")
+    settings, _ = read_skips(folder)
+    skip = settings.skip if config.skip is None else config.skip
+    if config.prune and skip != 1:
+        raise ConfigError(
+            f"skip must be 1 to prune, where only the shortest path runs, got {skip}; add --skip 1 if its success is "
+            f"enough (dysl eval --policy {config.policy} --skip 1 measures it)."
+        )
     with locked_dir(config.out), tempfile.TemporaryDirectory(dir=config.out, prefix=".", suffix=TEMPORARY) as name:
         _check_disk(config, policy)  # after `locked_dir` has removed what an export that was killed left behind
         made = Path(name)
@@ -188,17 +186,20 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
     with tqdm(total=4, desc="exporting", unit="part") as progress:
         _write_encoder(policy, example, out)
         progress.update()
-        _write_backbone(policy, settings.plan, heads, example, out)
+        write_backbone = _write_pruned_backbone if config.prune else _write_backbone
+        write_backbone(policy, settings.plan, heads, example, out)
         progress.update()
         if config.precision == "int8":
             for name in (ENCODER, BACKBONE):
-                _quantize(out / name)
+                quantize(out / name)
         progress.update()
         write_text(out / TOKENIZER, policy.tokenizer.to_str())
         write_json(out / DOCUMENT, _document(config, policy, settings, document, str(example[TASK_KEY])))
         answers = _answers(policy, settings.plan, heads, example)
+        if config.prune:
+            del answers["full"]
         if config.precision != "fp32":  # what this bundle computes here is what it must compute elsewhere
-            exact, answers = answers, _own_answers(out, example, policy, len(settings.plan.blocks))
+            exact, answers = answers, _own_answers(config, out, example, policy, len(settings.plan.blocks))
             distances = [float(np.abs(answers[name] - exact[name]).max()) for name in exact]
             print(f"{config.precision}: actions differ from PyTorch's by at most {max(distances):.2g} deviations.")
         with atomic_write(out / EXAMPLE) as temporary, temporary.open("wb") as file:
@@ -211,7 +212,7 @@ def _write_encoder(policy: ExportablePolicy, example: dict[str, NDArray[Any]], o
     """Write the graph from images, state and token ids to the decoder's arguments."""
     arguments = _encoder_arguments(policy, example)
     names = [*(IMAGE_PREFIX + camera for camera in arguments[0]), STATE_KEY, "token_ids"]
-    _write_graph(_Encoder(policy), arguments, (names, list(_inputs(policy, example))), out / ENCODER)
+    write_graph(_Encoder(policy), arguments, (names, list(_inputs(policy, example))), out / ENCODER)
 
 
 def _write_backbone(
@@ -220,7 +221,7 @@ def _write_backbone(
     """Write the graph of the decoder with adapters, controllers and the action head."""
     inputs = _inputs(policy, example)
     points = torch.zeros(len(plan.blocks), dtype=torch.int64)
-    _write_graph(
+    write_graph(
         ConditionalDecoder(policy.backbone, plan, heads, _Decode(policy)),
         (inputs, points, torch.tensor(0.0), torch.tensor(0)),
         (
@@ -229,6 +230,15 @@ def _write_backbone(
         ),
         out / BACKBONE,
     )
+
+
+def _write_pruned_backbone(
+    policy: ExportablePolicy, plan: SkipPlan, heads: SkipHeads, example: dict[str, NDArray[Any]], out: Path
+) -> None:
+    """Write the graph of the decoder's shortest path with its adapters, and the action head."""
+    inputs = _inputs(policy, example)
+    pruned = PrunedDecoder(policy.backbone, plan, heads, _Decode(policy))
+    write_graph(pruned, (inputs,), (list(inputs), ["actions"]), out / BACKBONE)
 
 
 def _encoder_arguments(
@@ -268,6 +278,7 @@ def _document(
             "lookahead": settings.lookahead,
             "importance": settings.importance,
             "skip": settings.skip if config.skip is None else config.skip,
+            "is_pruned": config.prune,
         },
         "provenance": {
             **policy.provenance,
@@ -329,22 +340,8 @@ def _answers(
     return {"full": policy.spec.action_normalisation.apply(full.actions), "skipping": skipping.actions[0]}
 
 
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Show only errors of some loggers: exporters warn of packages that are not needed here."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _own_answers(
-    out: Path, example: dict[str, NDArray[Any]], policy: ExportablePolicy, blocks: int
+    config: ExportConfig, out: Path, example: dict[str, NDArray[Any]], policy: ExportablePolicy, blocks: int
 ) -> dict[str, NDArray[Any]]:
     """Compute what `_answers` does, with the graphs."""
     encoder, backbone = (onnxruntime.InferenceSession(str(out / name)) for name in (ENCODER, BACKBONE))
@@ -355,78 +352,10 @@ def _own_answers(
     }
     names = [node.name for node in encoder.get_outputs()]
     encoded = dict(zip(names, encoder.run(None, feeds), strict=True))
+    if config.prune:
+        return {"skipping": backbone.run(None, encoded)[0][0]}
     common = {**encoded, "allow_points": np.zeros(blocks, np.int64), "resume_from": np.array(0)}
     return {
         name: backbone.run(None, {**common, "threshold": np.array(threshold, np.float32)})[0][0]
         for name, threshold in (("full", np.inf), ("skipping", -np.inf))
     }
-
-
-def _write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[list[str], list[str]], path: Path) -> None:
-    """Trace a module into an ONNX graph, in one file if it fits.
-
-    Conditions need the strict tracer, which otherwise understands less.
-    """
-    is_strict = isinstance(module, ConditionalDecoder)
-    traceable = module.installed() if isinstance(module, ConditionalDecoder) else nullcontext()
-    with traceable, warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
-        warnings.simplefilter("ignore")
-        program = torch.export.export(module.eval(), arguments, strict=is_strict)
-        graph = torch.onnx.export(
-            program, dynamo=True, input_names=names[0], output_names=names[1], opset_version=OPSET, verbose=False
-        )
-    assert graph is not None
-    tensors = (value.const_value for part in graph.model.graphs() for value in part.initializers.values())
-    is_large = sum(tensor.nbytes for tensor in tensors if tensor is not None) > ONE_FILE
-    with _placing(path) as folder:
-        if is_large:
-            external_data.unload_from_model(graph.model, folder, path.name + DATA, size_threshold_bytes=INSIDE)
-        model = graph.model_proto
-        _forget_source(model.graph)
-        del model.metadata_props[:]
-        onnx.save(model, folder / path.name)
-
-
-@contextmanager
-def _placing(path: Path) -> Iterator[Path]:
-    """Yield a folder for a graph and its weights, which name each other; at the end both are moved to `path`."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as name:
-        yield Path(name)
-        path.with_name(path.name + DATA).unlink(missing_ok=True)
-        for file in Path(name).iterdir():
-            with atomic_write(path.with_name(file.name)) as temporary:
-                file.replace(temporary)
-
-
-def _forget_source(graph: onnx.GraphProto) -> None:
-    """Drop what the exporter notes of each operation: lines of source code, with this machine's paths."""
-    del graph.metadata_props[:]
-    for value in (*graph.value_info, *graph.input, *graph.output):
-        del value.metadata_props[:]
-    for node in graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _forget_source(attribute.g)
-
-
-def _quantize(path: Path) -> None:
-    """Convert the weights of a graph's matrix products to 8 bits, those in conditions included."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    is_large = path.with_name(path.name + DATA).exists()
-    with _placing(path) as folder:
-        graph, data = folder / path.name, folder / (path.name + DATA)
-        quantize_dynamic(
-            path,
-            graph,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            use_external_data_format=is_large,
-            extra_options={"EnableSubgraph": True},
-        )
-        if is_large and data.stat().st_size <= ONE_FILE:
-            model = onnx.load(graph)
-            data.unlink()
-            onnx.save(model, graph)

@@ -2,7 +2,8 @@
 
 config.json        specification, crops, skipping; versions and provenance
 encoder.onnx       resized and cropped images, state and token ids to the backbone's input
-backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions
+backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions. In a
+                   pruned bundle, only the layers of the shortest path and their adapters, without any condition
 *.onnx.data        weights of a graph that would be too large for one file with them; only then
 tokenizer.json     of the `tokenizers` library, which is needed only for instructions that config.json does not list
 example.npz        an observation and the actions that the exported policy predicted
@@ -30,7 +31,7 @@ from dysl_vla.files import sha256
 from dysl_vla.images import Place, looked_at
 from dysl_vla.skip_controller.guidance import SkipGuidance
 from dysl_vla.skip_controller.guided_step import GuidedStep, PassResult, Resumed, VerificationBudget
-from dysl_vla.skip_controller.operating import SkipStatistics, with_present_names
+from dysl_vla.skip_controller.operating import Ablation, SkipStatistics, with_present_names
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.types import (
     IMAGE_PREFIX,
@@ -47,9 +48,10 @@ from dysl_vla.types import (
 with needs_extra("robot"):
     import onnxruntime
 
-POLICY_TYPE, FORMAT = "dysl-bundle", 3
-READABLE = (1, 2, 3)
-"""Formats that can be read: since 2 images may be resized, and 3 renamed settings of skipping."""
+POLICY_TYPE, FORMAT = "dysl-bundle", 4
+READABLE = (1, 2, 3, 4)
+"""Formats that can be read: since 2 images may be resized, 3 renamed settings of skipping, and since 4 layers that are
+always skipped may be left out."""
 ENCODER, BACKBONE, EXAMPLE = "encoder.onnx", "backbone.onnx", "example.npz"
 FILES = (DOCUMENT, ENCODER, BACKBONE, TOKENIZER, EXAMPLE)
 TOLERANCES = {"fp32": 1e-4, "int8": 2e-2}
@@ -69,6 +71,7 @@ class Bundle:
 
     Attributes:
         precision: Precision of the weights, "fp32" or "int8".
+        is_pruned: Whether it has the layers of the shortest path alone; then `skip` is 1.
         spec: What the policy expects of an embodiment, and what it predicts.
         provenance: How the policy was made.
         skip: How much is skipped.
@@ -76,7 +79,7 @@ class Bundle:
     Raises:
         CheckpointError: A file is missing, damaged or edited, or this machine computes other actions than the one that
             exported it.
-        ConfigError: `skip` is out of range.
+        ConfigError: `skip` is out of range, or is not 1 where the bundle is pruned.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
@@ -109,11 +112,12 @@ class Bundle:
             )
             self._statistics = SkipStatistics(**{name: tuple(v) for name, v in skipping["statistics"].items()})
             self._exported_skip = float(skipping["skip"])
+            self.is_pruned = bool(skipping.get("is_pruned", False))
             self._lookahead, self._importance = int(skipping["lookahead"]), str(skipping["importance"])
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{folder / DOCUMENT}: {type(error).__name__}: {error}; export it again.") from error
         self._encoder = _session(folder / ENCODER, threads)
-        self._backend = _OnnxBackend(_session(folder / BACKBONE, threads), self._plan)
+        self._backend = _OnnxBackend(_session(folder / BACKBONE, threads), self._plan, is_pruned=self.is_pruned)
         self._encoder_inputs = [node.name for node in self._encoder.get_inputs()]
         self._encoded_names = [node.name for node in self._encoder.get_outputs()]
         self._budget = VerificationBudget()
@@ -136,8 +140,13 @@ class Bundle:
         """Change how much to skip, from the next inference on.
 
         Raises:
-            ConfigError: `skip` is below 0 or above 1.
+            ConfigError: `skip` is below 0 or above 1, or is not 1 where the bundle is pruned.
         """
+        if self.is_pruned and skip != 1:
+            raise ConfigError(
+                f"skip must be 1 for {self._folder}, which was exported with --prune and has no other layers, got "
+                f"{skip}; export the policy without --prune."
+            )
         self._is_full = skip == 0
         point = self._statistics.point(1.0 if self._is_full else skip)
         self.skip = skip
@@ -152,7 +161,8 @@ class Bundle:
             importance=self._importance,
             grippers=gripper_columns(self.spec.action_names),
         )
-        self._step = GuidedStep(self.spec, self._guidance, lengths, budget=self._budget)
+        ablation = Ablation(guidance=False, verification=False) if self.is_pruned else None
+        self._step = GuidedStep(self.spec, self._guidance, lengths, ablation, self._budget)
 
     def reset(self) -> EpisodeState:
         """Return the state of an episode that begins."""
@@ -185,16 +195,18 @@ class Bundle:
                 IMAGE_PREFIX + camera: example[IMAGE_PREFIX + camera] for camera in self.spec.cameras
             }
             observation |= {STATE_KEY: example[STATE_KEY], TASK_KEY: str(example[TASK_KEY])}
-            wanted = {"full": example["full"], "skipping": example["skipping"]}
+            wanted = {name: example[name] for name in ("full", "skipping") if name == "skipping" or not self.is_pruned}
         except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); export it again.") from error
         self.spec.check_observation(observation)
         encoded = self._encode(observation)
         self._backend.threshold = -math.inf  # every block is left at its first exit
         skipping = self._backend.run(encoded, np.zeros_like(self._lengths))
-        resumed = self._backend.resume(encoded, skipping)
-        self._budget.took(resumed.llm_s)
-        answers = {"skipping": skipping.actions[0], "full": resumed.actions[0]}
+        answers = {"skipping": skipping.actions[0]}
+        if "full" in wanted:
+            resumed = self._backend.resume(encoded, skipping)
+            self._budget.took(resumed.llm_s)
+            answers["full"] = resumed.actions[0]
         for name, actions in answers.items():
             distance = float(np.abs(actions - wanted[name]).max())
             limit = TOLERANCES[self.precision]
@@ -249,12 +261,15 @@ class _OnnxBackend:
         threshold: Log-odds of a controller above which a block is left.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, plan: SkipPlan) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, plan: SkipPlan, *, is_pruned: bool) -> None:
         self.threshold = math.inf
+        self._is_pruned = is_pruned
         self._session, self._depth = session, plan.num_layers
         self._target_of = {e: block.target for block in plan.blocks for e in plan.exits_of(block)}
         self._all_layers = np.array([block.length for block in plan.blocks], np.int64)
         self._from_start = np.array(0, np.int64)
+        first_exits = {layers[0] for block in plan.blocks if (layers := plan.exits_of(block))}
+        self._first_exits = np.array([layer in first_exits for layer in self._target_of])
 
     def run(self, inputs: Mapping[str, NDArray[Any]], allow_points: NDArray[np.int64]) -> PassResult:
         """Run one pass that may skip; the graph's inputs and outputs are those of `ConditionalDecoder`."""
@@ -282,6 +297,9 @@ class _OnnxBackend:
     def _answers(
         self, inputs: Mapping[str, NDArray[Any]], points: NDArray[np.int64], resume_from: NDArray[np.int64]
     ) -> list[NDArray[Any]]:
+        if self._is_pruned:  # its graph decides nothing
+            [actions] = self._session.run(None, dict(inputs))
+            return [actions, np.zeros_like(self._first_exits), self._first_exits, self._first_exits, actions]
         threshold = np.array(self.threshold, np.float32)
         feeds = {**inputs, "allow_points": points, "threshold": threshold, "resume_from": resume_from}
         answers: list[NDArray[Any]] = self._session.run(None, feeds)

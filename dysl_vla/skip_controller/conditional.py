@@ -41,20 +41,14 @@ class ConditionalDecoder(nn.Module):
     def __init__(self, decoder: nn.Module, plan: SkipPlan, heads: SkipHeads, decode: nn.Module) -> None:
         super().__init__()
         self.decoder, self.heads, self.decode = decoder, heads, decode
-        layers = find_layers(decoder, plan.num_layers)
-        if MARK in layers.__dict__:
-            raise ConfigError("decoder must not be attached yet; detach it first.")
-        self._layers = list(layers)
+        self._layers = _layers_of(decoder, plan)
         self._block_of = {
             layer: (number, layer - block.first)
             for number, block in enumerate(plan.blocks)
             for layer in range(block.first, block.target)
         }
         self.exits = [layer for block in plan.blocks for layer in plan.exits_of(block)]
-        if not self.exits:
-            raise ConfigError(f"plan must have an exit after layer 0, which always runs, got {plan}.")
-        takes_cache = "use_cache" in inspect.signature(decoder.forward).parameters
-        self._without_cache = {"use_cache": False} if takes_cache else {}
+        self._without_cache = _without_cache(decoder)
         self._running: list[Callable[..., Any]] = []
 
     def forward(
@@ -138,14 +132,85 @@ class ConditionalDecoder(nn.Module):
         This is not done in `forward`, because exporters before torch 2.12 cannot trace it.
         """
 
-        def conditional(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *arguments, **named: self._running[-1](index, original, *arguments, **named)
+        def run(*arguments: Any, **named: Any) -> Any:
+            return self._running[-1](*arguments, **named)
 
-        for index, layer in enumerate(self._layers):
-            layer.forward = conditional(index, layer.forward)
-        try:
+        with _replaced(self._layers, run):
+            try:
+                yield
+            finally:
+                self._running.clear()
+
+
+class PrunedDecoder(nn.Module):
+    """A decoder's shortest path, to be exported without the layers that it passes.
+
+    Args:
+        decoder: A Hugging Face decoder, not attached, whose layers answer a tensor.
+        plan: Which layers may be skipped.
+        heads: The plan's adapters; the controllers are not used.
+        decode: Maps the decoder's output, (1, tokens, hidden), to what the graph returns.
+
+    Raises:
+        ConfigError: The decoder has no list of layers of the plan's depth or is attached, or nothing can be skipped.
+    """
+
+    def __init__(self, decoder: nn.Module, plan: SkipPlan, heads: SkipHeads, decode: nn.Module) -> None:
+        super().__init__()
+        self.decoder, self.decode = decoder, decode
+        self._layers = _layers_of(decoder, plan)
+        first_exits = [layers[0] for block in plan.blocks if (layers := plan.exits_of(block))]
+        self.adapters = nn.ModuleDict({str(layer): heads.adapters[str(layer)] for layer in first_exits})
+        self._path = frozenset(plan.shortest_path)
+        self._without_cache = _without_cache(decoder)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run the decoder's shortest path on its arguments, and return the output of `decode`."""
+        answer: Tensor = self.decode(self.decoder(**inputs, **self._without_cache).last_hidden_state)
+        return answer
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Take the shortest path in the body. Outside of it, `forward` runs all layers."""
+
+        def run(index: int, original: Callable[..., Any], hidden: Tensor, *arguments: Any, **named: Any) -> Any:
+            if index in self._path:
+                return original(hidden, *arguments, **named)
+            return self.adapters[str(index)](hidden) if str(index) in self.adapters else hidden
+
+        with _replaced(self._layers, run):
             yield
-        finally:
-            self._running.clear()
-            for layer in self._layers:
-                del layer.forward
+
+
+def _layers_of(decoder: nn.Module, plan: SkipPlan) -> list[nn.Module]:
+    """Return the layers of a decoder of which some can be left out.
+
+    Raises:
+        ConfigError: It has no list of layers of the plan's depth or is attached, or nothing can be skipped.
+    """
+    layers = find_layers(decoder, plan.num_layers)
+    if MARK in layers.__dict__:
+        raise ConfigError("decoder must not be attached yet; detach it first.")
+    if not any(plan.exits_of(block) for block in plan.blocks):
+        raise ConfigError(f"plan must have an exit after layer 0, which always runs, got {plan}.")
+    return list(layers)
+
+
+def _without_cache(decoder: nn.Module) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in inspect.signature(decoder.forward).parameters else {}
+
+
+@contextmanager
+def _replaced(layers: list[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
+    """Call `run` with an index, the layer's own forward, and its arguments, in the place of each layer, in the body."""
+
+    def replacing(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **named: run(index, original, *arguments, **named)
+
+    for index, layer in enumerate(layers):
+        layer.forward = replacing(index, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -16,6 +16,7 @@ from dysl_vla.checkpoint import SHIPPED, has_skips
 from dysl_vla.data.selection import demonstrations_for
 from dysl_vla.errors import ConfigError
 from dysl_vla.eval.config import EvalConfig
+from dysl_vla.eval.statistics import PairedSuccess
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies import ComputeConfig, load_policy, load_skippable_policy
 from dysl_vla.training.replay import Replay, Replayed
@@ -26,6 +27,8 @@ with needs_extra("policy"):
 
 SETTINGS = (1.0, 0.999, 0.998, 0.997, 0.995, 0.99, 0.98, 0.96, 0.94, 0.9, 0.85, 0.8, 0.7, 0.5, 0.3, 0.1)
 """The settings that are measured, from the fastest to the most careful."""
+SIGNIFICANT = 0.05
+"""McNemar's p below which two settings differ."""
 TUNING_SEED = 200_000
 """Seed of the initial states for tuning, which are neither those of demonstrations nor those of results (100000)."""
 
@@ -104,11 +107,51 @@ class Point:
     verified: float
 
 
-def tune(config: TuneConfig) -> tuple[list[Point], Point]:
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found.
+
+    Attributes:
+        curve: The measured settings, from the fastest.
+        chosen: The one that was stored.
+        against_shortest: Episodes of the shortest path alone (the first method) and of the chosen setting (the second);
+            None where no success was measured, or the shortest path was chosen.
+    """
+
+    curve: list[Point]
+    chosen: Point
+    against_shortest: PairedSuccess | None = None
+
+    @property
+    def advice(self) -> str:
+        """Say whether this policy needs a depth that changes, or whether the shortest path does as well."""
+        shortest = self.curve[0]
+        if self.chosen == shortest:
+            return (
+                f"The shortest path alone, {shortest.layers:.1f} layers, meets the target: depth need not change from "
+                "moment to moment. dysl export --prune leaves the other layers out."
+            )
+        if self.against_shortest is None:
+            return (
+                f"The shortest path alone, {shortest.layers:.1f} layers, has an action error of {shortest.error:.4f}, "
+                f"the chosen setting {self.chosen.error:.4f}; whether that costs success was not measured."
+            )
+        pairs = self.against_shortest
+        counts = (
+            f"Against the shortest path alone, {shortest.layers:.1f} layers, the chosen setting won "
+            f"{pairs.only_second} and lost {pairs.only_first} of {pairs.episodes} episodes "
+            f"(p = {pairs.mcnemar_p():.2g})"
+        )
+        if pairs.only_second > pairs.only_first and pairs.mcnemar_p() < SIGNIFICANT:
+            return f"{counts}: depth that changes is worth it here."
+        return f"{counts}: no difference that so many episodes show. --skip 1, and dysl export --prune, are simpler."
+
+
+def tune(config: TuneConfig) -> Tuned:
     """Measure the curve, choose a setting, and store it.
 
     Returns:
-        The curve, from the fastest setting; the chosen point.
+        The curve, the chosen point, and how the shortest path compares with it.
 
     Raises:
         ConfigError: The policy has no adapters, or the target cannot be met; then the message says what can.
@@ -134,22 +177,23 @@ def tune(config: TuneConfig) -> tuple[list[Point], Point]:
     curve = measure_curve(config.policy, config.data, config.compute)
     try:
         if config.target_ms is not None:
-            chosen = choose_by_time(curve, config.target_ms)
+            tuned = Tuned(curve, choose_by_time(curve, config.target_ms))
         elif config.target_action_error is not None:
-            chosen = choose_by_error(curve, config.target_action_error)
+            tuned = Tuned(curve, choose_by_error(curve, config.target_action_error))
         else:
-            chosen = _choose_by_success(config, curve)
+            tuned = _choose_by_success(config, curve)
     except ConfigError as error:  # minutes of measuring are worth showing
         raise ConfigError(f"{error}\n{render_curve(curve)}") from error
     measured = {
         **config.targets,
         "seed": TUNING_SEED if config.target_success_drop is not None else None,
         "curve": [asdict(point) for point in curve],
+        "advice": tuned.advice,
         "machine": provenance.machine(),
         **provenance.record(),
     }
-    save_operating_point(config.policy, chosen.skip, chosen.layers, measured)
-    return curve, chosen
+    save_operating_point(config.policy, tuned.chosen.skip, tuned.chosen.layers, measured)
+    return tuned
 
 
 def measure_curve(folder: Path, data: Path, compute: ComputeConfig | None = None) -> list[Point]:
@@ -213,7 +257,7 @@ def _within(curve: list[Point], costs: list[float], target: float, name: str, wh
     return possible
 
 
-def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
+def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Tuned:
     """Choose the fastest point that loses no more than allowed, by paired episodes."""
     from dysl_vla.eval.compare import compare
 
@@ -221,11 +265,14 @@ def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Point:
     least: tuple[float, Point] | None = None
     with tempfile.TemporaryDirectory() as folder:
         full = _evaluate(config, Path(folder) / "full", 0)
+        shortest: Path | None = None
         for point in curve:
-            [comparison] = compare([full, _evaluate(config, Path(folder) / f"{point.skip}", point.skip)])
+            run = _evaluate(config, Path(folder) / f"{point.skip}", point.skip)
+            [comparison] = compare([full, run])
             drop = -comparison.success.difference
             if drop <= config.target_success_drop:
-                return point
+                return Tuned(curve, point, compare([shortest, run])[0].success if shortest else None)
+            shortest = shortest or run
             if least is None or drop < least[0]:
                 least = drop, point
     assert least is not None

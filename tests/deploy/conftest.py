@@ -11,7 +11,7 @@ import onnx_ir
 import pytest
 import torch
 
-from dysl_vla.deploy.export import ONE_FILE
+from dysl_vla.deploy.graphs import ONE_FILE
 
 
 @contextmanager
@@ -24,5 +24,5 @@ def without_tracing(traced: dict[tuple[str, ...], onnx.ModelProto], one_file: in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.export.export", lambda *_, **__: None)
         patch.setattr("torch.onnx.export", again)
-        patch.setattr("dysl_vla.deploy.export.ONE_FILE", one_file)
+        patch.setattr("dysl_vla.deploy.graphs.ONE_FILE", one_file)
         yield

@@ -133,7 +133,7 @@ def other_example(data: bytes) -> bytes:
     [
         (edit("backbone.onnx", lambda data: data[:-1] + b"x", True), "backbone.onnx: is damaged or edited"),
         (edit("backbone.onnx", lambda data: data[: len(data) // 2]), "ONNX Runtime .* refuses"),
-        (edit("config.json", lambda data: data.replace(b'"format": 3', b'"format": 9')), "must be of format .* got 9"),
+        (edit("config.json", lambda data: data.replace(b'"format": 4', b'"format": 9')), "must be of format .* got 9"),
         (edit("config.json", lambda data: data.replace(b'"spec"', b'"sepc"')), "KeyError: 'spec'"),
         (edit("example.npz", other_example), "differ from the recorded"),
         (edit("example.npz", lambda data: data[:100]), "cannot be read"),
@@ -182,6 +182,35 @@ def parted_folder(skipping_checkpoint: Path, traced: Any, tmp_path_factory: pyte
     with without_tracing(traced, one_file=10_000):
         config = ExportConfig(Path(), str(skipping_checkpoint))
         return made_once(tmp_path_factory, "parted", lambda out: export(replace(config, out=out)))
+
+
+@pytest.fixture(scope="module")
+def pruned_folder(skipping_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the shortest path alone. Not to be written to."""
+    config = ExportConfig(Path(), str(skipping_checkpoint), skip=1.0, prune=True)
+    return made_once(tmp_path_factory, "pruned", lambda out: export(replace(config, out=out)))
+
+
+def test_a_pruned_bundle_acts_as_the_shortest_path_does_and_is_smaller(
+    pruned_folder: Path, bundle_folder: Path, skipping_checkpoint: Path
+) -> None:
+    policy = load_policy(str(skipping_checkpoint), skip=1.0)
+    ours, theirs = play(Bundle(pruned_folder), range(20)), play(policy, range(20))
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine.actions, other.actions, atol=1e-4)
+        assert mine.skips.skips == other.skips.skips
+        assert 0 < mine.skips.layers == other.skips.layers < 6
+        assert not mine.skips.outputs
+    assert (pruned_folder / "backbone.onnx").stat().st_size < 0.7 * (bundle_folder / "backbone.onnx").stat().st_size
+
+
+def test_a_pruned_bundle_can_do_nothing_else(pruned_folder: Path, skipping_checkpoint: Path, tmp_path: Path) -> None:
+    for skip in (0.0, 0.5):
+        with pytest.raises(ConfigError, match=f"skip must be 1 for .* exported with --prune .* got {skip}"):
+            Bundle(pruned_folder, skip=skip)
+    with pytest.raises(ConfigError, match=r"skip must be 1 to prune, .* got 0.5; add --skip 1"):
+        export(ExportConfig(tmp_path / "x", str(skipping_checkpoint), prune=True))
+    assert not (tmp_path / "x").exists()
 
 
 def files_of(folder: Path) -> set[str]:

@@ -25,6 +25,7 @@ from dysl_vla.eval import evaluate
 from dysl_vla.eval.config import EvalConfig
 from dysl_vla.eval.plot import plot
 from dysl_vla.eval.rollout import EpisodeKey, run_episode
+from dysl_vla.eval.statistics import PairedSuccess
 from dysl_vla.files import read_lines, write_json
 from dysl_vla.policies import load_policy, load_skippable_policy
 from dysl_vla.policies.dysl import load_dysl
@@ -223,15 +224,18 @@ def test_films_and_plots_show_it(evaluated: Path) -> None:
 
 def test_tuning_stores_what_meets_the_target(distilled: Path, mock_demos: Path, tmp_path: Path) -> None:
     distilled = Path(shutil.copytree(distilled, tmp_path / "tuned"))  # others read it meanwhile
-    curve, chosen = tune(TuneConfig(distilled, mock_demos, target_ms=1e3))
-    assert chosen == curve[-1]  # all are fast enough: the most careful
-    assert load_policy(str(distilled)).skip == chosen.skip  # type: ignore[attr-defined]
+    tuned = tune(TuneConfig(distilled, mock_demos, target_ms=1e3))
+    assert tuned.chosen == tuned.curve[-1]  # all are fast enough: the most careful
+    assert "was not measured" in tuned.advice
+    assert load_policy(str(distilled)).skip == tuned.chosen.skip  # type: ignore[attr-defined]
     before = (distilled / "skip.json").read_bytes()
     with pytest.raises(ConfigError, match=r"nearest possible[\s\S]*\| 0.1 \|"):
         tune(TuneConfig(distilled, mock_demos, target_ms=1e-3))
     assert (distilled / "skip.json").read_bytes() == before
-    _, chosen = tune(TuneConfig(distilled, mock_demos, target_success_drop=1.0, tasks="reach", episodes=1))
-    assert chosen.skip == 1.0
+    tuned = tune(TuneConfig(distilled, mock_demos, target_success_drop=1.0, tasks="reach", episodes=1))
+    assert tuned.chosen.skip == 1.0
+    assert "dysl export --prune" in tuned.advice
+    assert json.loads((distilled / "skip.json").read_text())["provenance"]["operating_point"]["advice"] == tuned.advice
 
 
 @pytest.mark.parametrize(
@@ -264,20 +268,36 @@ def test_tuning_by_success_takes_the_fastest_that_loses_no_more(monkeypatch: pyt
         return out
 
     def compared(folders: list[Path]) -> list[SimpleNamespace]:
-        return [SimpleNamespace(success=SimpleNamespace(difference=-losses[folders[1].name]))]
+        first, second = (losses.get(folder.name, 0.0) for folder in folders)
+        return [SimpleNamespace(success=SimpleNamespace(difference=first - second, runs=folders))]
 
     monkeypatch.setattr(tune_module, "_evaluate", measured)
     monkeypatch.setattr("dysl_vla.eval.compare.compare", compared)
     curve = [tune_module.Point(skip, 4, 1, 2, 0.1, 0) for skip in (1.0, 0.9, 0.5)]
 
     def choose(drop: float) -> float:
-        return tune_module._choose_by_success(TuneConfig(Path("p"), Path("d"), target_success_drop=drop), curve).skip
+        tuned = tune_module._choose_by_success(TuneConfig(Path("p"), Path("d"), target_success_drop=drop), curve)
+        if tuned.chosen.skip < 1:
+            against: Any = tuned.against_shortest
+            assert [run.name for run in against.runs] == ["1.0", str(tuned.chosen.skip)]
+        return tuned.chosen.skip
 
     assert (choose(0.1), choose(0.02), choose(0.01)) == (1.0, 0.9, 0.5)
     assert asked == [0, 1.0, 0, 1.0, 0.9, 0, 1.0, 0.9, 0.5]  # the full model once
     losses["0.5"] = 0.03
     with pytest.raises(ConfigError, match=r"nearest possible is 0\.015, at skip 0\.9"):
         choose(0.001)
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "says"),
+    [(9, 1, "is worth it"), (1, 9, "are simpler"), (3, 1, "are simpler"), (0, 0, "are simpler")],
+)
+def test_tuning_names_the_simpler_way_unless_episodes_show_a_difference(won: int, lost: int, says: str) -> None:
+    shortest, chosen = (tune_module.Point(skip, layers, 1, 2, 0.1, 0) for skip, layers in ((1.0, 3), (0.9, 8)))
+    advice = tune_module.Tuned([shortest, chosen], chosen, PairedSuccess(50, lost, won, 2)).advice
+    assert says in advice
+    assert f"won {won} and lost {lost} of {52 + won + lost}" in advice
 
 
 def test_ways_that_mean_nothing_are_refused(distilled: Path, evaluated: Path, tmp_path: Path) -> None:
