@@ -221,13 +221,13 @@ def test_links_lead_somewhere(document: str) -> None:
             assert (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("script", ["ablations.sh", "demo.sh", "robosuite_mini.sh"])
+@pytest.mark.parametrize("script", ["ablations.sh", "demo.sh", "libero_mini.sh", "rivals.sh", "robosuite_mini.sh"])
 def test_the_commands_of_a_script_are_understood(script: str, tmp_path: Path, parser: Parser) -> None:
     log, fake = tmp_path / "commands", tmp_path / "dysl"
     fake.write_text(f'#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done >> {log}\necho >> {log}\n')
     fake.chmod(0o755)
-    arguments = {"ablations.sh": ["demos", "out", fake], "demo.sh": [fake], "robosuite_mini.sh": ["out", fake]}
-    subprocess.run(["bash", ROOT / "launch" / script, *arguments[script]], cwd=tmp_path, check=True)
+    arguments = {"ablations.sh": ["demos", "out"], "demo.sh": [], "rivals.sh": ["demos", "out"]}.get(script, ["out"])
+    subprocess.run(["bash", ROOT / "launch" / script, *arguments, fake], cwd=tmp_path, check=True)
     commands = [line.split("\0")[:-1] for line in log.read_text().splitlines()]
     assert len(commands) >= 2
     for command in commands:
