@@ -101,6 +101,7 @@ def bench_bundle(config: BundleBenchConfig) -> BundleBench:
     suite_name, task_names = provenance.training_suite(policies[1].provenance, config.suite, config.tasks)
     suite = get_suite(suite_name)
     tasks = suite.choose(task_names)
+    suite.check_episodes(config.episodes, config.seed)
     moments: list[list[ActionChunk]] = []
     envs = TaskEnvs(partial(suite.make_for, spec=policies[0].spec))
     try:
@@ -132,6 +133,8 @@ def _play(policies: list[Policy], envs: TaskEnvs, task: str, seed: int, episode:
     """Play one episode by the last policy's actions, and return the chunks of all policies at each moment."""
     env = envs.env(task)
     observation, _ = env.reset(seed=seed, options={"episode_index": episode})
+    if len(env.instructions) > 1:
+        raise ConfigError(f"suite must have tasks of one instruction to measure a bundle, and {task} has several.")
     states = [policy.reset() for policy in policies]
     for policy in policies:
         for _ in range(WARM_UP if episode == 0 else 0):

@@ -299,7 +299,8 @@ def robot_to_try(bundle: Path) -> str:
     except ConfigError:  # trained on data that name no suite: a real arm's
         return "lerobot:FILE.json --instruction TEXT"
     suite, _, arm = suite.partition("@")
-    return f"mujoco:{suite.partition('-')[0]}-{(tasks or '').partition(',')[0]}" + (f"@{arm}" if arm else "")
+    family = suite if suite.startswith("libero-") else suite.partition("-")[0]  # whose suites share names of tasks
+    return f"mujoco:{family}-{(tasks or '').partition(',')[0]}" + (f"@{arm}" if arm else "")
 
 
 def _example(policy: ExportablePolicy) -> dict[str, NDArray[Any]]:

@@ -13,6 +13,7 @@ from dysl_vla.deploy.stopping import say, stop_robot
 from dysl_vla.errors import ConfigError, DyslError
 from dysl_vla.files import is_unused
 from dysl_vla.policies.compute import ComputeConfig
+from dysl_vla.types import FULL_QUALITY
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ def control(config: ControlConfig) -> LoopStats:
     if config.instruction is not None and known and config.instruction not in known:
         own = "; ".join(map(repr, known[:10]))
         say(f"The policy was not trained on instruction {config.instruction!r}, and may do anything. Its own: {own}.")
+    is_simple = config.robot.startswith("mujoco:") and "full_quality" not in config.robot
+    if is_simple and policy.spec.rendering == FULL_QUALITY:
+        say("The policy was trained on images with shadows and reflections; add full_quality=1 to --robot's options.")
     robot = make_robot(config.robot, policy.spec.cameras)
     try:
         rate = policy.spec.rate_hz if config.rate is None else config.rate

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Lock as LockType
 from typing import Any
@@ -33,12 +34,15 @@ from dysl_vla.deploy.simulator_memory import (
     SimulatorMemory,
 )
 from dysl_vla.envs.base import ManipulationEnv
+from dysl_vla.envs.libero import PRO_HORIZONS
 from dysl_vla.envs.suites import get_suite, suites, with_robot
 from dysl_vla.errors import ConfigError, DyslError
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, FloatArray, Observation
 from dysl_vla.workers import begin_worker
 
 clock = time.perf_counter
+MANY_TASKS = 60
+"""Number of tasks above which an error names the nearest alone."""
 COMMAND_AGE_S = 0.25
 """A command that is older is not executed any more: the robot holds, as one does whose controller has died."""
 
@@ -115,6 +119,11 @@ def simulate(
         env.full_quality = bool(simulation.full_quality)
         hold_action(env.embodiment, None)  # a robot that no action can hold is refused before it moves
         env.reset(seed=simulation.seed, options={"episode_index": simulation.episode})
+        if len(env.instructions) > 1:
+            raise ConfigError(
+                f"robot: {simulation.task} has several instructions one after another, and a policy is given one; take "
+                "a single task."
+            )
         env.observe()  # a renderer's first frame is slow
     except DyslError as error:
         pipe.send(error)
@@ -137,7 +146,7 @@ def _run(simulation: Simulation, env: ManipulationEnv, memory: SimulatorMemory, 
     """Move, observe and publish each period, until the process is to end."""
     count = dict.fromkeys(COUNTS, 0)
     count[EPISODES] = 1
-    arm, cameras = _Arm(env, count), Cameras(simulation, clock())
+    arm, cameras = _Arm(env, count, simulation), Cameras(simulation, clock())
     due = cameras.start
     while not memory.is_over:
         # Keep the schedule
@@ -152,7 +161,8 @@ def _run(simulation: Simulation, env: ManipulationEnv, memory: SimulatorMemory, 
         # Move for a period, and publish what is seen then
         if count[PERIODS]:
             arm.move(*memory.commanded(), now)
-        for observation, timestamp in cameras.frames(env.observe(), now):
+        seen = clock()  # later than `now` where an episode began
+        for observation, timestamp in cameras.frames(env.observe(), seen):
             memory.publish(observation, timestamp)
         count[PERIODS] += 1
         memory.counts[:] = list(count.values())
@@ -162,8 +172,9 @@ def _run(simulation: Simulation, env: ManipulationEnv, memory: SimulatorMemory, 
 class _Arm:
     """Executes commands, and counts them."""
 
-    def __init__(self, env: ManipulationEnv, count: dict[str, int]) -> None:
+    def __init__(self, env: ManipulationEnv, count: dict[str, int], simulation: Simulation) -> None:
         self._env, self._count = env, count
+        self._seed, self._index = simulation.seed, simulation.episode
         self._last: FloatArray | None = None
         self._has_succeeded = False
 
@@ -183,7 +194,8 @@ class _Arm:
             self._has_succeeded = True
             count[SUCCESSES] += 1
         if is_truncated:
-            env.reset()
+            self._index += 1
+            env.begin(self._seed, self._index)
             count[EPISODES] += 1
             self._has_succeeded = False
 
@@ -245,13 +257,18 @@ def make_env(name: str, cameras: Mapping[str, tuple[int, int]] | None) -> Manipu
             suite = get_suite(with_robot(suite_name, robot))
             if suite.perturbing is not None:  # a robot's faults are options of its own
                 continue
-            # Tasks may be named by the simulator alone, or by the suite, where several have a task of one name.
-            for named in (asked, f"{family}-{asked}".removeprefix(f"{suite_name}-")):
-                if (task := suite.find(named)) is not None:
-                    return suite.make(task, cameras)
-            tasks.extend(f"{family}-{other}" for other in suite.tasks)
-    known = ", ".join(dict.fromkeys(tasks))
+            # Tasks may be named by the simulator alone, or by the suite, where several have a task of one name. Those
+            # of LIBERO-PRO have LIBERO's names, and are always named by the suite.
+            is_named = f"{family}-{asked}".startswith(f"{suite_name}-")
+            short = f"{family}-{asked}".removeprefix(f"{suite_name}-") if is_named else asked
+            if (is_named or suite_name not in PRO_HORIZONS) and (task := suite.find(short)) is not None:
+                return suite.make(task, cameras)
+            prefix = suite_name if family == "libero" else family
+            tasks.extend(f"{prefix}-{other}" for other in suite.tasks)
+    known = list(dict.fromkeys(tasks))
     if not known:
-        families = dict.fromkeys(suite_name.partition("-")[0] for suite_name in suites.names())
-        known = ", ".join(f"{one}-TASK" for one in families)
-    raise ConfigError(f"robot: nothing to simulate is named {name!r}; there are: {known}.")
+        known = [f"{one}-TASK" for one in dict.fromkeys(one.partition("-")[0] for one in suites.names())]
+    what = "there are"
+    if len(known) > MANY_TASKS:
+        known, what = get_close_matches(name, known, 5, cutoff=0), f"the nearest of {len(known)} are"
+    raise ConfigError(f"robot: nothing to simulate is named {name!r}; {what}: {', '.join(known)}.")

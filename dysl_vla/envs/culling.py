@@ -37,6 +37,7 @@ class Culling:
     """
 
     def __init__(self, model: mujoco.MjModel, groups: Indices) -> None:
+        self._casts_shadows = bool(model.light_castshadow.any())
         material = model.geom_matid
         reflecting = (material >= 0) & (model.mat_reflectance[material] > 0 if model.nmat else False)
         drawn = np.isin(model.geom_group, groups)
@@ -53,7 +54,7 @@ class Culling:
 
         Args:
             data: The scene's current state.
-            scene: The scene, whose camera and lights are up to date.
+            scene: The scene, whose camera is up to date.
             aspect: The picture's width over its height.
 
         Returns:
@@ -61,7 +62,8 @@ class Culling:
             shadows, infinite mirrors and parallel projection.
         """
         mirrors = self._mirrors if scene.flags[REFLECTION] else self._mirrors[:0]
-        if scene.camera[0].orthographic or _casts_shadows(scene) or not self._mirror_sizes[: len(mirrors), :2].all():
+        has_shadows = scene.flags[SHADOW] and self._casts_shadows  # a new scene does not have its lights yet
+        if scene.camera[0].orthographic or has_shadows or not self._mirror_sizes[: len(mirrors), :2].all():
             return self._candidates[:0]
         eye, normals, offsets = _frustum(scene, aspect)
         boxes = _Boxes.of(data, self._candidates, self._boxes)
@@ -137,7 +139,3 @@ def _reflected(eye: Floats, face: Floats, rotation: Floats, size: Floats) -> tup
     normals = np.concatenate([np.cross(rays, np.roll(rays, -1, axis=0)), normal[None]])
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
     return normals, np.append(normals[:4] @ image, normal @ face)
-
-
-def _casts_shadows(scene: Any) -> bool:
-    return bool(scene.flags[SHADOW]) and any(light.castshadow for light in scene.lights[: scene.nlight])

@@ -11,22 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import numpy as np
 
 from dysl_vla.envs.base import VIDEO_PIXELS, ManipulationEnv, check_cameras
 from dysl_vla.envs.libero_controller import libero_controllers
-from dysl_vla.envs.libero_experts import make_expert
-from dysl_vla.envs.libero_package import initial_states, load_libero, task_file, task_map
+from dysl_vla.envs.libero_package import FIX, initial_states, load_libero, task_file, task_map
 from dysl_vla.envs.rendering import Scene, SceneRenderer
 from dysl_vla.envs.robosuite import ACTION_NAMES, COLLISION_GEOMS, RATE_HZ
 from dysl_vla.envs.robosuite_arm import Arm
-from dysl_vla.envs.robosuite_experts import Expert
 from dysl_vla.envs.robosuite_libero import libero_state
 from dysl_vla.errors import ConfigError
 from dysl_vla.provenance import FIRST_EVALUATION_SEED
 from dysl_vla.types import LIBERO_STATE, EmbodimentSpec, FloatArray, ImageArray
+
+if TYPE_CHECKING:
+    from dysl_vla.envs.robosuite_experts import Expert
 
 HORIZONS = {
     "libero-spatial": 220,
@@ -154,7 +156,13 @@ class LiberoEnv(ManipulationEnv):
             self._world._post_process()
         for _ in range(SETTLE_STEPS):
             self._world.step(REST)
-        self._expert = make_expert(self._world) if self._has_expert else None
+        self._expert = self._make_expert()
+
+    def _make_expert(self) -> Expert | None:
+        """Return the scripted expert of the present task; None where it has none."""
+        from dysl_vla.envs.libero_experts import make_expert
+
+        return make_expert(self._world) if self._has_expert else None
 
     def _place_objects(self) -> None:
         """Reset the world; its samplers may find no room for an object, and are asked again."""
@@ -215,18 +223,25 @@ class LiberoEnv(ManipulationEnv):
 
 
 def _build_world(path: Path, problem: str) -> Any:
-    """Build the scene of a BDDL file, of the given kind."""
-    return load_libero().problems[problem](
-        str(path),
-        robots=["Panda"],
-        controller_configs=libero_controllers(),
-        use_camera_obs=False,
-        has_renderer=False,
-        has_offscreen_renderer=False,
-        control_freq=RATE_HZ,
-        ignore_done=True,
-        hard_reset=False,
-    )
+    """Build the scene of a BDDL file, of the given kind.
+
+    Raises:
+        ConfigError: A file of its meshes is missing or damaged.
+    """
+    try:
+        return load_libero().problems[problem](
+            str(path),
+            robots=["Panda"],
+            controller_configs=libero_controllers(),
+            use_camera_obs=False,
+            has_renderer=False,
+            has_offscreen_renderer=False,
+            control_freq=RATE_HZ,
+            ignore_done=True,
+            hard_reset=False,
+        )
+    except (OSError, ValueError, KeyError, ElementTree.ParseError) as error:  # of files: theirs and MuJoCo's
+        raise ConfigError(f"LIBERO's scene of {path.stem} cannot be built ({error}); {FIX}") from error
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from dysl_vla.envs.libero import LiberoEnv, instruction_of
-from dysl_vla.envs.libero_experts import make_expert
 from dysl_vla.envs.libero_package import load_libero, task_file
 from dysl_vla.errors import ConfigError
 from dysl_vla.types import FloatArray
@@ -176,7 +175,7 @@ class LiberoChainEnv(LiberoEnv):
             self._completed += 1
             if self._completed < LENGTH:
                 self._begin_task()
-                self._expert = make_expert(self._world)
+                self._expert = self._make_expert()
         return reward, self._completed == LENGTH
 
     def rehearse(self, action: FloatArray) -> None:

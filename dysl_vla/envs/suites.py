@@ -283,7 +283,13 @@ def libero_chain() -> Suite:
     """Chains of five of libero-goal's tasks in one scene."""
     load_libero()
     return Suite(
-        "libero-chain", (CHAIN,), CHAIN_HORIZON, LiberoChainEnv, robot="Panda", without_expert=frozenset({CHAIN})
+        "libero-chain",
+        (CHAIN,),
+        CHAIN_HORIZON,
+        LiberoChainEnv,
+        robot="Panda",
+        without_expert=frozenset({CHAIN}),
+        fixed_states=FIXED_STATES,
     )
 
 

@@ -1,8 +1,8 @@
 """The figures of episodes with several instructions, as CALVIN reports them: success of 1, 2, ... in a row.
 
 The average number of instructions that are carried out is the sum of these success rates, and its 95 % interval is the
-sum of their intervals' bounds. That is never narrower than an interval of its own: the deviation of a sum is at most
-the sum of the deviations. Differences between two runs on the same episodes are treated alike.
+sum of their intervals' bounds, as the deviation of a sum is at most the sum of the deviations. Differences between two
+runs on the same episodes are treated alike.
 """
 
 from __future__ import annotations

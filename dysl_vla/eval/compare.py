@@ -16,7 +16,7 @@ from dysl_vla.files import read_lines
 
 PROTOCOL = ("suite", "seed", "horizon", "episodes")
 """Figures that must be equal for two runs' episodes to be pairs."""
-SIMULATORS = ("mujoco", "metaworld", "robosuite", "numpy")
+SIMULATORS = ("mujoco", "metaworld", "robosuite", "rpent-liberopro", "numpy")
 """Packages whose versions decide initial states and physics."""
 SPEED = ("torch", "transformers", "python")
 """Packages whose versions decide latencies."""
