@@ -241,7 +241,8 @@ def _build_world(path: Path, problem: str) -> Any:
             hard_reset=False,
         )
     except (OSError, ValueError, KeyError, ElementTree.ParseError) as error:  # of files: theirs and MuJoCo's
-        raise ConfigError(f"LIBERO's scene of {path.stem} cannot be built ({error}); {FIX}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"LIBERO's scene of {path.stem} cannot be built ({reason}); {FIX}") from error
 
 
 @contextmanager

@@ -121,6 +121,8 @@ def _strict_parser() -> Callable[[str], dict[str, Any]]:
             problem: dict[str, Any] = read(path)
         except Exception as error:  # it raises whatever a wrong word leads to
             raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}); {FIX}") from error
+        if not problem["goal_state"]:  # a word that it does not know is passed over
+            raise ConfigError(f"{path} is damaged (it has no goal); {FIX}")
         return problem
 
     module.robosuite_parse_problem = parse

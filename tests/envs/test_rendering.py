@@ -109,3 +109,19 @@ def test_the_quality_may_change_between_frames(env: ManipulationEnv) -> None:
     np.testing.assert_array_equal(frames[0], frames[2])
     np.testing.assert_array_equal(frames[1], frames[3])
     assert (frames[0] != frames[1]).any()
+
+
+def test_the_first_frame_has_the_shadows_of_what_is_not_in_view() -> None:
+    mujoco = load_mujoco()
+    model = mujoco.MjModel.from_xml_string("""<mujoco><visual><map znear="0.01"/></visual><worldbody>
+      <light name="sun" directional="true" pos="2 0 2" dir="-1 0 -1" castshadow="true"/>
+      <geom type="box" size="3 3 0.01"/><geom type="box" pos="1 0 1" size="0.2 0.2 0.2"/>
+      <camera name="above" pos="0 0 1" xyaxes="1 0 0 0 1 0" fovy="40"/></worldbody></mujoco>""")
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    with closing(SceneRenderer(model)) as renderer:
+        plain = Plain(model, 32, 32, True, renderer._option)
+        with closing(plain.renderer):
+            first = renderer.render(data, "above", 32, 32, full_quality=True)
+            np.testing.assert_array_equal(first, plain.render(data, "above"))
+    assert first.std() > 20
