@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from dysl_vla import provenance
 from dysl_vla.errors import DyslError
 
-EXTRAS = ("policy", "sim")
+EXTRAS, OPTIONAL = ("policy", "sim"), ("libero",)
+"""Extras that are looked for, and those that are if a part of them is there."""
 SLOW_FRAME_MS = 100.0
 
 
@@ -61,9 +62,10 @@ def diagnose() -> Diagnosis:
     missing = []
     versions = provenance.versions()
     found += [f"{name} {versions[name]}" for name in versions if name != "python"]
-    for extra in EXTRAS:
-        lacking = [name for name in needed_by(extra) if not is_installed(name)]
-        if lacking:
+    for extra in (*EXTRAS, *OPTIONAL):
+        needed = needed_by(extra)
+        lacking = [name for name in needed if not is_installed(name)]
+        if lacking and (extra in EXTRAS or len(lacking) < len(needed)):
             missing.append(f"{', '.join(lacking)}; install with: pip install 'dysl-vla[{extra}]'")
     if not any("[sim]" in line for line in missing):
         try:

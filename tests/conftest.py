@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="run every case of LIBERO's tests, not a sample")
+    parser.addoption("--exhaustive", action="store_true", help="run every scene, task and recording, not a sample")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

