@@ -37,8 +37,8 @@ from dysl_vla.data.lerobot import DemonstrationWriter, Episode, Origin, check_wr
 from dysl_vla.data.robomimic import check_motion
 from dysl_vla.envs.libero import HORIZONS, folder_of, instruction_of
 from dysl_vla.envs.libero_package import task_map
-from dysl_vla.envs.robosuite import RATE_HZ
 from dysl_vla.envs.robosuite_libero import rotation_vector
+from dysl_vla.envs.robosuite_world import RATE_HZ
 from dysl_vla.errors import DatasetError
 from dysl_vla.files import locked_dir
 from dysl_vla.types import FULL_QUALITY, LIBERO_ACTIONS, LIBERO_STATE, EmbodimentSpec, FloatArray, ImageArray

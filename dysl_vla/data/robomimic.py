@@ -27,7 +27,8 @@ from dysl_vla.data.hdf5 import (
 )
 from dysl_vla.data.lerobot import DemonstrationWriter, Episode, Origin, check_writable
 from dysl_vla.envs import get_suite, with_robot
-from dysl_vla.envs.robosuite import ACTION_NAMES, FIVE, INSTRUCTIONS, RATE_HZ, ROBOTS, RobosuiteEnv, controllers
+from dysl_vla.envs.robosuite import FIVE, INSTRUCTIONS, ROBOTS, RobosuiteEnv, controllers
+from dysl_vla.envs.robosuite_world import ACTION_NAMES, RATE_HZ
 from dysl_vla.errors import DatasetError
 from dysl_vla.files import locked_dir
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY

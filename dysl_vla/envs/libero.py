@@ -16,16 +16,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from dysl_vla.envs.base import VIDEO_PIXELS, ManipulationEnv, check_cameras
+from dysl_vla.envs.base import VIDEO_PIXELS, check_cameras
 from dysl_vla.envs.libero_controller import libero_controllers
 from dysl_vla.envs.libero_package import FIX, initial_states, load_libero, task_file, task_map
-from dysl_vla.envs.rendering import Scene, SceneRenderer
-from dysl_vla.envs.robosuite import ACTION_NAMES, COLLISION_GEOMS, RATE_HZ
-from dysl_vla.envs.robosuite_arm import Arm
 from dysl_vla.envs.robosuite_libero import libero_state
+from dysl_vla.envs.robosuite_world import RATE_HZ, RobosuiteWorld, embodiment, mirrored
 from dysl_vla.errors import ConfigError
 from dysl_vla.provenance import FIRST_EVALUATION_SEED
-from dysl_vla.types import LIBERO_STATE, EmbodimentSpec, FloatArray, ImageArray
+from dysl_vla.types import LIBERO_STATE, FloatArray, ImageArray
 
 if TYPE_CHECKING:
     from dysl_vla.envs.robosuite_experts import Expert
@@ -85,7 +83,7 @@ def has_expert(suite: str, task: str) -> bool:
     return suite in EXPERT_SUITES and task not in WITHOUT_EXPERT
 
 
-class LiberoEnv(ManipulationEnv):
+class LiberoEnv(RobosuiteWorld):
     """One task of LIBERO or LIBERO-PRO.
 
     LIBERO-PRO keeps the names of the tasks that it perturbs, and writes the instruction into the BDDL file: its authors
@@ -121,26 +119,13 @@ class LiberoEnv(ManipulationEnv):
         sizes = dict(cameras or DEFAULT_CAMERAS)
         check_cameras(sizes, CAMERAS)
         self._has_expert = has_expert(suite, task)
-        self._expert: Expert | None = None
         self._states = initial_states(folder_of(suite), task)
         with task_file(folder_of(suite), task) as path:
             problem = load_libero().parse(str(path))
-            self._world = _build_world(path, problem["problem_name"])
-        self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
-        self._arm = Arm(self._world)
-        self._renderer = SceneRenderer(self._model, hidden_groups=(COLLISION_GEOMS,))
-        self._scene = Scene(self._model, self._data, self._renderer)
-        spec = EmbodimentSpec(
-            cameras=sizes,
-            state_names=LIBERO_STATE,
-            action_names=ACTION_NAMES,
-            action_low=(-1.0,) * len(ACTION_NAMES),
-            action_high=(1.0,) * len(ACTION_NAMES),
-            rate_hz=float(RATE_HZ),
-        )
+            self._bind(_build_world(path, problem["problem_name"]))
         words = problem["language_instruction"]
         instruction = instruction_of(task) if suite in HORIZONS else " ".join(words).replace("\u2019", "'")
-        super().__init__(task, instruction, spec, horizons[suite], render_mode)
+        super().__init__(task, instruction, embodiment(sizes, LIBERO_STATE), horizons[suite], render_mode)
 
     def _reset_world(self, rng: np.random.Generator) -> None:
         is_fixed = self._seed == FIRST_EVALUATION_SEED and len(self._states) > 0
@@ -190,36 +175,15 @@ class LiberoEnv(ManipulationEnv):
         _, reward, success, _ = self._world.step(action)
         return float(reward), bool(success)
 
-    @property
-    def scene(self) -> Scene:
-        """See `ManipulationEnv`."""
-        return self._scene
-
     def _state(self) -> FloatArray:
         return libero_state(self._world, self._arm)
 
     def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
-        return self._upright(camera, height, width)[:, ::-1].copy()
+        return mirrored(super()._render_camera(camera, height, width))
 
     def render(self) -> ImageArray:
         """Render a frame for people, which is not mirrored; see `ManipulationEnv.render`."""
-        return self._upright(next(iter(self.embodiment.cameras)), VIDEO_PIXELS, VIDEO_PIXELS)
-
-    def _upright(self, camera: str, height: int, width: int) -> ImageArray:
-        return self._renderer.render(self._data, camera, height, width, full_quality=self.full_quality)
-
-    def expert_action(self) -> FloatArray:
-        """The action of a scripted policy on the full state; see `ManipulationEnv.expert_action`."""
-        if not self._has_expert:
-            return super().expert_action()
-        if self._expert is None:
-            raise ConfigError("expert_action: reset the environment first.")
-        return np.clip(np.asarray(self._expert.act(), np.float32), -1, 1)
-
-    def close(self) -> None:
-        """Free the renderers."""
-        self._renderer.close()
-        self._world.close()
+        return super()._render_camera(next(iter(self.embodiment.cameras)), VIDEO_PIXELS, VIDEO_PIXELS)
 
 
 def _build_world(path: Path, problem: str) -> Any:

@@ -11,20 +11,17 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dysl_vla.envs.base import ManipulationEnv, check_cameras
-from dysl_vla.envs.rendering import Scene, SceneRenderer, load_mujoco
-from dysl_vla.envs.robosuite_arm import Arm
+from dysl_vla.envs.base import check_cameras
+from dysl_vla.envs.rendering import load_mujoco
+from dysl_vla.envs.robosuite_world import RATE_HZ, RobosuiteWorld, embodiment
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
-from dysl_vla.types import EmbodimentSpec, FloatArray, ImageArray
-
-if TYPE_CHECKING:
-    from dysl_vla.envs.robosuite_experts import Expert
+from dysl_vla.types import FloatArray
 
 INSTRUCTIONS: dict[str, str] = {  # not PickPlaceSingle and NutAssemblySingle: their object differs between processes
     "lift": "lift the red cube",
@@ -53,21 +50,14 @@ FIVE = tuple(EXPERT_ROBOTS)
 ROBOTS = ("Panda", "Sawyer", "IIWA", "Jaco", "Kinova3", "UR5e")
 HORIZON = 400
 """The horizon of robosuite's benchmarks, which is short for the tasks with several objects and for tool-hang."""
-RATE_HZ = 20
 DEFAULT_CAMERAS = {"agentview": (128, 128), "robot0_eye_in_hand": (96, 96)}
 CAMERAS = ("agentview", "frontview", "birdview", "robot0_robotview", "robot0_eye_in_hand")
 """The cameras that every task has."""
 STATE_NAMES = ("x", "y", "z", "x_to_x", "x_to_y", "x_to_z", "y_to_x", "y_to_y", "y_to_z", "gripper")
 """Position in metres; directions of the end effector's x and y axes; metres between the fingers."""
-ARM_ACTIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
-"""A value of 1 is 5 cm, or half a radian about that axis; the three angles are one rotation vector."""
-ACTION_NAMES = (*ARM_ACTIONS, "gripper")
-"""Names that all tasks share: the tool that wipes has no gripper, and its last action moves nothing."""
-COLLISION_GEOMS = 0
-"""The group of the geometries that only collide."""
 
 
-class RobosuiteEnv(ManipulationEnv):
+class RobosuiteEnv(RobosuiteWorld):
     """One robosuite task.
 
     Args:
@@ -103,8 +93,9 @@ class RobosuiteEnv(ManipulationEnv):
         robosuite = load_robosuite()
         from dysl_vla.envs.robosuite_experts import experts
 
-        self._make_expert = experts[task] if robot in EXPERT_ROBOTS.get(task, ()) else None
-        self._world: Any = robosuite.make(
+        self._has_expert = robot in EXPERT_ROBOTS.get(task, ())
+        self._make_expert = experts[task] if self._has_expert else None
+        world = robosuite.make(
             re.sub(r"(?:^|-)(.)", lambda first: first[1].upper(), task),
             robots=robot,
             controller_configs=controllers(robot),
@@ -118,25 +109,9 @@ class RobosuiteEnv(ManipulationEnv):
             seed=0,
         )
         self.full_quality = full_quality
-        self._bind()
-        self._expert: Expert | None = None
+        self._bind(world)
         self._is_recorded = False
-        spec = EmbodimentSpec(
-            cameras=sizes,
-            state_names=self.state_names,
-            action_names=ACTION_NAMES,
-            action_low=(-1.0,) * len(ACTION_NAMES),
-            action_high=(1.0,) * len(ACTION_NAMES),
-            rate_hz=float(RATE_HZ),
-        )
-        super().__init__(task, INSTRUCTIONS[task], spec, HORIZON, render_mode)
-
-    def _bind(self) -> None:
-        """Find the arm and the cameras in the world's present model."""
-        self._model, self._data = self._world.sim.model._model, self._world.sim.data._data
-        self._arm = Arm(self._world)
-        self._renderer = SceneRenderer(self._model, hidden_groups=(COLLISION_GEOMS,))
-        self._scene = Scene(self._model, self._data, self._renderer)
+        super().__init__(task, INSTRUCTIONS[task], embodiment(sizes, self.state_names), HORIZON, render_mode)
 
     def load_recorded(self, model: str) -> None:
         """Build the scene of a recording, whose objects may differ in size and place; it has no episodes to reset to.
@@ -156,7 +131,7 @@ class RobosuiteEnv(ManipulationEnv):
                 f"the recorded scene is not robosuite 1.5's {self.task} ({error}); take a recording of that "
                 "version (robomimic's are named demo_v15.hdf5)."
             ) from error
-        self._bind()
+        self._bind(self._world)
 
     @property
     def recorded_width(self) -> int:
@@ -195,31 +170,16 @@ class RobosuiteEnv(ManipulationEnv):
         _, reward, _, _ = self._world.step(action[: self._world.action_dim])
         return float(reward), bool(self._world._check_success())
 
-    @property
-    def scene(self) -> Scene:
-        """See `ManipulationEnv`."""
-        return self._scene
-
     def _state(self) -> FloatArray:
         arm = self._arm
         return np.array([*arm.position, *arm.rotation[:, 0], *arm.rotation[:, 1], arm.opening], np.float32)
 
-    def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
-        return self._renderer.render(self._data, camera, height, width, full_quality=self.full_quality)
-
     def expert_action(self) -> FloatArray:
         """The action of a scripted policy on the full state; see `ManipulationEnv.expert_action`."""
-        if self._make_expert is None:
+        if not self._has_expert:
             having = ", ".join(EXPERT_ROBOTS.get(self.task, ())) or "none"
             raise ConfigError(f"task: {self.task!r} has no scripted expert for this robot; robots with one: {having}.")
-        if self._expert is None:
-            raise ConfigError("expert_action: reset the environment first.")
-        return np.clip(np.asarray(self._expert.act(), np.float32), -1, 1)
-
-    def close(self) -> None:
-        """Free the renderers."""
-        self._renderer.close()
-        self._world.close()
+        return super().expert_action()
 
 
 def controllers(robot: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dysl_vla.envs.robosuite import RobosuiteEnv
 from dysl_vla.envs.robosuite_arm import Arm
+from dysl_vla.envs.robosuite_world import mirrored
 from dysl_vla.types import LIBERO_STATE, FloatArray, ImageArray
 
 
@@ -31,7 +32,7 @@ class RobosuiteAsLibero(RobosuiteEnv):
         return libero_state(self._world, self._arm)
 
     def _render_camera(self, camera: str, height: int, width: int) -> ImageArray:
-        return super()._render_camera(camera, height, width)[:, ::-1].copy()
+        return mirrored(super()._render_camera(camera, height, width))
 
 
 def libero_state(world: Any, arm: Arm) -> FloatArray:

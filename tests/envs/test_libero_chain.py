@@ -207,6 +207,5 @@ def test_the_suite_has_one_task_without_demonstrations(env: LiberoChainEnv) -> N
     suite = get_suite("libero-chain")
     assert (suite.tasks, suite.horizon, env.horizon) == (("chain",), HORIZON, 1800)
     assert suite.without_expert == {"chain"}
-    suite.check_episodes(1000, FIRST_EVALUATION_SEED)
     with pytest.raises(ConfigError, match="libero-chain has no 'juggle'; there is: chain"):
         LiberoChainEnv("juggle")

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from dysl_vla.envs import get_suite
-from dysl_vla.envs.robosuite import ARM_ACTIONS, FIVE, INSTRUCTIONS, ROBOTS, STATE_NAMES, RobosuiteEnv
+from dysl_vla.envs.robosuite import FIVE, INSTRUCTIONS, ROBOTS, STATE_NAMES, RobosuiteEnv
 from dysl_vla.envs.robosuite_libero import RobosuiteAsLibero, rotation_vector
+from dysl_vla.envs.robosuite_world import ARM_ACTIONS
 from dysl_vla.errors import ConfigError
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY
 

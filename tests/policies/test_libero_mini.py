@@ -48,7 +48,7 @@ def test_another_instruction_in_the_same_state_leads_to_another_goal(
     env.reset(seed=FIRST_EVALUATION_SEED)
     assert not reached(env)
     state = policy.reset()
-    for step in range(STEPS):
+    for _ in range(STEPS):
         if not state.planned:
             told = {**env.observe(), TASK_KEY: instruction_of(task)}
             start_chunk(policy, told, state, env.embodiment)
