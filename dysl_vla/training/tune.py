@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,9 @@ class TuneConfig:
     tasks: str | None = None
     """Comma-separated tasks. When not given, they are all of the suite, or, without a suite, those that the policy was
     trained in."""
+    perturb: str | None = None
+    """What perturbs the world in a second measurement of success, as in `dysl eval`: `plus` is a sweep. Then the loss
+    may be exceeded neither there nor without it."""
     episodes: int = 20
     """Episodes of each task in which success is measured, at each setting; a smaller loss than one of them cannot be
     seen."""
@@ -76,6 +79,8 @@ class TuneConfig:
         for name, target in self.targets.items():
             if target is not None and not 0 <= target < math.inf:
                 raise ConfigError(f"{name} must be finite and not negative, got {target}.")
+        if self.perturb is not None and self.target_success_drop is None:
+            raise ConfigError("perturb must come with target_success_drop, as only success is measured in simulation.")
         for name in ("episodes", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -168,9 +173,10 @@ def tune(config: TuneConfig) -> Tuned:
         from dysl_vla.eval.runner import resolve_tasks
 
         try:
-            suite, tasks = resolve_tasks(
-                _evaluation(config, Path(), 0), load_policy(str(config.policy), compute=config.compute).provenance
-            )
+            made = load_policy(str(config.policy), compute=config.compute).provenance
+            suite, tasks = resolve_tasks(_evaluation(config, Path(), 0, None), made)
+            if config.perturb is not None:
+                resolve_tasks(_evaluation(config, Path(), 0, config.perturb), made)
         except ConfigError as error:
             raise ConfigError(f"{error} Without a simulator, give --target-action-error instead.") from error
         config = replace(config, suite=suite.name, robot=None, tasks=",".join(tasks))
@@ -187,6 +193,7 @@ def tune(config: TuneConfig) -> Tuned:
     measured = {
         **config.targets,
         "seed": TUNING_SEED if config.target_success_drop is not None else None,
+        "perturb": config.perturb,
         "curve": [asdict(point) for point in curve],
         "advice": tuned.advice,
         "machine": provenance.machine(),
@@ -258,21 +265,18 @@ def _within(curve: list[Point], costs: list[float], target: float, name: str, wh
 
 
 def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Tuned:
-    """Choose the fastest point that loses no more than allowed, by paired episodes."""
-    from dysl_vla.eval.compare import compare
-
+    """Choose the fastest point that loses no more than allowed in any world, by paired episodes."""
     assert config.target_success_drop is not None
     least: tuple[float, Point] | None = None
     with tempfile.TemporaryDirectory() as folder:
         full = _evaluate(config, Path(folder) / "full", 0)
-        shortest: Path | None = None
+        shortest: list[Path] = []
         for point in curve:
-            run = _evaluate(config, Path(folder) / f"{point.skip}", point.skip)
-            [comparison] = compare([full, run])
-            drop = -comparison.success.difference
+            runs = _evaluate(config, Path(folder) / f"{point.skip}", point.skip)
+            drop = max(-pairs.difference for pairs in _paired(full, runs))
             if drop <= config.target_success_drop:
-                return Tuned(curve, point, compare([shortest, run])[0].success if shortest else None)
-            shortest = shortest or run
+                return Tuned(curve, point, _together(_paired(shortest, runs)) if shortest else None)
+            shortest = shortest or runs
             if least is None or drop < least[0]:
                 least = drop, point
     assert least is not None
@@ -282,20 +286,35 @@ def _choose_by_success(config: TuneConfig, curve: list[Point]) -> Tuned:
     )
 
 
-def _evaluate(config: TuneConfig, out: Path, skip: float) -> Path:
-    """Measure success at a setting, and return the folder with its records."""
+def _evaluate(config: TuneConfig, out: Path, skip: float) -> list[Path]:
+    """Measure success at a setting, and return the folders with its records: without and with perturbations."""
     from dysl_vla.eval import evaluate
 
-    evaluate(_evaluation(config, out, skip))
-    return out
+    runs = {out / "nominal": None} | ({out / "perturbed": config.perturb} if config.perturb is not None else {})
+    for run, perturb in runs.items():
+        evaluate(_evaluation(config, run, skip, perturb))
+    return list(runs)
 
 
-def _evaluation(config: TuneConfig, out: Path, skip: float) -> EvalConfig:
+def _paired(first: list[Path], second: list[Path]) -> list[PairedSuccess]:
+    """Pair the episodes of two settings, world by world."""
+    from dysl_vla.eval.compare import compare
+
+    return [compare([one, other])[0].success for one, other in zip(first, second, strict=True)]
+
+
+def _together(worlds: list[PairedSuccess]) -> PairedSuccess:
+    """Add the counts of all worlds."""
+    return PairedSuccess(*(sum(counts) for counts in zip(*map(astuple, worlds), strict=True)))
+
+
+def _evaluation(config: TuneConfig, out: Path, skip: float, perturb: str | None) -> EvalConfig:
     return EvalConfig(
         out=out,
         policy=str(config.policy),
         suite=config.suite,
         robot=config.robot,
+        perturb=perturb,
         tasks=config.tasks,
         episodes=config.episodes,
         seed=TUNING_SEED,

@@ -7,7 +7,6 @@ import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -259,34 +258,38 @@ def test_a_policy_plays_where_it_was_trained(distilled: Path, tmp_path: Path) ->
         assert set(result["per_task"]) == {"reach", "linger"}
 
 
-def test_tuning_by_success_takes_the_fastest_that_loses_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = {"1.0": 0.05, "0.9": 0.015, "0.5": -0.01}
+def test_tuning_by_success_takes_the_fastest_that_loses_no_more_in_any_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = {"full": 20, "1.0": 70, "0.9": 35, "0.5": 10, "full+": 50, "1.0+": 300, "0.9+": 55, "0.5+": 52}
     asked: list[float] = []
 
-    def measured(config: TuneConfig, out: Path, skip: float) -> Path:
+    def measured(config: TuneConfig, out: Path, skip: float) -> list[Path]:
         asked.append(skip)
-        return out
+        return [out, out.with_name(f"{out.name}+")] if config.perturb else [out]
 
-    def compared(folders: list[Path]) -> list[SimpleNamespace]:
-        first, second = (losses.get(folder.name, 0.0) for folder in folders)
-        return [SimpleNamespace(success=SimpleNamespace(difference=first - second, runs=folders))]
+    def paired(first: list[Path], second: list[Path]) -> list[PairedSuccess]:
+        """Of 1000 episodes, each setting fails in others."""
+        counts = [(failures[other.name], failures[one.name]) for one, other in zip(first, second, strict=True)]
+        return [PairedSuccess(1000 - sum(pair), *pair, 0) for pair in counts]
 
     monkeypatch.setattr(tune_module, "_evaluate", measured)
-    monkeypatch.setattr("dysl_vla.eval.compare.compare", compared)
+    monkeypatch.setattr(tune_module, "_paired", paired)
     curve = [tune_module.Point(skip, 4, 1, 2, 0.1, 0) for skip in (1.0, 0.9, 0.5)]
 
-    def choose(drop: float) -> float:
-        tuned = tune_module._choose_by_success(TuneConfig(Path("p"), Path("d"), target_success_drop=drop), curve)
-        if tuned.chosen.skip < 1:
-            against: Any = tuned.against_shortest
-            assert [run.name for run in against.runs] == ["1.0", str(tuned.chosen.skip)]
-        return tuned.chosen.skip
+    def choose(drop: float, perturb: str | None = None) -> tuple[float, PairedSuccess | None]:
+        config = TuneConfig(Path("p"), Path("d"), target_success_drop=drop, perturb=perturb)
+        tuned = tune_module._choose_by_success(config, curve)
+        return tuned.chosen.skip, tuned.against_shortest
 
-    assert (choose(0.1), choose(0.02), choose(0.01)) == (1.0, 0.9, 0.5)
+    assert choose(0.1) == (1.0, None)
+    assert choose(0.02) == (0.9, PairedSuccess(895, 35, 70, 0))
+    assert choose(0.01) == (0.5, PairedSuccess(920, 10, 70, 0))
     assert asked == [0, 1.0, 0, 1.0, 0.9, 0, 1.0, 0.9, 0.5]  # the full model once
-    losses["0.5"] = 0.03
+    assert choose(0.1, "plus") == (0.9, PairedSuccess(895 + 645, 35 + 55, 70 + 300, 0))
+    failures["0.5"] = 50
     with pytest.raises(ConfigError, match=r"nearest possible is 0\.015, at skip 0\.9"):
         choose(0.001)
+    with pytest.raises(ConfigError, match="perturb must come with target_success_drop"):
+        TuneConfig(Path("p"), Path("d"), target_ms=5, perturb="light")
 
 
 @pytest.mark.parametrize(
