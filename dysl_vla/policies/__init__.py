@@ -54,6 +54,9 @@ __all__ = [
 OURS = {
     "mini-vla": "dysl_vla.policies.mini_vla",
     "openvla-oft": "dysl_vla.policies.openvla_oft",
+    "smolvla": "dysl_vla.policies.flow.smolvla",
+    "pi0": "dysl_vla.policies.flow.pi0",
+    "pi05": "dysl_vla.policies.flow.pi0",
     "baseline": "dysl_vla.policies.baseline",
 }
 """Type of a policy of this package to the module that registers it."""

@@ -34,6 +34,8 @@ SMALL = 16 * 2**20
 SAMPLES, SAMPLE_BYTES = 16, 64
 """Evenly spread samples of each tensor, and the bytes of each."""
 SETTINGS = ("config.json", "dataset_statistics.json", "preprocessor_config.json", "tokenizer.json")
+OTHERS = ("*--*_checkpoint.pt", "policy_preprocessor*", "policy_postprocessor*")
+"""Patterns of other files that count: OpenVLA-OFT's parts, and LeRobot's processors."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -135,7 +137,8 @@ def _files(folder: Path) -> list[Path]:
         places = read_document(folder / INDEX).get("weight_map")
         shards = [INDEX, *(str(name) for name in (places.values() if isinstance(places, dict) else ()))]
     named = {folder / name for name in (*SETTINGS, *shards) if Path(name).name == name}
-    return sorted(path for path in {*named, *folder.glob("*--*_checkpoint.pt")} if path.is_file())
+    others = (path for pattern in OTHERS for path in folder.glob(pattern))
+    return sorted(path for path in {*named, *others} if path.is_file())
 
 
 def _parts(path: Path) -> Iterator[bytes]:

@@ -15,7 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.caches import cache_of
 
-BATCH_FIRST = ("attention_mask", "causal_mask", "position_ids", "position_embeddings", "encoder_hidden_states")
+BATCH_FIRST = (
+    "attention_mask",
+    "causal_mask",
+    "position_ids",
+    "position_embeddings",
+    "encoder_hidden_states",
+    "adarms_cond",
+)
 """Arguments of a layer whose first dimension is the batch, or 1."""
 NOT_BATCHED = ("cache_position", "position_bias")
 """Arguments of a layer whose first dimension is something else."""

@@ -1,0 +1,225 @@
+"""Flow policies: a prefix is read once, then an expert turns noise into actions, in a few steps along a velocity.
+
+A control step has two parts. The prefix's decoder, the leader, reads images, words and (in SmolVLA) the state, and
+keeps keys and values at each layer. The expert, its follower, predicts the velocity at which a chunk moves from noise,
+at time 1, to actions, at time 0, and is integrated by Euler's method (Lipman et al. 2023, arXiv 2210.02747; the steps
+are those of openpi and LeRobot). Layers that the leader skips wrote no keys and values, so the expert skips them, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from dysl_vla.checkpoint import canonical
+from dysl_vla.policies.backbone import EMBEDS, MASK, BackbonePolicy
+from dysl_vla.policies.base_reference import Base, find_base, save_reference
+from dysl_vla.policies.compute import ComputeConfig, check_device_memory, set_attention
+from dysl_vla.policies.flow.expert import Expert, PrefixMemory
+from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder
+from dysl_vla.skip_controller.torch_backend import Forward
+from dysl_vla.types import EpisodeState, Observation, PolicySpec
+
+NOISE, STATE, CAUSAL = "noise", "state", "causal"
+"""Parts of an item beside the prefix's embeddings: the noise, (chunk, action), the normalised and padded state,
+(state,), and 1 for the tokens of the prefix that those before them do not see, (tokens,)."""
+
+
+class FlowPolicy(BackbonePolicy, nn.Module):
+    """What flow policies share; a subclass adds how prefix and actions are embedded, and what its folder holds.
+
+    Attributes:
+        kind: LeRobot's name of the type.
+        backbone: The prefix's decoder.
+        expert: The action expert.
+        spec: Cameras, state, actions, their normalisation, rate and chunk.
+        steps: Denoising steps of an inference.
+        action_width: Width of a noisy action, the embodiment's dimensions and padding.
+    """
+
+    takes_compute = True
+    padding_side = "right"
+    backbone: Any
+    expert: Expert
+    spec: PolicySpec
+    kind: ClassVar[str]
+    base: Base
+    files_dtype: torch.dtype
+    provenance: dict[str, Any]
+    steps: int
+    action_width: int
+
+    @classmethod
+    def of_folder(cls, folder: LeRobotFolder, options: FlowOptions) -> Self:
+        """Make the policy of a checkpoint, of its sizes and without its weights.
+
+        Raises:
+            CheckpointError: A tensor or file is missing or damaged, or something is not supported.
+            ConfigError: An option does not fit the checkpoint.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def renamed(name: str) -> str | None:
+        """Return the policy's name of a tensor of LeRobot's; None for one that it does not need."""
+        raise NotImplementedError
+
+    def make_buffers(self) -> None:
+        """Compute what no checkpoint stores: the decoder's rotary positions."""
+        decoder = self.backbone
+        decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config)
+
+    @property
+    def followers(self) -> Sequence[nn.ModuleList]:  # type: ignore[override]
+        """Return the expert's layers, which skip what the prefix skips."""
+        return (self.expert.layers,)
+
+    def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
+        """Return for each observation the prefix's embeddings, (tokens, width), and `CAUSAL`."""
+        raise NotImplementedError
+
+    def embed_actions(self, noisy: Tensor, time: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Embed noisy actions for the expert.
+
+        Args:
+            noisy: (batch, chunk, action_width).
+            time: Times of denoising, (batch,).
+            state: Normalised and padded state, (batch, state).
+
+        Returns:
+            The expert's tokens, (batch, tokens, width), of which the last `chunk` are the actions'; which of them
+            attend to which, (tokens, tokens); what adaptive norms get, (batch, width), or None.
+        """
+        raise NotImplementedError
+
+    def decode_velocity(self, hidden: Tensor) -> Tensor:
+        """Map the expert's output at the actions' tokens, (batch, chunk, width), to (batch, chunk, action_width)."""
+        raise NotImplementedError
+
+    def padded_state(self, observation: Observation) -> Tensor:
+        """Return an observation's normalised state with the zeros that it is padded with, (state,)."""
+        raise NotImplementedError
+
+    def encode(self, observations: Sequence[Observation], states: Sequence[EpisodeState]) -> list[dict[str, Tensor]]:
+        """Compute everything before the prefix's decoder, and draw the noise; see `SkippablePolicy.encode`."""
+        for observation in observations:
+            self.spec.check_observation(observation)
+        items = self.embed_prefix(observations)
+        for item, observation, state in zip(items, observations, states, strict=True):
+            embeds = item[EMBEDS]
+            item[STATE] = self.padded_state(observation).to(embeds)
+            item[NOISE] = self._draw(item[STATE], len(state.executed)).to(embeds.device)
+        return items
+
+    def _draw(self, state: Tensor, executed: int) -> Tensor:
+        """Draw an inference's noise, (chunk, action_width): a function of the state and of how far the episode is."""
+        seed = [executed, zlib.crc32(state.float().cpu().numpy().tobytes())]
+        noise = np.random.default_rng(seed).standard_normal((self.spec.chunk_length, self.action_width), np.float32)
+        return torch.from_numpy(noise)
+
+    def collate(self, items: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Combine items into a batch; prefixes of different lengths are padded at their end."""
+        longest = max(len(item[EMBEDS]) for item in items)
+        batch: dict[str, Tensor] = {
+            name: torch.stack([item[name] for item in items]) for name in items[0] if name not in (EMBEDS, CAUSAL)
+        }
+        for name in (EMBEDS, CAUSAL):
+            batch[name] = torch.stack([self._padded(item[name], longest - len(item[name])) for item in items])
+        lengths = torch.tensor([len(item[EMBEDS]) for item in items], device=batch[EMBEDS].device)
+        seen = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        batch[MASK] = seen
+        return batch, None if bool(seen.all()) else seen
+
+    def read_prefix(self, inputs: Mapping[str, Tensor]) -> PrefixMemory:
+        """Run the prefix's decoder, and return what it wrote for the expert."""
+        embeds, seen = inputs[EMBEDS], inputs[MASK]
+        block = inputs[CAUSAL].cumsum(dim=1)
+        allowed = (block[:, None, :] <= block[:, :, None]) & seen[:, None, :]
+        allowed = allowed | torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)  # padding attends to itself
+        mask = torch.zeros(allowed.shape, dtype=embeds.dtype, device=embeds.device)
+        mask.masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
+        cache = DynamicCache()
+        self.backbone(
+            inputs_embeds=embeds,
+            attention_mask=mask[:, None],
+            position_ids=(seen.cumsum(dim=1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return self.expert.remember(cache)
+
+    def velocity(self, noisy: Tensor, time: Tensor, memory: PrefixMemory, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Predict the velocity of noisy actions, (batch, chunk, action_width), at times, (batch,)."""
+        tokens, causal, condition = self.embed_actions(noisy, time, inputs[STATE])
+        hidden = self.expert(tokens, memory, inputs[MASK], causal, condition)
+        return self.decode_velocity(hidden[:, -self.spec.chunk_length :])
+
+    def act(self, inputs: Mapping[str, Tensor], forward: Forward) -> Tensor:
+        """Read the prefix, and integrate the velocity from noise to actions; see `SkippablePolicy.act`."""
+        memory = self.read_prefix(inputs)
+        noisy = inputs[NOISE]
+        for step in range(self.steps):
+            time = torch.full((len(noisy),), 1 - step / self.steps, device=noisy.device)
+            noisy = noisy - self.velocity(noisy, time, memory, inputs) / self.steps
+        forward.decoder_is_done()
+        return noisy[..., : len(self.spec.action_names)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a digest of the checkpoint's files, the options and the type of numbers."""
+        return self._fingerprint(next(self.backbone.parameters()).dtype)
+
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        """Return the fingerprint with the checkpoint's own type of numbers, which heads are trained for."""
+        return (self._fingerprint(self.files_dtype),)
+
+    def _fingerprint(self, dtype: torch.dtype) -> str:
+        return hashlib.sha256(f"{self.base.fingerprint}{canonical(self.spec)}{self.steps}{dtype}".encode()).hexdigest()
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a checkpoint that refers to LeRobot's folder, which is too large to copy."""
+        save_reference(folder, self.kind, self.base, self.provenance)
+
+    @classmethod
+    def from_pretrained(cls, name: str, compute: ComputeConfig | None = None) -> Self:
+        """Load a checkpoint from a folder or a Hugging Face hub id, or one that refers to it.
+
+        Args:
+            name: The checkpoint.
+            compute: Device, type of numbers, attention and options. On the device "meta" no weights are read.
+
+        Raises:
+            CheckpointError: A file or tensor is missing, damaged or unknown, or the checkpoint is of another kind.
+            ConfigError: An option is unknown or does not fit the checkpoint.
+        """
+        compute = compute or ComputeConfig()
+        folder, base = find_base(name, compute.options)
+        files = LeRobotFolder(folder)
+        device = compute.torch_device(is_large=True)
+        dtype = compute.torch_dtype() or files.dtype
+        # The modules are made without memory and take the file's tensors, so that the weights exist once.
+        with torch.device("meta"):
+            policy = cls.of_folder(files, FlowOptions.parse(base.options)).to(dtype)
+        if compute.attention is not None:
+            set_attention(name, policy, compute.attention)
+        expected = policy.state_dict()
+        places = files.places(cls.renamed, {name: tuple(value.shape) for name, value in expected.items()})
+        size = sum(value.nbytes for value in expected.values())
+        check_device_memory(device, size, "the policy's weights", "give --dtype bfloat16, or another --device")
+        if device.type != "meta":
+            policy.load_state_dict(dict(files.weights(places, dtype, device)), assign=True)
+        with device:
+            policy.make_buffers()
+        policy.base, policy.files_dtype = base, files.dtype
+        policy.provenance = {"base": asdict(base)}
+        return policy.eval()

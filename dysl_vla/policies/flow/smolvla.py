@@ -1,0 +1,241 @@
+"""SmolVLA (Shukor et al. 2025, arXiv 2506.01844), in the folders that LeRobot saves.
+
+The prefix is images, words and the state: SmolVLM2's vision transformer and the first layers of its decoder, a Llama
+with rotary positions of base 10000. The state is the last token, which images and words do not attend to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMConfig, SmolVLMVisionConfig
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
+
+from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_document
+from dysl_vla.errors import CheckpointError, DyslError
+from dysl_vla.policies.backbone import EMBEDS
+from dysl_vla.policies.base import policies
+from dysl_vla.policies.flow.expert import Expert, ExpertShape, time_embedding
+from dysl_vla.policies.flow.images import padded
+from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers
+from dysl_vla.policies.flow.policy import CAUSAL, FlowPolicy
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
+
+HEAD_DIM = 64
+"""Width of an attention head of SmolVLM2, of its decoder and its vision transformer, which tensors do not tell."""
+ROPE_THETA = 10_000.0
+SETTINGS = {
+    "max_state_dim": 32,
+    "max_action_dim": 32,
+    "num_steps": 10,
+    "min_period": 4e-3,
+    "max_period": 4.0,
+    "tokenizer_max_length": 48,
+}
+"""Numbers of config.json, and LeRobot's defaults."""
+RENAMED = (
+    ("vlm_with_expert.vlm.model.vision_model.", "vision."),
+    ("vlm_with_expert.vlm.model.connector.", "connector."),
+    ("vlm_with_expert.vlm.model.text_model.", "backbone."),
+    ("vlm_with_expert.lm_expert.", "expert."),
+)
+"""Beginnings of LeRobot's tensors' names, and of the policy's."""
+
+
+class SmolVLA(FlowPolicy):
+    """The policy that this module describes, as a `SkippablePolicy`.
+
+    Args:
+        vlm: Configuration of the vision transformer, the connector and the decoder.
+        expert: Sizes of the expert.
+        spec: Cameras, state, actions, their normalisation, rate and chunk.
+        tokenizer: The tokenizer of instructions.
+        settings: Numbers of LeRobot's config.json: `max_state_dim`, `max_action_dim`, `num_steps`, `min_period`,
+            `max_period`, `tokenizer_max_length`, and `resize_imgs_with_padding`, (width, height), or None.
+    """
+
+    kind = "smolvla"
+    backbone: LlamaModel
+
+    def __init__(
+        self,
+        vlm: SmolVLMConfig,
+        expert: ExpertShape,
+        spec: PolicySpec,
+        tokenizer: Tokenizer,
+        settings: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        llama: Any = vlm.text_config
+        seen: Any = vlm.vision_config
+        self.vision = SmolVLMVisionTransformer(seen)
+        self.connector: nn.Module = SmolVLMConnector(vlm)  # type: ignore[no-untyped-call]
+        self.backbone = LlamaModel(llama)
+        self.expert = Expert(expert)
+        self.state_proj = nn.Linear(settings["max_state_dim"], llama.hidden_size)
+        self.action_in_proj = nn.Linear(settings["max_action_dim"], expert.width)
+        self.action_out_proj = nn.Linear(expert.width, settings["max_action_dim"])
+        self.action_time_mlp_in = nn.Linear(2 * expert.width, expert.width)
+        self.action_time_mlp_out = nn.Linear(expert.width, expert.width)
+        self.spec, self.tokenizer, self.settings = spec, tokenizer, dict(settings)
+        self.steps, self.action_width = int(settings["num_steps"]), int(settings["max_action_dim"])
+        self.provenance: dict[str, Any] = {}
+
+    def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
+        """Embed images, words and state; see `FlowPolicy.embed_prefix`."""
+        scale = math.sqrt(self.width)
+        weight = self.state_proj.weight
+        views = [self._see(camera, observations) for camera in self.spec.cameras]
+        items = []
+        for row, observation in enumerate(observations):
+            ids = torch.tensor(self.token_ids(observation[TASK_KEY]), device=weight.device)
+            words = self.backbone.embed_tokens(ids) * scale
+            state = self.state_proj(self.padded_state(observation).to(weight))
+            embeds = torch.cat([*(view[row] * scale for view in views), words, state[None]])
+            causal = torch.zeros(len(embeds), dtype=torch.long, device=weight.device)
+            causal[-1] = 1
+            items.append({EMBEDS: embeds, CAUSAL: causal})
+        return items
+
+    def _see(self, camera: str, observations: Sequence[Observation]) -> Tensor:
+        """Encode the images of a camera to (observations, tokens, width)."""
+        weight = self.state_proj.weight
+        stacked = torch.from_numpy(np.stack([one[IMAGE_PREFIX + camera] for one in observations]))
+        pixels = stacked.to(weight.device).permute(0, 3, 1, 2).float() / 255
+        size = self.settings.get("resize_imgs_with_padding")
+        pixels = padded(pixels, int(size[1]), int(size[0]), is_centred=False) if size else 2 * pixels - 1
+        seen = self.vision(pixel_values=pixels.to(weight.dtype)).last_hidden_state
+        answer: Tensor = self.connector(seen)
+        return answer
+
+    def padded_state(self, observation: Observation) -> Tensor:
+        """See `FlowPolicy.padded_state`."""
+        state = torch.from_numpy(self.spec.state_normalisation.apply(np.asarray(observation[STATE_KEY], np.float32)))
+        return functional.pad(state, (0, int(self.settings["max_state_dim"]) - len(state)))
+
+    def token_ids(self, instruction: str) -> list[int]:
+        """Return an instruction's token ids, which end in that of a new line unless there are too many."""
+        text = instruction if instruction.endswith("\n") else f"{instruction}\n"
+        return list(self.tokenizer.encode(text).ids[: int(self.settings["tokenizer_max_length"])])
+
+    def embed_actions(self, noisy: Tensor, time: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Embed noisy actions with the time; each attends to those before it. See `FlowPolicy.embed_actions`."""
+        actions = self.action_in_proj(noisy.to(self.action_in_proj.weight.dtype))
+        periods = self.settings["min_period"], self.settings["max_period"]
+        when = time_embedding(time, self.expert.shape.width, *periods).to(actions)
+        both = torch.cat([actions, when[:, None].expand_as(actions)], dim=2)
+        tokens = self.action_time_mlp_out(functional.silu(self.action_time_mlp_in(both)))
+        count = noisy.shape[1]
+        return tokens, torch.ones(count, count, dtype=torch.bool, device=noisy.device).tril(), None
+
+    def decode_velocity(self, hidden: Tensor) -> Tensor:
+        """See `FlowPolicy.decode_velocity`."""
+        velocity: Tensor = self.action_out_proj(hidden.to(self.action_out_proj.weight.dtype))
+        return velocity.float()
+
+    @classmethod
+    def of_folder(cls, folder: LeRobotFolder, options: FlowOptions) -> SmolVLA:
+        """See `FlowPolicy.of_folder`."""
+        vlm, expert = read_sizes(folder)
+        model = str(folder.config.get("vlm_model_name"))
+        settings: dict[str, Any] = {name: folder.number(name, default) for name, default in SETTINGS.items()}
+        settings["num_steps"] = options.steps or settings["num_steps"]
+        settings["resize_imgs_with_padding"] = folder.config.get("resize_imgs_with_padding")
+        if folder.config.get("add_image_special_tokens"):
+            raise CheckpointError(f"{folder.folder / CONFIG}: add_image_special_tokens is not supported.")
+        return cls(vlm, expert, folder.spec(options), folder.tokenizer(options, model), settings)
+
+    @staticmethod
+    def renamed(name: str) -> str | None:
+        """See `FlowPolicy.renamed`."""
+        if name.startswith("vlm_with_expert.vlm.lm_head.") or name.endswith("rotary_emb.inv_freq"):
+            return None
+        return _renamed(name)
+
+
+def read_sizes(folder: LeRobotFolder) -> tuple[SmolVLMConfig, ExpertShape]:
+    """Return the sizes of a checkpoint, from its tensors, and what these do not tell from the vision-language model.
+
+    Raises:
+        CheckpointError: A tensor is missing or of an impossible shape.
+    """
+    shapes = {_renamed(name): shape for name, shape in folder.shapes.items()}
+
+    def size(name: str, dimension: int = 0) -> int:
+        if name not in shapes:
+            raise CheckpointError(f"{folder.folder} has no tensor {name!r}, as a SmolVLA has; get it again.")
+        return shapes[name][dimension]
+
+    stated = _stated(str(folder.config.get("vlm_model_name", "")))
+    text, seen = stated.get("text_config", {}), stated.get("vision_config", {})
+    head_dim = int(text.get("head_dim") or HEAD_DIM)
+    layer, depth = "backbone.layers.0.", count_layers(shapes, "backbone.layers.")
+    llama = LlamaConfig(
+        vocab_size=size("backbone.embed_tokens.weight"),
+        hidden_size=size("backbone.embed_tokens.weight", 1),
+        intermediate_size=size(f"{layer}mlp.up_proj.weight"),
+        num_hidden_layers=depth,
+        num_attention_heads=size(f"{layer}self_attn.q_proj.weight") // head_dim,
+        num_key_value_heads=size(f"{layer}self_attn.k_proj.weight") // head_dim,
+        head_dim=head_dim,
+        rms_norm_eps=float(text.get("rms_norm_eps", 1e-5)),
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+    )
+    patches = size("vision.embeddings.position_embedding.weight")
+    patch = size("vision.embeddings.patch_embedding.weight", 3)
+    width = size("vision.embeddings.patch_embedding.weight")
+    vision = SmolVLMVisionConfig(
+        hidden_size=width,
+        intermediate_size=size("vision.encoder.layers.0.mlp.fc1.weight"),
+        num_hidden_layers=count_layers(shapes, "vision.encoder.layers."),
+        num_attention_heads=int(seen.get("num_attention_heads") or width // HEAD_DIM),
+        image_size=math.isqrt(patches) * patch,
+        patch_size=patch,
+        layer_norm_eps=float(seen.get("layer_norm_eps", 1e-6)),
+    )
+    shuffled = size("connector.modality_projection.proj.weight", 1)
+    vlm = SmolVLMConfig(text_config=llama, vision_config=vision, scale_factor=math.isqrt(shuffled // width))
+    present = count_layers(shapes, "expert.layers.")
+    every = depth // max(1, present)
+    first = "expert.layers.0."
+    among = int(folder.number("self_attn_every_n_layers", 2))
+    crosses = "cross" in str(folder.config.get("attention_mode", "cross_attn"))
+    expert = ExpertShape(
+        width=size(f"{first}self_attn.q_proj.weight", 1),
+        depth=depth,
+        heads=size(f"{first}self_attn.q_proj.weight") // head_dim,
+        kv_heads=size(f"{first}self_attn.k_proj.weight") // head_dim,
+        head_dim=head_dim,
+        mlp_width=size(f"{first}mlp.up_proj.weight"),
+        norm_eps=float(text.get("rms_norm_eps", 1e-5)),
+        rope_theta=ROPE_THETA,
+        crossing=tuple(one for one in range(depth) if crosses and not (among > 0 and one % among == 0)),
+        present=tuple(range(0, depth, every)),
+    )
+    return vlm, expert
+
+
+def _renamed(name: str) -> str:
+    for old, new in RENAMED:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _stated(model: str) -> dict[str, Any]:
+    """Return the configuration of the vision-language model where it can be had; the defaults are SmolVLM2's."""
+    try:
+        return read_document(find_checkpoint(model) / CONFIG) if model else {}
+    except DyslError:
+        return {}
+
+
+policies.register(SmolVLA.kind)(SmolVLA)
