@@ -81,8 +81,9 @@ class FlowOptions:
     """Number of actions that are executed before the next inference; 0: those that the folder says."""
     steps: int = 0
     """Denoising steps of an inference; 0: those that the folder says."""
-    tokenizer: str = ""
-    """Folder, or tokenizer.json, of the vision-language model's tokenizer."""
+    vlm: str = ""
+    """Folder with tokenizer.json and config.json of the vision-language model that the policy was made from, where the
+    hub cannot be reached."""
 
     def __post_init__(self) -> None:
         if not 0 < self.rate_hz < 10_000:
@@ -317,7 +318,7 @@ class LeRobotFolder:
         return Normalisation(tuple((low + half).tolist()), tuple(half.tolist()))
 
     def tokenizer(self, options: FlowOptions, model: str) -> Tokenizer:
-        """Return the tokenizer of the vision-language model, from the folder, where the option says, or the hub.
+        """Return the tokenizer of the vision-language model: where the option says, from this folder, or from the hub.
 
         Args:
             options: The options.
@@ -326,23 +327,28 @@ class LeRobotFolder:
         Raises:
             CheckpointError: It cannot be had, or is damaged.
         """
-        path = self.folder / TOKENIZER
-        if options.tokenizer:
-            given = Path(options.tokenizer)
-            path = given / TOKENIZER if given.is_dir() else given
-        elif not path.is_file():
+        path = (Path(options.vlm) if options.vlm else self.folder) / TOKENIZER
+        if not options.vlm and not path.is_file():
             try:
                 path = find_checkpoint(model) / TOKENIZER
             except (CheckpointError, ConfigError) as error:
                 raise CheckpointError(
                     f"The tokenizer of {model} cannot be had ({error}); put its {TOKENIZER} into {self.folder}, or "
-                    "give --policy-options tokenizer=FILE."
+                    f"give the folder that has it by --policy-options vlm=FOLDER."
                 ) from error
         try:
             tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
             raise CheckpointError(f"{path} is missing or damaged ({error}); get it again.") from error
         return tokenizer
+
+
+def read_vlm_config(options: FlowOptions, model: str) -> dict[str, Any]:
+    """Return the configuration of the vision-language model where it can be had, else an empty one."""
+    try:
+        return read_document((Path(options.vlm) if options.vlm else find_checkpoint(model)) / CONFIG)
+    except (CheckpointError, ConfigError):
+        return {}
 
 
 def _named(option: str, given: str, default: Collection[str], count: int) -> tuple[str, ...]:

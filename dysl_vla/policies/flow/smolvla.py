@@ -19,13 +19,13 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMConfig, SmolVLMVisionConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
 
-from dysl_vla.checkpoint import CONFIG, find_checkpoint, read_document
-from dysl_vla.errors import CheckpointError, DyslError
+from dysl_vla.checkpoint import CONFIG
+from dysl_vla.errors import CheckpointError
 from dysl_vla.policies.backbone import EMBEDS
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.flow.expert import Expert, ExpertShape, time_embedding
 from dysl_vla.policies.flow.images import padded
-from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers
+from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers, read_vlm_config
 from dysl_vla.policies.flow.policy import CAUSAL, FlowPolicy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
 
@@ -144,8 +144,8 @@ class SmolVLA(FlowPolicy):
     @classmethod
     def of_folder(cls, folder: LeRobotFolder, options: FlowOptions) -> SmolVLA:
         """See `FlowPolicy.of_folder`."""
-        vlm, expert = read_sizes(folder)
         model = str(folder.config.get("vlm_model_name"))
+        vlm, expert = read_sizes(folder, read_vlm_config(options, model))
         settings: dict[str, Any] = {name: folder.number(name, default) for name, default in SETTINGS.items()}
         settings["num_steps"] = options.steps or settings["num_steps"]
         settings["resize_imgs_with_padding"] = folder.config.get("resize_imgs_with_padding")
@@ -161,8 +161,12 @@ class SmolVLA(FlowPolicy):
         return _renamed(name)
 
 
-def read_sizes(folder: LeRobotFolder) -> tuple[SmolVLMConfig, ExpertShape]:
-    """Return the sizes of a checkpoint, from its tensors, and what these do not tell from the vision-language model.
+def read_sizes(folder: LeRobotFolder, stated: Mapping[str, Any]) -> tuple[SmolVLMConfig, ExpertShape]:
+    """Return the sizes of a checkpoint.
+
+    Args:
+        folder: Its files, whose tensors tell most of it.
+        stated: The configuration of the vision-language model, for the rest; SmolVLM2's numbers are the defaults.
 
     Raises:
         CheckpointError: A tensor is missing or of an impossible shape.
@@ -174,7 +178,6 @@ def read_sizes(folder: LeRobotFolder) -> tuple[SmolVLMConfig, ExpertShape]:
             raise CheckpointError(f"{folder.folder} has no tensor {name!r}, as a SmolVLA has; get it again.")
         return shapes[name][dimension]
 
-    stated = _stated(str(folder.config.get("vlm_model_name", "")))
     text, seen = stated.get("text_config", {}), stated.get("vision_config", {})
     head_dim = int(text.get("head_dim") or HEAD_DIM)
     layer, depth = "backbone.layers.0.", count_layers(shapes, "backbone.layers.")
@@ -228,14 +231,6 @@ def _renamed(name: str) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
-
-
-def _stated(model: str) -> dict[str, Any]:
-    """Return the configuration of the vision-language model where it can be had; the defaults are SmolVLM2's."""
-    try:
-        return read_document(find_checkpoint(model) / CONFIG) if model else {}
-    except DyslError:
-        return {}
 
 
 policies.register(SmolVLA.kind)(SmolVLA)

@@ -1,0 +1,76 @@
+"""SmolVLA, pi0 and pi0.5 act as LeRobot's own code does, which `record_lerobot.py` has recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dysl_vla.policies import ComputeConfig, load_skippable_policy
+from dysl_vla.skip_controller.torch_backend import Forward
+from tests.policies.flow.folders import (
+    CAMERAS,
+    KINDS,
+    OBSERVATIONS,
+    OPTIONS,
+    make_folder,
+    observation,
+    recorded_actions,
+)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    folder = make_folder(request.param, tmp_path_factory.mktemp("lerobot") / request.param)
+    return request.param, load_skippable_policy(str(folder), ComputeConfig(policy_options=OPTIONS))
+
+
+def test_twenty_observations_give_lerobots_actions(loaded: tuple[str, Any]) -> None:
+    kind, policy = loaded
+    assert policy.spec.cameras == CAMERAS
+    recorded = recorded_actions(kind)
+    assert len(recorded) == OBSERVATIONS
+    for number, expected in enumerate(recorded):
+        given = observation(number)
+        noise = torch.from_numpy(given.pop("noise"))[None]
+        with torch.no_grad():
+            inputs, _ = policy.collate(policy.encode([given], [policy.reset()]))
+            actions = policy.act({**inputs, "noise": noise}, Forward())
+        actions = policy.spec.action_normalisation.undo(actions.numpy())[0]
+        np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_row_does_not_depend_on_its_neighbours(loaded: tuple[str, Any]) -> None:
+    """Their instructions differ in length, so that all but one prefix are padded."""
+    _, policy = loaded
+    given = [{key: value for key, value in observation(number).items() if key != "noise"} for number in range(3)]
+    together = policy.infer(given, [policy.reset() for _ in given])
+    for one, chunk in zip(given, together, strict=True):
+        [alone] = policy.infer([one], [policy.reset()])
+        np.testing.assert_allclose(chunk.actions, alone.actions, atol=1e-5)
+    again = policy.infer(given, [policy.reset() for _ in given])
+    for one, other in zip(together, again, strict=True):
+        np.testing.assert_array_equal(one.actions, other.actions)
+
+
+def test_the_noise_changes_from_one_inference_to_the_next(loaded: tuple[str, Any]) -> None:
+    _, policy = loaded
+    given = {key: value for key, value in observation(0).items() if key != "noise"}
+    state = policy.reset()
+    [first] = policy.infer([given], [state])
+    state.executed.extend(first.actions[:2])
+    [second] = policy.infer([given], [state])
+    assert np.abs(first.actions - second.actions).max() > 1e-3
+
+
+def test_a_checkpoint_refers_to_lerobots_folder(loaded: tuple[str, Any], tmp_path: Path) -> None:
+    _, policy = loaded
+    policy.save_pretrained(tmp_path)
+    again = load_skippable_policy(str(tmp_path))
+    assert again.fingerprint == policy.fingerprint
+    given = {key: value for key, value in observation(0).items() if key != "noise"}
+    [one], [other] = (p.infer([given], [p.reset()]) for p in (policy, again))
+    np.testing.assert_array_equal(one.actions, other.actions)
