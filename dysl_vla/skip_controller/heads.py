@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +25,8 @@ class HeadsConfig:
         hidden_size: Width of the decoder.
         adapter_size: Width of an adapter's bottleneck.
         controller_size: Width of a controller's hidden layer.
+        follower_sizes: Widths of the decoders that follow this one, which get adapters of their own; empty: they pass
+            their hidden states over what they skip.
 
     Raises:
         ConfigError: A size is below 1.
@@ -32,11 +35,14 @@ class HeadsConfig:
     hidden_size: int
     adapter_size: int = 88
     controller_size: int = 16
+    follower_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "adapter_size", "controller_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if any(size < 1 for size in self.follower_sizes):
+            raise ConfigError(f"follower_sizes must be at least 1, got {list(self.follower_sizes)}.")
 
 
 class Adapter(nn.Module):
@@ -81,7 +87,7 @@ class Controller(nn.Module):
 
 
 class SkipHeads(nn.Module):
-    """One adapter and one controller for each layer at which a plan lets a block be left.
+    """One adapter and one controller for each layer at which a plan lets a block be left, and followers' adapters.
 
     Args:
         plan: The plan, which names the dynamic layers.
@@ -95,6 +101,26 @@ class SkipHeads(nn.Module):
         layers = plan.exits or plan.dynamic_layers
         self.adapters = nn.ModuleDict({str(layer): Adapter(config) for layer in layers})
         self.controllers = nn.ModuleDict({str(layer): Controller(config) for layer in layers})
+        self.followers = nn.ModuleList(
+            nn.ModuleDict({str(layer): Adapter(HeadsConfig(size, config.adapter_size)) for layer in layers})
+            for size in config.follower_sizes
+        )
+
+    def follower_adapter(self, number: int, layer: int) -> nn.Module | None:
+        """Return a follower's adapter at a layer at which a block may be left; None where followers have none."""
+        if number >= len(self.followers):
+            return None
+        adapters = self.followers[number]
+        assert isinstance(adapters, nn.ModuleDict)
+        return adapters[str(layer)]
+
+
+def adapted(adapter: Callable[[Tensor], Tensor], hidden: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return hidden states, (batch, tokens, hidden), with an adapter's output in some rows."""
+    if len(rows) == len(hidden):
+        return adapter(hidden).to(hidden.dtype)  # autocast may return another dtype
+    chosen = torch.tensor(rows, device=hidden.device)
+    return hidden.index_copy(0, chosen, adapter(hidden[chosen]).to(hidden.dtype))
 
 
 def pool(hidden: Tensor, mask: Tensor | None) -> Tensor:

@@ -170,7 +170,7 @@ class HeadsTrainer:
     def answer(self, batch: Batch) -> FullModelAnswer:
         """Compute the full model's answer to a batch; it is the same for every step, so it can be kept."""
         with self._mixed, self._skipper.record() as forwards:
-            actions = self._act(batch[0], Forward())
+            actions = self._act(batch[0], Forward(is_lesson=True))
         first = _recorded(forwards)[0]
         return FullModelAnswer(actions, [first[block.target] for block in self._skipper.plan.blocks])
 

@@ -24,7 +24,7 @@ from dysl_vla.skip_controller.caches import (
 )
 from dysl_vla.skip_controller.compatibility import check_arguments
 from dysl_vla.skip_controller.decoders import WrappedLayers, hidden_of
-from dysl_vla.skip_controller.heads import SkipHeads
+from dysl_vla.skip_controller.heads import SkipHeads, adapted
 from dysl_vla.skip_controller.step import Step
 
 
@@ -187,11 +187,7 @@ class SkippingPasses:
                     mark_skips(self.step.cache, self.step.number)
         adapter = heads.adapters[str(index)].forward  # a call takes a tenth longer; hooks on heads do not run
         started = time.perf_counter()
-        if len(rows) == hidden.shape[0]:
-            hidden = adapter(hidden).to(hidden.dtype)  # autocast may return another dtype
-        else:
-            chosen = torch.tensor(rows, device=hidden.device)
-            hidden = hidden.index_copy(0, chosen, adapter(hidden[chosen]).to(hidden.dtype))
+        hidden = adapted(adapter, hidden, rows)
         self.step.adapters_s += time.perf_counter() - started
         self.jump_to = min(self._landed)
         return hidden

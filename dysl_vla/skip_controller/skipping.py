@@ -15,7 +15,8 @@ controller may jump to the block's static layer, whose input then comes from an 
         output = model(inputs_embeds=...)        # skips at the given exits, with gradients, to train the heads
 
 Followers are other decoders of the same depth, run after it in the same step (an action expert that reads the keys and
-values of each layer): in each row they skip the layers that the row skipped, and decide nothing.
+values of each layer): in each row they skip the layers that the row skipped, and decide nothing. They may have adapters
+of their own, which stand in for what they skip.
 
 The first layer always runs: models count cached tokens there, and it shows what a layer returns. `guidance` chooses
 allow points, and `heads_trainer` optimises heads.
@@ -56,7 +57,7 @@ from dysl_vla.skip_controller.decoders import (
     find_layers,
     padding,
 )
-from dysl_vla.skip_controller.heads import SkipHeads
+from dysl_vla.skip_controller.heads import SkipHeads, adapted
 from dysl_vla.skip_controller.passes import Attached, SkippingPasses
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.skip_controller.step import ForcedExits, Recording, Step, Verification
@@ -278,28 +279,37 @@ class Skipper:
         mode, follower = self._mode, self._followers[number]
         if mode is None or self._owner != get_ident():
             return follower.originals[index](*args, **kwargs)
-        step = mode.step if isinstance(mode, SkippingPasses) else None
-        if step is not None:
+        if not isinstance(mode, (SkippingPasses, ForcedExits)):
+            return follower.originals[index](*args, **kwargs)
+        hidden, name = follower.hidden(index, args, kwargs), follower.hidden_name(index)
+        # Which rows run, and which leave their block here?
+        if isinstance(mode, ForcedExits):
+            active = list(range(len(hidden))) if mode.layers_run[index] else []
+            leaving = [] if active or index not in mode.exits else list(range(len(hidden)))
+        else:
+            step = mode.step
             if not step.is_decided:
                 raise ConfigError("followers must run after their decoder; one ran before it had decided what to skip.")
+            if len(hidden) != len(step.layers_run):
+                raise ConfigError(
+                    f"followers must run the {len(step.layers_run)} rows of the decoder that they follow, and one runs "
+                    f"{len(hidden)}."
+                )
             active = np.flatnonzero(step.layers_run[:, index]).tolist()
-            is_whole = len(active) == len(step.layers_run)
-        elif isinstance(mode, ForcedExits):
-            is_whole = bool(mode.layers_run[index])
-            active = []
-        else:
-            return follower.originals[index](*args, **kwargs)
-        arguments = follower.arguments(index, args, kwargs)
-        if is_whole:
-            is_checkpointed = isinstance(mode, ForcedExits) and mode.is_checkpointed
-            return follower.run(index, arguments, is_checkpointed=is_checkpointed)
-        hidden = follower.hidden(index, args, kwargs)
-        if step is not None and len(hidden) != len(step.layers_run):
-            raise ConfigError(
-                f"followers must run the {len(step.layers_run)} rows of the decoder that they follow, and one runs "
-                f"{len(hidden)}."
-            )
-        return follower.run(index, arguments, active) if active else follower.wrap_output(hidden)
+            leaving = [row for row, targets in enumerate(step.targets) if index in targets]
+        # Their adapter stands in for what they skip.
+        hidden = self._adapted(number, index, hidden, leaving)
+        if not active:
+            return follower.wrap_output(hidden)
+        arguments = {**follower.arguments(index, args, kwargs), name: hidden}
+        if len(active) < len(hidden):
+            return follower.run(index, arguments, active)
+        return follower.run(index, arguments, is_checkpointed=isinstance(mode, ForcedExits) and mode.is_checkpointed)
+
+    def _adapted(self, number: int, index: int, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """Return a follower's hidden states, with those of its adapter in the rows that leave their block."""
+        adapter = self.heads.follower_adapter(number, index) if rows and self.heads is not None else None
+        return hidden if adapter is None else adapted(adapter, hidden, rows)
 
     def _verifying(self, index: int, step: Step, arguments: dict[str, Any]) -> Any:
         decoder = self._decoder
@@ -415,6 +425,10 @@ def attach(
             argument_names(layer)
     if heads is not None:
         check_heads(heads, plan, layers)
+        if len(sizes := heads.config.follower_sizes) not in (0, len(followers)):
+            raise ConfigError(
+                f"heads must have adapters for the {len(followers)} followers, got those for {len(sizes)}."
+            )
     return Skipper(layers, plan, heads, followers)
 
 

@@ -41,18 +41,27 @@ class Forward:
         step: What the decoder does in the forwards; None: the full model runs.
         timed: Inputs, for whose device to wait before times are taken; None: times do not matter.
         needs_gradient: Whether the heads are being trained.
+        is_lesson: Whether the full model's answer is what heads are trained on.
 
     Attributes:
         needs_gradient: Whether the heads are trained: then actions must be differentiable in the decoder's output.
+        is_training: Whether actions are compared in training, the full model's with those of skips. A policy that takes
+            many steps may then answer with what one of them leads to, the same for both.
     """
 
     def __init__(
-        self, step: Step | ForcedExits | None = None, *, timed: Any = None, needs_gradient: bool = False
+        self,
+        step: Step | ForcedExits | None = None,
+        *,
+        timed: Any = None,
+        needs_gradient: bool = False,
+        is_lesson: bool = False,
     ) -> None:
         self._step, self._timed = step, timed
         self._started = clock()
         self._decoded: float | None = None
         self.needs_gradient = needs_gradient
+        self.is_training = needs_gradient or is_lesson
 
     def rows_that_ran(self, layer: int) -> NDArray[np.bool_] | None:
         """Return which rows of the batch ran a layer of the decoder in its first forward, (batch,); None: all did.

@@ -61,7 +61,7 @@ def check_policy(policy: SkippablePolicy, demonstrations: Demonstrations) -> Non
         raise ConfigError(f"layers must be three or more, got {depth}, which leave none to skip.")
     plan = SkipPlan(depth, (0, depth - 1))
     torch.manual_seed(0)
-    heads = SkipHeads(plan, HeadsConfig(policy.width, adapter_size=4, controller_size=4))
+    heads = SkipHeads(plan, HeadsConfig(policy.width, 4, 4, getattr(policy, "follower_sizes", ())))
     heads.to(run_device(policy.layers, "0"))
     with mixed_precision(policy.layers):
         skipper = attach(policy.layers, plan, heads, followers=policy.followers)

@@ -439,7 +439,7 @@ def _heads_config(config: DistillRunConfig, plan: SkipPlan, policy: SkippablePol
     size = config.adapter_size or default_adapter_size(
         policy.width, weights, len(plan.exits or plan.dynamic_layers), config.controller_size
     )
-    return HeadsConfig(policy.width, size, config.controller_size)
+    return HeadsConfig(policy.width, size, config.controller_size, getattr(policy, "follower_sizes", ()))
 
 
 def _parameters(policy: SkippablePolicy) -> Iterator[torch.nn.Parameter]:

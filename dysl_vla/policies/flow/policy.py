@@ -29,9 +29,10 @@ from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder
 from dysl_vla.skip_controller.torch_backend import Forward
 from dysl_vla.types import EpisodeState, Observation, PolicySpec
 
-NOISE, STATE, CAUSAL = "noise", "state", "causal"
+NOISE, STATE, CAUSAL, LESSON = "noise", "state", "causal", "lesson"
 """Parts of an item beside the prefix's embeddings: the noise, (chunk, action), the normalised and padded state,
-(state,), and 1 for the tokens of the prefix that those before them do not see, (tokens,)."""
+(state,), 1 for the tokens of the prefix that those before them do not see, (tokens,), and the number of the denoising
+step that heads are trained on with this item, ()."""
 
 
 class FlowPolicy(BackbonePolicy, nn.Module):
@@ -117,14 +118,17 @@ class FlowPolicy(BackbonePolicy, nn.Module):
         for item, observation, state in zip(items, observations, states, strict=True):
             embeds = item[EMBEDS]
             item[STATE] = self.padded_state(observation).to(embeds)
-            item[NOISE] = self._draw(item[STATE], len(state.executed)).to(embeds.device)
+            # The noise of an inference is a function of the state and of how far the episode is.
+            rng = np.random.default_rng([len(state.executed), zlib.crc32(item[STATE].float().cpu().numpy().tobytes())])
+            noise = rng.standard_normal((self.spec.chunk_length, self.action_width), np.float32)
+            item[NOISE] = torch.from_numpy(noise).to(embeds.device)
+            item[LESSON] = torch.tensor(rng.integers(self.steps), device=embeds.device)
         return items
 
-    def _draw(self, state: Tensor, executed: int) -> Tensor:
-        """Draw an inference's noise, (chunk, action_width): a function of the state and of how far the episode is."""
-        seed = [executed, zlib.crc32(state.float().cpu().numpy().tobytes())]
-        noise = np.random.default_rng(seed).standard_normal((self.spec.chunk_length, self.action_width), np.float32)
-        return torch.from_numpy(noise)
+    @property
+    def follower_sizes(self) -> tuple[int, ...]:
+        """Return the width of the expert, which gets adapters of its own."""
+        return (self.expert.shape.width,)
 
     def collate(self, items: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
         """Combine items into a batch; prefixes of different lengths are padded at their end."""
@@ -164,14 +168,33 @@ class FlowPolicy(BackbonePolicy, nn.Module):
         return self.decode_velocity(hidden[:, -self.spec.chunk_length :])
 
     def act(self, inputs: Mapping[str, Tensor], forward: Forward) -> Tensor:
-        """Read the prefix, and integrate the velocity from noise to actions; see `SkippablePolicy.act`."""
+        """Read the prefix, and integrate the velocity from noise to actions; see `SkippablePolicy.act`.
+
+        In training, the answer is where the velocity at one denoising step, which is drawn for each item, leads to at
+        once: then only that step needs a gradient, and each of them counts alike.
+        """
         memory = self.read_prefix(inputs)
         noisy = inputs[NOISE]
+        count = len(self.spec.action_names)
+        if forward.is_training:
+            return self._lesson(noisy, memory, inputs)[..., :count]
         for step in range(self.steps):
-            time = torch.full((len(noisy),), 1 - step / self.steps, device=noisy.device)
-            noisy = noisy - self.velocity(noisy, time, memory, inputs) / self.steps
+            noisy = noisy - self.velocity(noisy, self._time(step, noisy), memory, inputs) / self.steps
         forward.decoder_is_done()
-        return noisy[..., : len(self.spec.action_names)]
+        return noisy[..., :count]
+
+    def _time(self, step: int, like: Tensor) -> Tensor:
+        """Return the time of a denoising step for each row, (batch,)."""
+        return torch.full((len(like),), 1 - step / self.steps, device=like.device)
+
+    def _lesson(self, noisy: Tensor, memory: PrefixMemory, inputs: Mapping[str, Tensor]) -> Tensor:
+        lesson = inputs[LESSON]
+        with torch.no_grad():
+            for step in range(int(lesson.max())):
+                after = noisy - self.velocity(noisy, self._time(step, noisy), memory, inputs) / self.steps
+                noisy = torch.where((step < lesson)[:, None, None], after, noisy)
+        time = 1 - lesson.to(noisy.dtype) / self.steps
+        return noisy - time[:, None, None] * self.velocity(noisy, time, memory, inputs)
 
     @property
     def fingerprint(self) -> str:
