@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dysl_vla.checkpoint import canonical
+from dysl_vla.errors import CheckpointError, DyslError
 from dysl_vla.policies.backbone import EMBEDS, MASK, BackbonePolicy
 from dysl_vla.policies.base_reference import Base, find_base, save_reference
 from dysl_vla.policies.compute import ComputeConfig, check_device_memory, set_attention
@@ -231,8 +232,17 @@ class FlowPolicy(BackbonePolicy, nn.Module):
         device = compute.torch_device(is_large=True)
         dtype = compute.torch_dtype() or files.dtype
         # The modules are made without memory and take the file's tensors, so that the weights exist once.
-        with torch.device("meta"):
-            policy = cls.of_folder(files, FlowOptions.parse(base.options)).to(dtype)
+        flow_options = FlowOptions.parse(base.options)
+        try:
+            with torch.device("meta"):
+                policy = cls.of_folder(files, flow_options).to(dtype)
+        except DyslError:
+            raise
+        except Exception as error:  # transformers' errors for a size that cannot be are many
+            raise CheckpointError(
+                f"{folder} does not describe a {files.kind} ({error!r}); where it was made from another vision-language "
+                "model than its authors', give the folder of that by --policy-options vlm=FOLDER."
+            ) from error
         if compute.attention is not None:
             set_attention(name, policy, compute.attention)
         expected = policy.state_dict()

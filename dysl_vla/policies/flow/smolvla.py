@@ -145,13 +145,14 @@ class SmolVLA(FlowPolicy):
     def of_folder(cls, folder: LeRobotFolder, options: FlowOptions) -> SmolVLA:
         """See `FlowPolicy.of_folder`."""
         model = str(folder.config.get("vlm_model_name"))
+        tokenizer = folder.tokenizer(options, model)
         vlm, expert = read_sizes(folder, read_vlm_config(options, model))
         settings: dict[str, Any] = {name: folder.number(name, default) for name, default in SETTINGS.items()}
         settings["num_steps"] = options.steps or settings["num_steps"]
         settings["resize_imgs_with_padding"] = folder.config.get("resize_imgs_with_padding")
         if folder.config.get("add_image_special_tokens"):
             raise CheckpointError(f"{folder.folder / CONFIG}: add_image_special_tokens is not supported.")
-        return cls(vlm, expert, folder.spec(options), folder.tokenizer(options, model), settings)
+        return cls(vlm, expert, folder.spec(options), tokenizer, settings)
 
     @staticmethod
     def renamed(name: str) -> str | None:

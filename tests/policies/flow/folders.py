@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 HERE = Path(__file__).parent
 KINDS = ("smolvla", "pi0", "pi05")
@@ -57,13 +57,33 @@ def observation(number: int) -> dict[str, Any]:
     }
 
 
-def make_folder(kind: str, out: Path) -> Path:
-    """Write a policy's folder as LeRobot wrote it when it was recorded."""
+def make_folder(
+    kind: str,
+    out: Path,
+    *,
+    states: int = STATES,
+    actions: int = ACTIONS,
+    cameras: dict[str, tuple[int, int]] | None = None,
+) -> Path:
+    """Write a policy's folder as LeRobot wrote it when it was recorded, for as many states, actions and cameras."""
     shutil.copytree(HERE / kind, out, dirs_exist_ok=True)
     shapes = json.loads((out / "tensors.json").read_text())
     save_file(random_weights(shapes), out / "model.safetensors")
     for name in ("tensors.json", "actions.npy"):
         (out / name).unlink()
+    config = json.loads((out / "config.json").read_text())
+    inputs, counts = config["input_features"], {"observation.state": states, "action": actions}
+    if cameras is not None:
+        images = {
+            f"observation.images.{name}": {"type": "VISUAL", "shape": [3, *size]} for name, size in cameras.items()
+        }
+        inputs = config["input_features"] = images | {"observation.state": inputs["observation.state"]}
+    inputs["observation.state"]["shape"], config["output_features"]["action"]["shape"] = [states], [actions]
+    (out / "config.json").write_text(json.dumps(config))
+    for path in out.glob("policy_*.safetensors"):
+        values = load_file(path)
+        cut = {name: value[: counts.get(name.rpartition(".")[0])] for name, value in values.items()}
+        save_file({name: np.ascontiguousarray(value) for name, value in cut.items()}, path)
     return out
 
 

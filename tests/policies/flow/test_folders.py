@@ -1,0 +1,147 @@
+"""LeRobot's folders that cannot be loaded are refused, each with what is wrong and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dysl_vla.errors import DyslError
+from dysl_vla.policies import ComputeConfig, load_skippable_policy
+from dysl_vla.types import Normalisation
+from tests.policies.flow.folders import OPTIONS, make_folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder("smolvla", tmp_path_factory.mktemp("lerobot") / "smolvla")
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "policy"))
+
+
+def load(folder: Path, *options: str) -> Any:
+    return load_skippable_policy(str(folder), ComputeConfig(policy_options=options or OPTIONS))
+
+
+def change(name: str, edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        document = json.loads((folder / name).read_text())
+        edit(document)
+        (folder / name).write_text(json.dumps(document))
+
+    return apply
+
+
+def change_tensors(pattern: str, edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        for path in folder.glob(pattern):
+            values = load_file(path)
+            edit(values)
+            save_file(values, path)
+
+    return apply
+
+
+def add_step(document: dict[str, Any]) -> None:
+    document["steps"].append({"registry_name": "my_own_processor", "config": {}})
+
+
+QUERY = "model.vlm_with_expert.vlm.model.text_model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change("config.json", lambda d: d.update(type="pi0_fast")), "'type' must be one of .*smolvla.*got 'pi0_fast'"),
+        (change("config.json", lambda d: d.update(type="groot")), "'type' must be one of .*got 'groot'"),
+        (change("config.json", lambda d: d.update(adapt_to_pi_aloha=True)), "adapt_to_pi_aloha is not supported"),
+        (change("config.json", lambda d: d.pop("input_features")), "input_features must name features"),
+        (change("config.json", lambda d: d.pop("chunk_size")), "chunk_size must be a number, got None"),
+        (
+            change("config.json", lambda d: d["normalization_mapping"].update(ACTION="MIN_MAX")),
+            "action is normalised by MIN_MAX and needs min and max of 5 dimensions",
+        ),
+        (change("policy_preprocessor.json", add_step), "policy_preprocessor.json: step 'my_own_processor' is not supp"),
+        (
+            lambda folder: (folder / "policy_preprocessor.json").unlink(),
+            "no policy_preprocessor.json, .*migrate_policy",
+        ),
+        (
+            lambda folder: next(folder.glob("policy_preprocessor_step*")).unlink(),
+            r"policy_preprocessor_step_5_normalizer_processor\.safetensors is missing or damaged",
+        ),
+        (
+            change_tensors("policy_*.safetensors", lambda v: v.pop("observation.state.mean")),
+            "observation.state is normalised by MEAN_STD and needs mean and std",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100),
+            "model.safetensors is missing or damaged",
+        ),
+        (change_tensors("model.safetensors", lambda v: v.pop(QUERY)), "no tensor 'backbone.layers.0.self_attn.q_proj"),
+        (
+            change_tensors("model.safetensors", lambda v: v.update({"model.extra": np.zeros(2, np.float32)})),
+            "tensor 'extra' is not known",
+        ),
+        (
+            change_tensors("model.safetensors", lambda v: v.update({"model.state_proj.bias": np.zeros(3, np.float32)})),
+            r"tensor 'state_proj.bias' must have the shape \(48,\), got \(3,\)",
+        ),
+    ],
+)
+def test_a_folder_that_is_another_or_damaged_is_refused(
+    folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(folder)
+    with pytest.raises(DyslError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("steps=x",), "steps must be a number, got 'x'"),
+        (("speed=3",), "policy_options must be among cameras, state_names, .*got 'speed'"),
+        (
+            OPTIONS[1:],
+            "state_names must be 6 names, as many as the policy has, got x, y, .*--policy-options state_names",
+        ),
+        ((*OPTIONS, "cameras=one"), "cameras must be 2 names"),
+        ((*OPTIONS, "execute_steps=9"), "execute_steps must be at most the chunk_size of 7, got 9"),
+        (OPTIONS[:2], "tokenizer of tiny-vlm cannot be had .*put its tokenizer.json into .*policy-options vlm=FOLDER"),
+    ],
+)
+def test_what_a_folder_does_not_say_is_an_option(whole: Path, options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(DyslError, match=message):
+        load(whole, *options)
+
+
+def test_a_renamed_camera_has_the_environments_name(folder: Path) -> None:
+    def rename(document: dict[str, Any]) -> None:
+        [step] = [one for one in document["steps"] if one["registry_name"] == "rename_observations_processor"]
+        step["config"]["rename_map"] = {"observation.images.front": "observation.images.top"}
+
+    change("policy_preprocessor.json", rename)(folder)
+    assert list(load(folder).spec.cameras) == ["front", "wrist"]
+    assert list(load(folder, *OPTIONS, "cameras=a,b").spec.cameras) == ["a", "b"]
+
+
+def test_quantiles_map_to_one_and_identity_changes_nothing(folder: Path) -> None:
+    def choose(document: dict[str, Any]) -> None:
+        document["normalization_mapping"] |= {"ACTION": "QUANTILES", "STATE": "IDENTITY"}
+
+    change("config.json", choose)(folder)
+    spec = load(folder).spec
+    statistics = load_file(next(folder.glob("policy_postprocessor_step*")))
+    ends = np.stack([statistics["action.q01"], statistics["action.q99"]])
+    np.testing.assert_allclose(spec.action_normalisation.apply(ends), [[-1] * 5, [1] * 5], atol=1e-5)
+    assert spec.state_normalisation == Normalisation((0.0,) * 6, (1.0,) * 6)
