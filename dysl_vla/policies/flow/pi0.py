@@ -23,6 +23,7 @@ from dysl_vla.policies.backbone import EMBEDS
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.flow.expert import Expert, ExpertShape, time_embedding
 from dysl_vla.policies.flow.images import padded
+from dysl_vla.policies.flow.last_layer import LastGemmaLayer
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers
 from dysl_vla.policies.flow.policy import CAUSAL, FlowPolicy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
@@ -89,6 +90,8 @@ class Pi0(FlowPolicy):
         self.vision = getattr(siglip, "vision_model", siglip)  # transformers once had it one level deeper
         self.projector = nn.Linear(vision.hidden_size, gemma.hidden_size)
         self.backbone = GemmaModel(gemma)
+        last = gemma.num_hidden_layers - 1
+        self.backbone.layers[last] = LastGemmaLayer(gemma, last)
         self.expert = Expert(expert)
         width, actions = expert.width, int(settings["max_action_dim"])
         self.action_in_proj, self.action_out_proj = nn.Linear(actions, width), nn.Linear(width, actions)

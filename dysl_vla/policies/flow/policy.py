@@ -240,8 +240,8 @@ class FlowPolicy(BackbonePolicy, nn.Module):
             raise
         except Exception as error:  # transformers' errors for a size that cannot be are many
             raise CheckpointError(
-                f"{folder} does not describe a {files.kind} ({error!r}); where it was made from another vision-language "
-                "model than its authors', give the folder of that by --policy-options vlm=FOLDER."
+                f"{folder} does not describe a {files.kind} ({error!r}); where it was made from another "
+                "vision-language model than its authors', give the folder of that by --policy-options vlm=FOLDER."
             ) from error
         if compute.attention is not None:
             set_attention(name, policy, compute.attention)

@@ -25,6 +25,7 @@ from dysl_vla.policies.backbone import EMBEDS
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.flow.expert import Expert, ExpertShape, time_embedding
 from dysl_vla.policies.flow.images import padded
+from dysl_vla.policies.flow.last_layer import LastLlamaLayer
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers, read_vlm_config
 from dysl_vla.policies.flow.policy import CAUSAL, FlowPolicy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
@@ -79,6 +80,8 @@ class SmolVLA(FlowPolicy):
         self.vision = SmolVLMVisionTransformer(seen)
         self.connector: nn.Module = SmolVLMConnector(vlm)  # type: ignore[no-untyped-call]
         self.backbone = LlamaModel(llama)
+        last = llama.num_hidden_layers - 1
+        self.backbone.layers[last] = LastLlamaLayer(llama, last)
         self.expert = Expert(expert)
         self.state_proj = nn.Linear(settings["max_state_dim"], llama.hidden_size)
         self.action_in_proj = nn.Linear(settings["max_action_dim"], expert.width)

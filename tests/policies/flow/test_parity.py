@@ -43,6 +43,20 @@ def test_twenty_observations_give_lerobots_actions(loaded: tuple[str, Any]) -> N
         np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def test_the_last_layer_of_the_prefix_writes_what_a_whole_one_does_to_the_bit(loaded: tuple[str, Any]) -> None:
+    _, policy = loaded
+    given = {key: value for key, value in observation(0).items() if key != "noise"}
+    [fast] = policy.infer([given], [policy.reset()])
+    last = policy.backbone.layers[-1]
+    kind = type(last)
+    try:
+        last.__class__ = type(policy.backbone.layers[0])
+        [whole] = policy.infer([given], [policy.reset()])
+    finally:
+        last.__class__ = kind
+    np.testing.assert_array_equal(fast.actions, whole.actions)
+
+
 def test_a_row_does_not_depend_on_its_neighbours(loaded: tuple[str, Any]) -> None:
     """Their instructions differ in length, so that all but one prefix are padded."""
     _, policy = loaded
