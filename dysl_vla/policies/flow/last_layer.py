@@ -34,9 +34,9 @@ class _KeysAndValues:
         return hidden_states
 
 
-class LastLlamaLayer(_KeysAndValues, LlamaDecoderLayer):  # type: ignore[misc] # its forward takes other arguments
+class LastLlamaLayer(_KeysAndValues, LlamaDecoderLayer):  # type: ignore[misc,no-untyped-call] # its forward takes others
     """The last layer of SmolVLA's prefix."""
 
 
-class LastGemmaLayer(_KeysAndValues, GemmaDecoderLayer):  # type: ignore[misc]
+class LastGemmaLayer(_KeysAndValues, GemmaDecoderLayer):  # type: ignore[misc,no-untyped-call]
     """The last layer of pi0's prefix."""
