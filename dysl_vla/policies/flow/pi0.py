@@ -25,7 +25,8 @@ from dysl_vla.policies.flow.expert import Expert, ExpertShape, time_embedding
 from dysl_vla.policies.flow.images import padded
 from dysl_vla.policies.flow.last_layer import LastGemmaLayer
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers
-from dysl_vla.policies.flow.policy import CAUSAL, FlowPolicy
+from dysl_vla.policies.flow.lerobot_policy import LeRobotFlowPolicy
+from dysl_vla.policies.flow.policy import CAUSAL
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
 
 TOKENIZER_OF = "google/paligemma-3b-pt-224"
@@ -58,7 +59,7 @@ SETTINGS: dict[str, float] = {
 """Numbers of config.json, and LeRobot's defaults."""
 
 
-class Pi0(FlowPolicy):
+class Pi0(LeRobotFlowPolicy):
     """pi0, as a `SkippablePolicy`.
 
     Args:
@@ -98,7 +99,7 @@ class Pi0(FlowPolicy):
         self.action_time_mlp_in = nn.Linear(2 * width if self.has_state_token else width, width)
         self.action_time_mlp_out = nn.Linear(width, width)
         self.state_proj = nn.Linear(int(settings["max_state_dim"]), width) if self.has_state_token else None
-        self.spec, self.tokenizer, self.settings = spec, tokenizer, dict(settings)
+        self._spec, self.tokenizer, self.settings = spec, tokenizer, dict(settings)
         self.steps, self.action_width = int(settings["num_inference_steps"]), actions
         self.provenance: dict[str, Any] = {}
 
@@ -165,7 +166,7 @@ class Pi0(FlowPolicy):
 
     @classmethod
     def of_folder(cls, folder: LeRobotFolder, options: FlowOptions) -> Self:
-        """See `FlowPolicy.of_folder`."""
+        """See `LeRobotFlowPolicy.of_folder`."""
         vision, gemma, expert = read_sizes(folder, cls)
         settings: dict[str, Any] = {name: folder.number(name, default) for name, default in SETTINGS.items()}
         settings["num_inference_steps"] = options.steps or settings["num_inference_steps"]
@@ -176,7 +177,7 @@ class Pi0(FlowPolicy):
 
     @staticmethod
     def renamed(name: str) -> str | None:
-        """See `FlowPolicy.renamed`."""
+        """See `LeRobotFlowPolicy.renamed`."""
         if name == f"{PALIGEMMA}lm_head.weight":
             return WORDS  # the same tensor, which is saved under one name or both
         for old, new in RENAMED:
@@ -186,7 +187,7 @@ class Pi0(FlowPolicy):
         return None if name.startswith(UNUSED) or name.endswith(("rotary_emb.inv_freq", "position_ids")) else name
 
     def make_buffers(self) -> None:
-        """See `FlowPolicy.make_buffers`."""
+        """See `LeRobotFlowPolicy.make_buffers`."""
         super().make_buffers()
         embeddings: Any = next(module for module in self.vision.modules() if hasattr(module, "position_embedding"))
         embeddings.position_ids = torch.arange(embeddings.num_positions)[None]

@@ -27,7 +27,8 @@ from dysl_vla.policies.flow.expert import Expert, ExpertShape, time_embedding
 from dysl_vla.policies.flow.images import padded
 from dysl_vla.policies.flow.last_layer import LastLlamaLayer
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers, read_vlm_config
-from dysl_vla.policies.flow.policy import CAUSAL, FlowPolicy
+from dysl_vla.policies.flow.lerobot_policy import LeRobotFlowPolicy
+from dysl_vla.policies.flow.policy import CAUSAL
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
 
 HEAD_DIM = 64
@@ -51,7 +52,7 @@ RENAMED = (
 """Beginnings of LeRobot's tensors' names, and of the policy's."""
 
 
-class SmolVLA(FlowPolicy):
+class SmolVLA(LeRobotFlowPolicy):
     """The policy that this module describes, as a `SkippablePolicy`.
 
     Args:
@@ -88,7 +89,7 @@ class SmolVLA(FlowPolicy):
         self.action_out_proj = nn.Linear(expert.width, settings["max_action_dim"])
         self.action_time_mlp_in = nn.Linear(2 * expert.width, expert.width)
         self.action_time_mlp_out = nn.Linear(expert.width, expert.width)
-        self.spec, self.tokenizer, self.settings = spec, tokenizer, dict(settings)
+        self._spec, self.tokenizer, self.settings = spec, tokenizer, dict(settings)
         self.steps, self.action_width = int(settings["num_steps"]), int(settings["max_action_dim"])
         self.provenance: dict[str, Any] = {}
 
@@ -146,7 +147,7 @@ class SmolVLA(FlowPolicy):
 
     @classmethod
     def of_folder(cls, folder: LeRobotFolder, options: FlowOptions) -> SmolVLA:
-        """See `FlowPolicy.of_folder`."""
+        """See `LeRobotFlowPolicy.of_folder`."""
         model = str(folder.config.get("vlm_model_name"))
         tokenizer = folder.tokenizer(options, model)
         vlm, expert = read_sizes(folder, read_vlm_config(options, model))
@@ -159,7 +160,7 @@ class SmolVLA(FlowPolicy):
 
     @staticmethod
     def renamed(name: str) -> str | None:
-        """See `FlowPolicy.renamed`."""
+        """See `LeRobotFlowPolicy.renamed`."""
         if name.startswith("vlm_with_expert.vlm.lm_head.") or name.endswith("rotary_emb.inv_freq"):
             return None
         return _renamed(name)
