@@ -17,7 +17,8 @@ import torch
 from filelock import FileLock
 
 from dysl_vla.data.collect import CollectConfig, collect
-from dysl_vla.policies.mini_vla import Crop, MiniVLA, MiniVLAConfig
+from dysl_vla.policies.mini_policy import Crop, MiniVLAConfig
+from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.skip_controller.heads_trainer import DistillConfig
 from dysl_vla.skip_controller.operating import SkipStatistics
 from dysl_vla.training.behaviour_cloning import train_tokenizer

@@ -58,6 +58,7 @@ OURS = {
     "pi0": "dysl_vla.policies.flow.pi0",
     "pi05": "dysl_vla.policies.flow.pi0",
     "baseline": "dysl_vla.policies.baseline",
+    "mini-flow": "dysl_vla.policies.flow.mini_flow",
 }
 """Type of a policy of this package to the module that registers it."""
 PARTS = ("layers", "width", "followers", "has_memory", "encode", "collate", "act", "remember", "save_pretrained")

@@ -32,6 +32,8 @@ from dysl_vla.data.augment import SHIFT, varied
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import append_line, atomic_write, read_lines, write_lines
 from dysl_vla.interrupts import deferred_interrupt
+from dysl_vla.policies.flow.mini_flow import MiniFlow
+from dysl_vla.policies.mini_policy import MiniPolicy
 from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.schedule import cosine_with_warmup
 from dysl_vla.training.optimizer_state import optimizer_tensors, restore_optimizer
@@ -179,7 +181,7 @@ class BehaviourCloning:
 
     def __init__(
         self,
-        policy: MiniVLA,
+        policy: MiniPolicy,
         arrays: TrainingArrays,
         optimizer: OptimizerConfig,
         out: Path,
@@ -188,13 +190,13 @@ class BehaviourCloning:
         torch.set_num_threads(optimizer.threads or len(os.sched_getaffinity(0)))
         policy.cameras.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # as safetensors needs
         self._short = _shortened(policy.backbone, shortest_path) if shortest_path else None
-        if optimizer.compile:
+        if optimizer.compile and isinstance(policy, MiniVLA):  # another's keeps keys and values
             policy.backbone.compile(dynamic=False)
         try:
             self._policy = policy.to(optimizer.device).train()
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device must be one of this machine's, got {optimizer.device!r} ({error}).") from error
-        self._device = policy.read_out.device
+        self._device = next(policy.parameters()).device
         self._arrays = arrays
         self._config = optimizer
         self._out = out
@@ -302,7 +304,8 @@ class BehaviourCloning:
         """Compute two L1 losses of normalised actions: from the demonstrated chunks, and that of the shortest path.
 
         The first counts the demonstrated actions that exist. The second compares with the whole backbone's chunks; half
-        of it counts only the executed actions, the rest all.
+        of it counts only the executed actions, the rest all. A policy that denoises has the squared error of its
+        velocity in place of the first, and no second.
         """
         policy = self._policy
         chunk = policy.spec.chunk_length
@@ -313,12 +316,19 @@ class BehaviourCloning:
         exists = steps < self._remaining[frames][:, None]
         positions = np.minimum(frames[:, None] + steps, len(self._targets) - 1)
         embeds = policy.inputs(images, state, token_ids)["inputs_embeds"]
-        predicted = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
-        error = (predicted - self._targets[torch.from_numpy(positions)]).abs()
+        targets = self._targets[torch.from_numpy(positions)]
+        if isinstance(policy, MiniFlow):
+            predicted = None
+            error = policy.flow_loss(embeds, targets, np.random.default_rng(0) if rng is None else rng)
+        else:
+            assert isinstance(policy, MiniVLA)
+            predicted = policy.decode(policy.backbone(inputs_embeds=embeds).last_hidden_state)
+            error = (predicted - targets).abs()
         weight = torch.from_numpy(exists).unsqueeze(-1).float().to(self._device)
         loss: Tensor = (error * weight).sum() / (weight.sum() * error.shape[-1])
-        if self._short is None:
+        if self._short is None or predicted is None:
             return loss, None
+        assert isinstance(policy, MiniVLA)
         distance = (policy.decode(self._short(inputs_embeds=embeds).last_hidden_state) - predicted.detach()).abs()
         return loss, (distance.mean() + distance[:, : policy.spec.execute_steps].mean()) / 2
 

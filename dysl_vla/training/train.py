@@ -7,7 +7,6 @@ decodes the images once, into files that are mapped into memory, and hands them 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from collections import Counter
@@ -17,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from dysl_vla import provenance
 from dysl_vla.checkpoint import MANIFEST
-from dysl_vla.data.augment import SHIFT
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.options import NUMBER, PLACE, SIZE, camera_options
 from dysl_vla.data.selection import check_instructions, split_of
@@ -30,23 +27,23 @@ from dysl_vla.data.split import Split
 from dysl_vla.errors import ConfigError, DatasetError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
-    atomic_write,
-    available_memory,
-    check_disk,
     check_same_run,
     is_unused,
     locked_dir,
     read_lines,
     write_json,
 )
-from dysl_vla.images import resized
 from dysl_vla.training.calibrate import read_plan
-from dysl_vla.types import FloatArray, ImageArray, PolicySpec
+from dysl_vla.training.decoded import FRAMES, decode_frames
+from dysl_vla.types import FloatArray, PolicySpec
 
 with needs_extra("policy"):
     import torch
 
-    from dysl_vla.policies.mini_vla import CELL, Crop, MiniVLA, MiniVLAConfig
+    from dysl_vla.checkpoint import find_checkpoint, read_policy_type
+    from dysl_vla.policies.flow.mini_flow import MiniFlow
+    from dysl_vla.policies.mini_policy import CELL, Crop, FlowSizes, MiniPolicy, MiniVLAConfig
+    from dysl_vla.policies.mini_vla import MiniVLA
     from dysl_vla.training.behaviour_cloning import (
         CURVE_FILE,
         STATE_CLIP,
@@ -58,7 +55,7 @@ with needs_extra("policy"):
         train_tokenizer,
     )
 
-RUN_FILE, FRAMES = "training_run.json", "frames"
+RUN_FILE = "training_run.json"
 LARGE, SHORTER = 200, 96
 """Pixels of an image's shorter side: above the first, images are resized to about the second."""
 MAX_INSTRUCTION = 24
@@ -69,7 +66,7 @@ CAMERA_OPTIONS = {"resize": (SIZE, "96x128"), "crops": (PLACE, "96x96+28+44"), "
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a MiniVLA on demonstrations by behaviour cloning. Resumes exactly where it was interrupted.
+    """Train a MiniVLA, or a MiniFlow, on demonstrations by behaviour cloning. Resumes exactly where it was interrupted.
 
     Raises:
         ConfigError: A value is out of range or of another form, or two options contradict each other.
@@ -98,8 +95,11 @@ class TrainConfig:
     grids: str | None = None
     """Grid tokens for each side of a camera's image, "corner2=4,gripperPOV=2". When not given, as many as fit, at most
     4."""
+    flow: bool = False
+    """Train a policy that denoises actions by flow matching, as SmolVLA and pi0 do, in place of one that regresses
+    them."""
     layers: int = 24
-    """Depth of the backbone."""
+    """Depth of the backbone, and of the expert with --flow."""
     hidden: int = 128
     """Width of the backbone."""
     chunk: int = 8
@@ -127,7 +127,9 @@ class TrainConfig:
             raise ConfigError(
                 "drop_dynamic must come with init and plan: it keeps the plan's static layers of that policy; add both."
             )
-        for name in ("cameras", "resize", "crops", "grids", "layers", "hidden", "chunk", "execute"):
+        if self.flow and self.plan is not None:
+            raise ConfigError("plan must be left out with flow, which does not learn to act by static layers alone.")
+        for name in ("cameras", "resize", "crops", "grids", "flow", "layers", "hidden", "chunk", "execute"):
             if self.init is not None and getattr(self, name) != getattr(TrainConfig, name):
                 raise ConfigError(f"{name} must not be given with init, as {self.init} decides it; leave one out.")
 
@@ -152,7 +154,9 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.optimizer.seed)
     policy, split = _beginning(config, demonstrations, columns)
     path = _shortest_path(config.plan, policy.config.num_layers)
-    if config.drop_dynamic:
+    if config.plan is not None and not isinstance(policy, MiniVLA):
+        raise ConfigError(f"plan must be left out for {config.init}, a {policy.kind}; it is for a mini-vla.")
+    if config.drop_dynamic and isinstance(policy, MiniVLA):
         policy = policy.with_layers(path)
     # Tell a new run, one that goes on and one that has ended apart.
     settings = json.loads(json.dumps({**asdict(config), **asdict(config.optimizer)}, default=str))
@@ -187,14 +191,16 @@ def train(config: TrainConfig) -> Path:
 def _arrays(out: Path, demonstrations: Demonstrations, config: MiniVLAConfig, split: Split) -> TrainingArrays:
     """Return the demonstrations as training reads them; their images are decoded into files in `out`."""
     return TrainingArrays(
-        _decode(demonstrations, config, out),
+        decode_frames(demonstrations, config, out),
         **demonstrations.columns(),
         instructions=demonstrations.instructions,
         held_out=_held_out(split, demonstrations),
     )
 
 
-def _beginning(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any]) -> tuple[MiniVLA, Split]:
+def _beginning(
+    config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any]
+) -> tuple[MiniPolicy, Split]:
     """Return the policy before training, and which episodes are held out."""
     if not config.init:
         split = split_of(demonstrations, share=config.held_out)
@@ -316,7 +322,9 @@ def _shortest_path(path: Path | None, depth: int) -> list[int]:
     return list(plan.shortest_path)
 
 
-def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any], split: Split) -> MiniVLA:
+def _new_policy(
+    config: TrainConfig, demonstrations: Demonstrations, columns: dict[str, Any], split: Split
+) -> MiniPolicy:
     spec = demonstrations.spec
     is_trained_on = ~_held_out(split, demonstrations)
     if not spec.cameras:
@@ -325,7 +333,7 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
     longest = max(len(tokenizer.encode(text).ids) for text in demonstrations.instructions)
     resizes = _resizes(config.resize, spec.cameras)
     crops = _crops(config.crops, {**spec.cameras, **resizes})
-    return MiniVLA(
+    return (MiniFlow if config.flow else MiniVLA)(
         MiniVLAConfig(
             spec=PolicySpec(
                 cameras=dict(spec.cameras),
@@ -346,14 +354,16 @@ def _new_policy(config: TrainConfig, demonstrations: Demonstrations, columns: di
             num_layers=config.layers,
             resizes=resizes,
             state_clip=STATE_CLIP,
+            flow=FlowSizes(width=3 * config.hidden // 4, mlp_width=3 * config.hidden // 2) if config.flow else None,
         ),
         tokenizer,
     )
 
 
-def _warm_start(config: TrainConfig, demonstrations: Demonstrations) -> MiniVLA:
+def _warm_start(config: TrainConfig, demonstrations: Demonstrations) -> MiniPolicy:
     assert config.init is not None
-    policy = MiniVLA.from_pretrained(config.init)
+    is_flow = read_policy_type(find_checkpoint(config.init)) == MiniFlow.kind
+    policy: MiniPolicy = (MiniFlow if is_flow else MiniVLA).from_pretrained(config.init)
     policy.spec.check_embodiment(demonstrations.spec)
     if policy.spec.rendering != demonstrations.rendering:
         raise ConfigError(
@@ -396,54 +406,3 @@ def _grids(text: str | None, crops: Mapping[str, Crop]) -> dict[str, int]:
         grids[name] = max(fitting, default=1)
     asked = camera_options("grids", text or "", *CAMERA_OPTIONS["grids"], crops)
     return grids | {name: value for name, (value,) in asked.items()}
-
-
-def _decode(demonstrations: Demonstrations, config: MiniVLAConfig, out: Path) -> dict[str, ImageArray]:
-    """Decode every camera's frames once into files, as training reads them; those of an interrupted run are kept.
-
-    Of each frame the crop is kept, with the margin that the augmentation needs; beyond the image its edge is repeated.
-
-    Raises:
-        ConfigError: The disk has not enough space.
-        DatasetError: A frame is missing or damaged.
-    """
-    count = demonstrations.total_frames
-    shapes = {
-        camera: (count, crop.height + 2 * SHIFT, crop.width + 2 * SHIFT, 3) for camera, crop in config.crops.items()
-    }
-    missing = {camera: shape for camera, shape in shapes.items() if not (out / FRAMES / f"{camera}.npy").exists()}
-    check_disk(out, sum(map(math.prod, missing.values())), f"{count} frames of {len(missing)} cameras")
-    memory = available_memory()
-    if memory is not None and (needed := sum(map(math.prod, shapes.values()))) > memory:
-        print(
-            f"The frames, {needed / 1e9:.1f} GB, do not fit into the {memory / 1e9:.1f} GB of memory that are free: "
-            "training reads them from the disk, which is slower; --resize makes them smaller.",
-            file=sys.stderr,
-        )
-    for camera, shape in missing.items():
-        with atomic_write(out / FRAMES / f"{camera}.npy") as temporary:
-            stored: ImageArray = open_memmap(temporary, "w+", np.uint8, shape)  # type: ignore[no-untyped-call]
-            _write_frames(demonstrations, camera, config, stored)
-    return {camera: np.load(out / FRAMES / f"{camera}.npy", mmap_mode="r") for camera in config.spec.cameras}
-
-
-def _write_frames(demonstrations: Demonstrations, camera: str, config: MiniVLAConfig, stored: ImageArray) -> None:
-    """Decode one camera's frames into an array.
-
-    Raises:
-        DatasetError: Not every frame has an image.
-    """
-    from tqdm import tqdm
-
-    crop, size = config.crops[camera], config.resizes.get(camera)
-    height, width = size or demonstrations.spec.cameras[camera]
-    rows = np.clip(np.arange(crop.top - SHIFT, crop.top + crop.height + SHIFT), 0, height - 1)
-    columns = np.clip(np.arange(crop.left - SHIFT, crop.left + crop.width + SHIFT), 0, width - 1)
-    is_there = np.zeros(len(stored), np.bool_)
-    frames = demonstrations.frames(camera)
-    for episode, frame, image in tqdm(frames, total=len(stored), desc=f"reading {camera}", unit="frame"):
-        index = demonstrations.rows[episode].start + frame
-        stored[index] = resized(image, size)[rows[:, None], columns]
-        is_there[index] = True
-    if not is_there.all():
-        raise DatasetError(f"{demonstrations.root}: frame {int(is_there.argmin())} of {camera} has no image.")

@@ -14,7 +14,8 @@ from transformers import LlamaModel
 from dysl_vla.envs.mock import MockEnv
 from dysl_vla.errors import ConfigError, ObservationError
 from dysl_vla.policies import ComputeConfig, Policy, load_policy
-from dysl_vla.policies.mini_vla import Crop, MiniVLA
+from dysl_vla.policies.mini_policy import Crop
+from dysl_vla.policies.mini_vla import MiniVLA
 from dysl_vla.policies.mock import MockPolicy
 from dysl_vla.skip_controller.torch_backend import Forward
 from dysl_vla.types import Normalisation
