@@ -310,7 +310,10 @@ def test_what_does_not_exist_is_named(name: str) -> None:
         simulator.make(simulator.tasks[0], render_mode="human")
 
 
-@each_simulator
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.exhaustive if name == "libero" else marks(name)) for name in SIMULATORS],
+)
 def test_gymnasium_makes_every_task_and_accepts_the_environment(name: str) -> None:
     prefix, suite = f"dysl_vla/{name}-", get_suite(SIMULATORS[name].suite)
     registered = {spec.kwargs.get("task"): spec for key, spec in gymnasium.registry.items() if key.startswith(prefix)}

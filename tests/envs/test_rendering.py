@@ -30,7 +30,9 @@ SCENES = {
 }
 
 
+LIKE_GOAL = ("libero-object", "libero-10")
 OTHERS = (
+    *((suite, SCENES[suite]) for suite in LIKE_GOAL),
     *(("metaworld-mt50", task) for task in INSTRUCTIONS if task != SCENES["metaworld-mt10"]),
     *(("robosuite-all", task) for task in ROBOSUITE_INSTRUCTIONS if task != SCENES["robosuite-5"]),
 )
@@ -38,7 +40,10 @@ OTHERS = (
 
 @pytest.fixture(
     scope="module",
-    params=[*SCENES.items(), *(pytest.param(other, marks=pytest.mark.exhaustive) for other in OTHERS)],
+    params=[
+        *(scene for scene in SCENES.items() if scene[0] not in LIKE_GOAL),
+        *(pytest.param(other, marks=pytest.mark.exhaustive) for other in OTHERS),
+    ],
     ids="-".join,
 )
 def env(request: pytest.FixtureRequest) -> Iterator[ManipulationEnv]:

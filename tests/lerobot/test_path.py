@@ -5,6 +5,8 @@ Every command is run as it is typed, in a process of its own; the arm is LeRobot
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import signal
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dysl_vla.cli import main
 from tests.lerobot.arms import eventually
 from tests.lerobot.fake_cameras import CameraFaults
 from tests.lerobot.feetech_bus import Bus
@@ -28,7 +31,12 @@ SMALL = ["--layers", "6", "--hidden", "32", "--threads", "1", "--warmup", "5", "
 
 
 def dysl(*arguments: object, cwd: Path, environment: dict[str, str] | None = None) -> str:
-    """What a command prints; it must succeed."""
+    """What a command prints; it must succeed. It has a process of its own where the environment is another."""
+    if environment is None:
+        printed = io.StringIO()
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(printed):
+            assert main([*map(str, arguments)]) == 0, printed.getvalue()
+        return printed.getvalue()
     command = [sys.executable, "-m", "dysl_vla.cli", *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr

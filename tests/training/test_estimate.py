@@ -30,7 +30,7 @@ from dysl_vla.training.calibrate import assumed_plan
 from dysl_vla.training.distill import DistillRunConfig, distill, dry_run
 from dysl_vla.training.dry_run import Budget, budgets, render
 from dysl_vla.training.estimate import STAGE_1, STAGE_2, Estimate, Rehearsal, _layers, worst_exits
-from tests.policies.own_policies import ALL, OwnPolicy
+from tests.policies.own_policies import ALL, Autoregressive, OwnPolicy
 
 CHUNK, ACTIONS = 8, 7
 CPU = torch.device("cpu")
@@ -204,7 +204,11 @@ def test_frames_are_kept_where_they_fit_beside_the_training() -> None:
     assert Budget.of(estimate, one.training, 1000, CPU, free=None, stream=True).kept_frames == 0
 
 
-@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.policy_type)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.exhaustive if kind is Autoregressive else ()) for kind in ALL],
+    ids=lambda kind: kind.policy_type,
+)
 def test_policies_of_others_are_estimated_without_their_weights(kind: type[OwnPolicy]) -> None:
     def rehearse(compute: ComputeConfig) -> tuple[Rehearsal, int]:
         policy = kind.make().to(compute.device)

@@ -30,7 +30,10 @@ def dysl(*words: object) -> None:
     assert main([*map(str, words)]) == 0, words
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=pytest.mark.exhaustive if kind == "pi0" else ()) for kind in KINDS],
+)
 def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy's folder, demonstrations of the mock world, a plan and heads. Not to be written to."""
     return made_once(tmp_path_factory, f"{request.param}-verbs", lambda out: make_places(request.param, out))
