@@ -141,6 +141,14 @@ def _bench_backbone(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _bench_policy(arguments: Sequence[str]) -> int:
+    from dysl_vla.eval.bench_policy import PolicyBenchConfig, bench_policy, render_policy
+
+    config = _parse(PolicyBenchConfig, arguments, "dysl bench policy")
+    print(render_policy(config, bench_policy(config)))
+    return 0
+
+
 def _bench_env(arguments: Sequence[str]) -> int:
     from dysl_vla.eval.bench_env import EnvBenchConfig, bench_env, render_env_times
 
@@ -348,6 +356,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "baseline": (_baseline, "train another method that runs fewer layers, to compare with"),
     "tune": (_tune, "choose how much a policy skips, by time, by success or by the actions' error"),
     "bench backbone": (_bench_backbone, "measure what skipping costs beside what it saves, on a decoder of any size"),
+    "bench policy": (_bench_policy, "measure the parts of SmolVLA's or pi0's inference, full and skipping"),
     "bench env": (_bench_env, "measure how fast a suite simulates, and where the time goes"),
     "bench bundle": (_bench_bundle, "measure an exported policy beside its checkpoint"),
     "bench serve": (_bench_serve, "measure a policy server with many clients, some of which misbehave"),

@@ -148,10 +148,15 @@ class FlowPolicy(BackbonePolicy, nn.Module):
         count = len(self.spec.action_names)
         if forward.is_training:
             return self._lesson(noisy, memory, inputs)[..., :count]
+        actions = self.denoise(noisy, memory, inputs)
+        forward.decoder_is_done()
+        return actions[..., :count]
+
+    def denoise(self, noisy: Tensor, memory: PrefixMemory, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Integrate the velocity from noise to actions, both (batch, chunk, action_width)."""
         for step in range(self.steps):
             noisy = noisy - self.velocity(noisy, self._time(step, noisy), memory, inputs) / self.steps
-        forward.decoder_is_done()
-        return noisy[..., :count]
+        return noisy
 
     def _time(self, step: int, like: Tensor) -> Tensor:
         """Return the time of a denoising step for each row, (batch,)."""
