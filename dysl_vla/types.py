@@ -367,12 +367,17 @@ class EpisodeState:
         planned: Actions of the running chunk that are still to be executed, where `policies.select_action` acts.
         needed_at: Deadline of the coming inference, in seconds of `time.perf_counter`; None for no limit.
         guidance: Memory of layer skipping; None for a policy that skips nothing.
+        leftover: The running chunk's actions from the coming observation's time on, (actions, action) in the
+            embodiment's units, where the coming chunk shall go on from them; None where it need not.
+        sent_before: How many of these will have been sent when the coming chunk is there.
     """
 
     executed: deque[FloatArray] = field(default_factory=lambda: deque(maxlen=64))
     planned: deque[FloatArray] = field(default_factory=deque)
     needed_at: float | None = None
     guidance: Any = None
+    leftover: FloatArray | None = None
+    sent_before: int = 0
 
     def has_time(self, seconds: float) -> bool:
         """Tell whether so many seconds are left before the deadline."""

@@ -8,6 +8,7 @@ are those of openpi and LeRobot). Layers that the leader skips wrote no keys and
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,10 +23,11 @@ from dysl_vla.policies.flow.expert import Expert, PrefixMemory
 from dysl_vla.skip_controller.torch_backend import Forward
 from dysl_vla.types import EpisodeState, Observation, PolicySpec
 
-NOISE, STATE, CAUSAL, LESSON = "noise", "state", "causal", "lesson"
+NOISE, STATE, CAUSAL, LESSON, BEFORE, HOLD = "noise", "state", "causal", "lesson", "before", "hold"
 """Parts of an item beside the prefix's embeddings: the noise, (chunk, action), the normalised and padded state,
 (state,), 1 for the tokens of the prefix that those before them do not see, (tokens,), and the number of the denoising
-step that heads are trained on with this item, ()."""
+step that heads are trained on with this item, (); the chunk before, from now on, (chunk, action), and how far each of
+its actions is held to, from 0 to 1, (chunk,)."""
 
 
 class FlowPolicy(BackbonePolicy, nn.Module):
@@ -93,7 +95,27 @@ class FlowPolicy(BackbonePolicy, nn.Module):
             noise = rng.standard_normal((self.spec.chunk_length, self.action_width), np.float32)
             item[NOISE] = torch.from_numpy(noise).to(embeds.device)
             item[LESSON] = torch.tensor(rng.integers(self.steps), device=embeds.device)
+            before, hold = self._leftover(state)
+            item[BEFORE], item[HOLD] = before.to(embeds.device), hold.to(embeds.device)
         return items
+
+    def _leftover(self, state: EpisodeState) -> tuple[Tensor, Tensor]:
+        """Return the chunk before, from now on, (chunk, action_width), and how far it is held to, (chunk,).
+
+        Actions that will have been sent are held to wholly, those behind them less and less, up to the part that is new
+        (real-time chunking, Black et al. 2025, arXiv 2506.07339, equation 5).
+        """
+        length = self.spec.chunk_length
+        before, hold = torch.zeros(length, self.action_width), torch.zeros(length)
+        if state.leftover is None:
+            return before, hold
+        known = self.spec.action_normalisation.apply(np.asarray(state.leftover, np.float32))[:length]
+        count, sent = len(known), min(state.sent_before, len(known))
+        before[:count, : known.shape[1]] = torch.from_numpy(known)
+        share = (count - torch.arange(sent, count)) / (count - sent + 1)
+        hold[:sent] = 1
+        hold[sent:count] = share * torch.expm1(share) / math.expm1(1)
+        return before, hold
 
     @property
     def follower_sizes(self) -> tuple[int, ...]:
@@ -154,8 +176,12 @@ class FlowPolicy(BackbonePolicy, nn.Module):
 
     def denoise(self, noisy: Tensor, memory: PrefixMemory, inputs: Mapping[str, Tensor]) -> Tensor:
         """Integrate the velocity from noise to actions, both (batch, chunk, action_width)."""
+        noise, before = noisy, inputs[BEFORE]
+        hold = 1 - (1 - inputs[HOLD][..., None]) ** (1 / self.steps)  # all steps together hold as far as is asked
         for step in range(self.steps):
             noisy = noisy - self.velocity(noisy, self._time(step, noisy), memory, inputs) / self.steps
+            time = 1 - (step + 1) / self.steps
+            noisy = torch.lerp(noisy, time * noise + (1 - time) * before, hold)  # on the way to what is held to
         return noisy
 
     def _time(self, step: int, like: Tensor) -> Tensor:

@@ -88,3 +88,18 @@ def test_a_checkpoint_refers_to_lerobots_folder(loaded: tuple[str, Any], tmp_pat
     given = {key: value for key, value in observation(0).items() if key != "noise"}
     [one], [other] = (p.infer([given], [p.reset()]) for p in (policy, again))
     np.testing.assert_array_equal(one.actions, other.actions)
+
+
+def test_a_chunk_goes_on_from_the_one_before(loaded: tuple[str, Any]) -> None:
+    """What will have been sent stays as it is; behind it the chunk leaves the one before little by little."""
+    _, policy = loaded
+    given, later = ({k: v for k, v in observation(n).items() if k != "noise"} for n in (0, 1))
+    [before] = policy.infer([given], [policy.reset()])
+    state = policy.reset()
+    [free] = policy.infer([later], [state])
+    state.leftover, state.sent_before = before.actions[2:], 2
+    [going_on] = policy.infer([later], [state])
+    np.testing.assert_allclose(going_on.actions[:2], before.actions[2:4], atol=1e-4)
+    apart = [np.abs(chunk.actions[:5] - before.actions[2:]).mean(axis=1) for chunk in (free, going_on)]
+    assert (apart[1][2:5] < apart[0][2:5]).all()
+    assert np.abs(going_on.actions[5:] - before.actions[5:]).max() > 1e-3
