@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from dysl_vla.types import ActionChunk, FloatArray
+from dysl_vla.types import ActionChunk, EpisodeState, FloatArray
+
+DELAYS, DELAY_QUANTILE = 50, 0.9
+"""Number of inferences whose delay is remembered, and the quantile of them that is expected."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,12 @@ class Predicted:
     chunk: ActionChunk
     timestamp: float
     seconds: float
+
+    def action_at(self, now: float, period: float) -> FloatArray:
+        """Return the action that is for now, or the last one, (action,)."""
+        index = min(len(self.chunk.actions) - 1, max(0, math.floor((now - self.timestamp) / period)))
+        action: FloatArray = self.chunk.actions[index]
+        return action
 
     def log_record(self) -> dict[str, Any]:
         """What the log says of the chunk."""
@@ -76,3 +86,37 @@ class Plan:
         actions = self.actions.copy()
         actions[index : index + steps] = share * actions[index : index + steps] + (1 - share) * old
         return replace(self, actions=actions)
+
+
+class Continuation:
+    """Tells a policy what of the running chunk will have been sent when the coming one is there (real-time chunking).
+
+    The delay is measured, in actions that are sent meanwhile: a guess that is too short makes the arm jump.
+
+    Args:
+        period: Seconds of a cycle.
+    """
+
+    def __init__(self, period: float) -> None:
+        self._period = period
+        self._delays: deque[float] = deque(maxlen=DELAYS)
+
+    def took(self, seconds: float) -> None:
+        """Record how long after its observation a chunk was there."""
+        self._delays.append(seconds / self._period)
+
+    def prepare(self, state: EpisodeState, running: Predicted | None, timestamp: float) -> None:
+        """Write what is left of the running chunk into the state of an inference.
+
+        Args:
+            state: The state.
+            running: The chunk that is being executed; None: there is none yet.
+            timestamp: Timestamp of the inference's observation.
+        """
+        state.leftover, state.sent_before = None, 0
+        if running is None or not self._delays:
+            return
+        passed = max(0, round((timestamp - running.timestamp) / self._period))
+        if len(rest := running.chunk.actions[passed:]):
+            state.leftover = rest
+            state.sent_before = math.ceil(float(np.quantile(self._delays, DELAY_QUANTILE)))

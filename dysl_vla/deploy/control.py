@@ -23,7 +23,7 @@ import numpy as np
 from dysl_vla import provenance
 from dysl_vla.deploy.approach import Approach
 from dysl_vla.deploy.camera_watch import CameraWatch
-from dysl_vla.deploy.chunks import Plan, Predicted
+from dysl_vla.deploy.chunks import Continuation, Plan, Predicted
 from dysl_vla.deploy.cycle_log import CycleLog
 from dysl_vla.deploy.limits import ActionLimiter, Limits
 from dysl_vla.deploy.loop_stats import LoopStats
@@ -57,6 +57,9 @@ class LoopConfig:
     """Age of an observation, that of its oldest part, beyond which no action that was predicted from it is sent."""
     blend_steps: int = 2
     """Cycles in which a new chunk takes over from the one before; with 0 it takes over at once."""
+    real_time_chunking: bool = True
+    """Let a policy that denoises actions go on from those of the running chunk that will have been sent by the time the
+    coming one is there; others' chunks are blended alone."""
     frozen_s: float = 1.0
     """A camera that shows the very same image for so long, although the robot has moved, stops the robot."""
     warm_up: int = 10
@@ -135,6 +138,7 @@ class ControlLoop:
             robot.embodiment, self._limiter, may_approach=self._config.far_start == "approach", notify=notify
         )
         self._predicted: Predicted | None = None
+        self._continuation = Continuation(self._period)
         self._slowest_s = 0.0  # the most that an observation's age and an inference took together, of late
         self._history: deque[tuple[float, FloatArray]] = deque(maxlen=HISTORY)
         self._last: FloatArray | None = None
@@ -291,6 +295,8 @@ class ControlLoop:
                 state.executed.clear()
                 state.executed.extend(executed)
                 state.needed_at = self._needed_at()
+                if self._config.real_time_chunking:
+                    self._continuation.prepare(state, self._predicted, timed.timestamp)
                 started = clock()
                 [chunk] = self._policy.infer([observation], [state])
                 ready_at = clock()
@@ -299,6 +305,7 @@ class ControlLoop:
                         f"action: the policy predicted a value that is not finite: {chunk.actions.tolist()}."
                     )
                 # Put the chunk down, and wait until the next one is wanted
+                self._continuation.took(ready_at - timed.timestamp)
                 self._count_inference(chunk, ready_at - started)
                 number = self._predicted.number + 1 if self._predicted else 0
                 self._predicted = Predicted(number, chunk, timed.timestamp, ready_at - started)
@@ -353,7 +360,8 @@ class ControlLoop:
         # Begin only if the robot stands where it may go on from
         self._last = robot.hold(None)
         start = self._start = clock() + period
-        self._approach.check(self._last, self._first_action(start))
+        first = self._predicted  # None where the robot is being stopped already
+        self._approach.check(self._last, None if first is None else first.action_at(start, period))
         plan: Plan | None = None
         misses = 0
         for cycle in range(cycles):
@@ -385,16 +393,6 @@ class ControlLoop:
             misses = 0 if is_fresh else misses + 1
             if misses and (self._config.on_miss == "stop" or misses >= self._config.stop_after):
                 raise SafetyStop(f"deadline: {misses} cycles in a row were missed, {self._why(is_passed, now, plan)}.")
-
-    def _first_action(self, start: float) -> FloatArray | None:
-        """What the policy wants at the start, (action,); None: nothing was predicted, as the robot is being stopped."""
-        predicted = self._predicted
-        if predicted is None:
-            return None
-        actions = predicted.chunk.actions
-        index = min(len(actions) - 1, max(0, math.floor((start - predicted.timestamp) / self._period)))
-        first: FloatArray = actions[index]
-        return first
 
     def _blend_chunks(self, predicted: Predicted, before: Plan | None, now: float) -> Plan:
         """A new chunk takes over in equal parts from what would have been sent, so that no action jumps.
