@@ -86,11 +86,17 @@ def bench_bundle(config: BundleBenchConfig) -> BundleBench:
         ConfigError: The bundle was made from another policy, or the suite is unknown.
         CheckpointError: The bundle or the checkpoint is damaged.
     """
+    bundle = Bundle(config.bundle)
+    if bundle.is_pruned:
+        raise ConfigError(
+            f"bundle must have all layers to be measured beside its checkpoint, and {config.bundle} is pruned; dysl "
+            f"eval --policy {config.bundle} measures its success and its times."
+        )
     policies: list[Policy] = [
         load_policy(config.policy, skip=0),
         load_policy(config.policy),
         Bundle(config.bundle, skip=0),
-        Bundle(config.bundle),
+        bundle,
     ]
     use_one_inference_thread()
     made_from = policies[3].provenance.get("export", {}).get("policy")

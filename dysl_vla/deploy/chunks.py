@@ -13,6 +13,8 @@ from dysl_vla.types import ActionChunk, EpisodeState, FloatArray
 
 DELAYS, DELAY_QUANTILE = 50, 0.9
 """Number of inferences whose delay is remembered, and the quantile of them that is expected."""
+LATENESS = 0.01
+"""Share of a period by which a cycle is after its time."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,22 @@ class Continuation:
         """Record how long after its observation a chunk was there."""
         self._delays.append(seconds / self._period)
 
-    def prepare(self, state: EpisodeState, running: Predicted | None, timestamp: float) -> None:
+    def prepare(self, state: EpisodeState, plan: Plan | None, timestamp: float, start: float | None) -> None:
         """Write what is left of the running chunk into the state of an inference.
 
         Args:
             state: The state.
-            running: The chunk that is being executed; None: there is none yet.
+            plan: What is being executed, as it is sent; None where it does not go on: there is none yet, or the robot
+                approaches or holds.
             timestamp: Timestamp of the inference's observation.
+            start: Time of the first cycle; the others follow at whole periods. None: before it.
         """
         state.leftover, state.sent_before = None, 0
-        if running is None or not self._delays:
+        if plan is None or start is None or not self._delays:
             return
-        passed = max(0, round((timestamp - running.timestamp) / self._period))
-        if len(rest := running.chunk.actions[passed:]):
+        # Both chunks' actions are for cycles, which begin, a little late, between the observations they count from.
+        cycle = start + (math.floor((timestamp - start) / self._period) + 1 + LATENESS) * self._period
+        passed = plan.index(cycle, self._period) - math.floor((cycle - timestamp) / self._period)
+        if len(rest := plan.actions[max(0, passed) :]):
             state.leftover = rest
             state.sent_before = math.ceil(float(np.quantile(self._delays, DELAY_QUANTILE)))

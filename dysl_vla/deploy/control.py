@@ -139,6 +139,7 @@ class ControlLoop:
         )
         self._predicted: Predicted | None = None
         self._continuation = Continuation(self._period)
+        self._running_plan: Plan | None = None  # as it is sent; None while the robot approaches or holds
         self._slowest_s = 0.0  # the most that an observation's age and an inference took together, of late
         self._history: deque[tuple[float, FloatArray]] = deque(maxlen=HISTORY)
         self._last: FloatArray | None = None
@@ -296,7 +297,7 @@ class ControlLoop:
                 state.executed.extend(executed)
                 state.needed_at = self._needed_at()
                 if self._config.real_time_chunking:
-                    self._continuation.prepare(state, self._predicted, timed.timestamp)
+                    self._continuation.prepare(state, self._running_plan, timed.timestamp, self._start)
                 started = clock()
                 [chunk] = self._policy.infer([observation], [state])
                 ready_at = clock()
@@ -381,6 +382,7 @@ class ControlLoop:
             # Send what it has for now, unless the machine had no time for this process, and the cycle's time is over
             is_passed = now - due >= period
             is_fresh = not is_passed and self._send(plan, now, line)
+            self._running_plan = plan if self._sends_plan and self._approach.has_arrived else None
             # Count and log the cycle
             jitter = clock() - due
             status = "missed" if not is_fresh else "late" if jitter > LATE * period else "on_time"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,27 @@ def check_heads(heads: SkipHeads, plan: SkipPlan, layers: nn.ModuleList) -> None
                 raise ConfigError(
                     f"heads must be of the decoder's dtype {dtype}, got {mine.dtype}; use heads.to({dtype})."
                 )
+
+
+def check_followers(heads: SkipHeads, followers: Sequence[nn.ModuleList]) -> None:
+    """Refuse heads whose adapters for followers are of another number, width or dtype than these.
+
+    Raises:
+        ConfigError: One of them differs.
+    """
+    sizes = heads.config.follower_sizes
+    if len(sizes) not in (0, len(followers)):
+        raise ConfigError(f"heads must have adapters for {len(followers)} followers, got those for {len(sizes)}.")
+    for size, layers, adapters in zip(sizes, followers, heads.followers, strict=False):
+        norms = (p for name, p in layers[0].named_parameters() if "norm" in name and name.endswith("weight"))
+        widths = {norm.shape[0] for norm in norms if norm.ndim == 1}
+        if widths and size not in widths:
+            raise ConfigError(f"follower_sizes must be the followers' width of {min(widths)}, got {size}.")
+        dtype, mine = compute_dtype(layers), next(adapters.parameters())
+        if dtype is not None and mine.dtype != dtype and not torch.is_autocast_enabled(mine.device.type):
+            raise ConfigError(
+                f"heads must be of the followers' dtype {dtype}, got {mine.dtype}; use heads.to({dtype})."
+            )
 
 
 def compute_dtype(layers: nn.Module) -> torch.dtype | None:

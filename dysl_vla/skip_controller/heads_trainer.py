@@ -152,6 +152,10 @@ class HeadsTrainer:
         self._exits = [skipper.plan.exits_of(block) for block in skipper.plan.blocks]
         if not any(self._exits):
             raise ConfigError(f"plan must have an exit after layer 0, which always runs, got {skipper.plan}.")
+        if config.objective == "mixture" and len(skipper.heads.followers):
+            raise ConfigError(
+                "objective must be tolerance for a policy with followers, whose layers mixing would not skip."
+            )
         self._skipper, self._act = skipper, act
         self._mixed = mixed_precision(skipper.layers)
         self._heads: nn.Module = skipper.heads

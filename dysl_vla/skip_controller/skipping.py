@@ -48,7 +48,13 @@ from dysl_vla.skip_controller.caches import (
     mark_skips,
     restore_state,
 )
-from dysl_vla.skip_controller.compatibility import check_arguments, check_heads, check_shared_keys, skippable_layers
+from dysl_vla.skip_controller.compatibility import (
+    check_arguments,
+    check_followers,
+    check_heads,
+    check_shared_keys,
+    skippable_layers,
+)
 from dysl_vla.skip_controller.decoders import (
     MARK,
     WrappedLayers,
@@ -425,10 +431,7 @@ def attach(
             argument_names(layer)
     if heads is not None:
         check_heads(heads, plan, layers)
-        if len(sizes := heads.config.follower_sizes) not in (0, len(followers)):
-            raise ConfigError(
-                f"heads must have adapters for the {len(followers)} followers, got those for {len(sizes)}."
-            )
+        check_followers(heads, followers)
     return Skipper(layers, plan, heads, followers)
 
 

@@ -129,6 +129,8 @@ class TrainConfig:
             )
         if self.flow and self.plan is not None:
             raise ConfigError("plan must be left out with flow, which does not learn to act by static layers alone.")
+        if self.flow and self.optimizer.compile:
+            raise ConfigError("compile must be left out with flow, whose backbone keeps keys and values.")
         for name in ("cameras", "resize", "crops", "grids", "flow", "layers", "hidden", "chunk", "execute"):
             if self.init is not None and getattr(self, name) != getattr(TrainConfig, name):
                 raise ConfigError(f"{name} must not be given with init, as {self.init} decides it; leave one out.")

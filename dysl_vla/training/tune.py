@@ -121,16 +121,23 @@ class Tuned:
         chosen: The one that was stored.
         against_shortest: Episodes of the shortest path alone (the first method) and of the chosen setting (the second);
             None where no success was measured, or the shortest path was chosen.
+        is_by_time: Whether the target was a time.
     """
 
     curve: list[Point]
     chosen: Point
     against_shortest: PairedSuccess | None = None
+    is_by_time: bool = False
 
     @property
     def advice(self) -> str:
         """Say whether this policy needs a depth that changes, or whether the shortest path does as well."""
         shortest = self.curve[0]
+        if self.chosen == shortest and self.is_by_time:
+            return (
+                f"Only the shortest path, {shortest.layers:.1f} layers, is fast enough; whether it succeeds as the "
+                "full model does was not measured."
+            )
         if self.chosen == shortest:
             return (
                 f"The shortest path alone, {shortest.layers:.1f} layers, meets the target: depth need not change from "
@@ -183,7 +190,7 @@ def tune(config: TuneConfig) -> Tuned:
     curve = measure_curve(config.policy, config.data, config.compute)
     try:
         if config.target_ms is not None:
-            tuned = Tuned(curve, choose_by_time(curve, config.target_ms))
+            tuned = Tuned(curve, choose_by_time(curve, config.target_ms), is_by_time=True)
         elif config.target_action_error is not None:
             tuned = Tuned(curve, choose_by_error(curve, config.target_action_error))
         else:
@@ -319,6 +326,7 @@ def _evaluation(config: TuneConfig, out: Path, skip: float, perturb: str | None)
         episodes=config.episodes,
         seed=TUNING_SEED,
         workers=config.workers,
+        compute=config.compute,
         skip=skip,
     )
 

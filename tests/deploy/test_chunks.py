@@ -8,48 +8,47 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dysl_vla.deploy.chunks import Continuation, Predicted
-from dysl_vla.types import ActionChunk, EpisodeState, InferenceTiming
+from dysl_vla.deploy.chunks import LATENESS, Continuation, Plan
+from dysl_vla.types import EpisodeState
 
-PERIOD, LENGTH = 0.05, 8
-CHUNK = ActionChunk(np.arange(LENGTH, dtype=np.float32)[:, None], InferenceTiming(0.0, 0.0, 0.0))
+PERIOD, LENGTH, START = 0.05, 8, 100.0
+ACTIONS = np.arange(LENGTH, dtype=np.float32)[:, None]
 
 
-def prepared(delays: list[float], since: float | None) -> EpisodeState:
+def prepared(delays: list[float], first: float | None, second: float) -> EpisodeState:
+    """A state when a chunk of an observation at `first` is executed, and another made of one at `second`, in periods."""
     continuation, state = Continuation(PERIOD), EpisodeState()
     for delay in delays:
         continuation.took(delay * PERIOD)
-    running = None if since is None else Predicted(0, CHUNK, 10.0, 0.0)
-    continuation.prepare(state, running, 10.0 + (since or 0.0) * PERIOD)
+    plan = None if first is None else Plan(0, ACTIONS, START + first * PERIOD)
+    continuation.prepare(state, plan, START + second * PERIOD, START)
     return state
 
 
 def test_the_first_chunk_and_one_of_unmeasured_delay_begin_anew() -> None:
-    for delays, since in (([1.0], None), ([], 2.0)):
-        state = prepared(delays, since)
+    for delays, first in (([1.0], None), ([], 0.0)):
+        state = prepared(delays, first, 2.0)
         assert (state.leftover, state.sent_before) == (None, 0)
 
 
-@given(st.lists(st.floats(0.0, 5.0), min_size=1, max_size=80), st.floats(0.0, 12.0))
-def test_actions_are_told_from_the_observations_time_on_and_most_delays_are_covered(
-    delays: list[float], since: float
-) -> None:
-    state = prepared(delays, since)
-    passed = round(since)
-    if passed >= LENGTH:
-        assert state.leftover is None
-        return
-    assert state.leftover is not None
-    np.testing.assert_array_equal(state.leftover[:, 0], np.arange(passed, LENGTH))
-    recent = delays[-50:]
+@given(st.floats(-1.0, 3.0).map(lambda x: round(x, 3) + 0.0003), st.floats(0.1, 7.5).map(lambda x: round(x, 3)))
+def test_in_every_cycle_both_chunks_have_the_same_action_for_it(first: float, since: float) -> None:
+    """The i-th of a chunk is for the cycle between i and i + 1 periods after its observation."""
+    second = first + since
+    state = prepared([1.0], first, second)
+    sent, told = [], []
+    for cycle in range(math.floor(second) + 1, math.floor(second) + 1 + LENGTH):
+        old, new = math.floor(cycle + LATENESS - first), math.floor(cycle + LATENESS - second)
+        if old < LENGTH:
+            sent.append(float(ACTIONS[old, 0]))
+            assert state.leftover is not None
+            told.append(float(state.leftover[new, 0]))
+    assert sent == told
+    assert (state.leftover is None) == (not sent)
+
+
+@given(st.lists(st.floats(0.0, 5.0), min_size=1, max_size=80))
+def test_most_delays_are_covered(delays: list[float]) -> None:
+    state, recent = prepared(delays, 0.0, 1.0), delays[-50:]
     assert state.sent_before <= math.ceil(max(recent) + 1e-9)
     assert np.mean([delay <= state.sent_before + 1e-9 for delay in recent]) >= 0.9 - 1 / len(recent)
-
-
-def test_a_state_forgets_what_is_over() -> None:
-    continuation, state = Continuation(PERIOD), EpisodeState()
-    continuation.took(PERIOD)
-    continuation.prepare(state, Predicted(0, CHUNK, 0.0, 0.0), PERIOD)
-    assert state.leftover is not None
-    continuation.prepare(state, Predicted(0, CHUNK, 0.0, 0.0), 100.0)
-    assert (state.leftover, state.sent_before) == (None, 0)

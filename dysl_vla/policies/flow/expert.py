@@ -38,7 +38,6 @@ class ExpertShape:
         norm_eps: Number that norms add to the variance.
         rope_theta: Base of the rotary positions' periods.
         crossing: Layers that attend to the prefix alone.
-        present: Layers that there are; the others pass their input on. Empty: all.
     """
 
     width: int
@@ -52,7 +51,6 @@ class ExpertShape:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     crossing: tuple[int, ...] = ()
-    present: tuple[int, ...] = ()
 
 
 class AdaptiveNorm(nn.Module):
@@ -162,14 +160,6 @@ class ExpertLayer(nn.Module):
         return _added(hidden_states, self.mlp(normed), gate)
 
 
-class PassingLayer(nn.Module):
-    """Stands where an expert with fewer layers than the prefix has none."""
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        """Return the input."""
-        return hidden_states
-
-
 class PrefixMemory:
     """What an expert reads of a prefix: keys and values by layer, of the rows in which that layer ran.
 
@@ -196,10 +186,7 @@ class Expert(nn.Module):
 
     def __init__(self, shape: ExpertShape) -> None:
         super().__init__()
-        present = set(shape.present or range(shape.depth))
-        self.layers = nn.ModuleList(
-            ExpertLayer(shape, index) if index in present else PassingLayer() for index in range(shape.depth)
-        )
+        self.layers = nn.ModuleList(ExpertLayer(shape, index) for index in range(shape.depth))
         self.norm = make_norm(shape)
         self.shape = shape
 

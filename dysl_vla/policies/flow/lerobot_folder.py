@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dysl_vla.checkpoint import CONFIG, TOKENIZER, WEIGHTS, find_checkpoint, read_document
+from dysl_vla.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_document
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.types import (
     FULL_QUALITY,
@@ -36,6 +37,10 @@ from dysl_vla.types import (
     PolicySpec,
 )
 
+ABSENT = "-"
+"""Name of a camera that is not there."""
+LIBERO_CAMERAS = {"image": "agentview", "image2": "robot0_eye_in_hand"}
+"""LeRobot's names of LIBERO's cameras, and ours."""
 KINDS = ("smolvla", "pi0", "pi05")
 """Types of LeRobot's policies that can be loaded."""
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -43,6 +48,7 @@ ACTION = "action"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 LIMITS = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
 """Kind of normalisation to the statistics that are mapped to -1 and 1."""
+NORMALIZER = "normalizer_processor"
 RELATIVE = ("relative_actions_processor", "absolute_actions_processor")
 """Steps that may be there as long as they are not enabled."""
 STEPS = (
@@ -50,9 +56,8 @@ STEPS = (
     "to_batch_processor",
     "smolvla_new_line_processor",
     "pi0_new_line_processor",
-    "new_line_task_processor",
     *RELATIVE,
-    "normalizer_processor",
+    NORMALIZER,
     "unnormalizer_processor",
     "pi05_prepare_state_tokenizer_processor_step",
     "tokenizer_processor",
@@ -70,7 +75,8 @@ class FlowOptions:
     """
 
     cameras: str = ""
-    """Names of the cameras, separated by commas, as the embodiment calls them, in the order of the folder's."""
+    """Names of the cameras, separated by commas, as the embodiment calls them, in the order of the folder's; "-" for
+    one that is not there, which the policy then does not see at all, as LeRobot masks it."""
     state_names: str = ""
     """Names of the state's dimensions, separated by commas, as the embodiment calls them."""
     action_names: str = ""
@@ -92,7 +98,7 @@ class FlowOptions:
             if not 0 <= getattr(self, name) < 10_000:
                 raise ConfigError(f"{name} must be from 0 to below 10000, got {getattr(self, name)}.")
         for name in ("cameras", "state_names", "action_names"):
-            names = getattr(self, name).split(",") if getattr(self, name) else []
+            names = [one for one in getattr(self, name).split(",") if one != ABSENT] if getattr(self, name) else []
             if len({*names, ""}) <= len(names) or any(one != one.strip() for one in names):
                 raise ConfigError(f"{name} must be different names, separated by commas, got {getattr(self, name)!r}.")
 
@@ -219,7 +225,10 @@ class LeRobotFolder:
         self.check_processors()
         renamed = {new: old for old, new in self.renamed().items()}
         own = [renamed.get(key, key).removeprefix(IMAGE_PREFIX) for key in sizes]
+        own = [LIBERO_CAMERAS.get(name, name) for name in own]
         cameras = _named("cameras", options.cameras, own, len(own))
+        if all(name == ABSENT for name in cameras):
+            raise ConfigError("cameras must name at least one that is there.")
         statistics = self.statistics()
         chunk = int(self.number("chunk_size"))
         execute = options.execute_steps or int(self.number("n_action_steps", chunk))
@@ -227,7 +236,11 @@ class LeRobotFolder:
             raise ConfigError(f"execute_steps must be at most the chunk_size of {chunk}, got {execute}.")
         (state_dim,), (action_dim,) = inputs[STATE_KEY][1], outputs[ACTION][1]
         return PolicySpec(
-            cameras=dict(zip(cameras, ((int(h), int(w)) for h, w in sizes.values()), strict=True)),
+            cameras={
+                name: (int(size[0]), int(size[1]))
+                for name, size in zip(cameras, sizes.values(), strict=True)
+                if name != ABSENT
+            },
             state_names=_named("state_names", options.state_names, LIBERO_STATE, state_dim),
             action_names=_named("action_names", options.action_names, LIBERO_ACTIONS, action_dim),
             state_normalisation=self._normalisation("STATE", STATE_KEY, statistics, state_dim),
@@ -285,7 +298,7 @@ class LeRobotFolder:
             CheckpointError: Their file is missing or damaged.
         """
         found: dict[str, FloatArray] = {}
-        for name, kind in ((PREPROCESSOR, "normalizer_processor"), (POSTPROCESSOR, "unnormalizer_processor")):
+        for name, kind in ((PREPROCESSOR, NORMALIZER), (POSTPROCESSOR, "unnormalizer_processor")):
             file = self._step(name, kind).get("state_file")
             if file is None:
                 continue
@@ -299,22 +312,29 @@ class LeRobotFolder:
     def _normalisation(
         self, kind: str, feature: str, statistics: Mapping[str, FloatArray], dimensions: int
     ) -> Normalisation:
-        mode = str((self.config.get("normalization_mapping") or {}).get(kind, "IDENTITY"))
+        file, step = (POSTPROCESSOR, "unnormalizer_processor") if kind == "ACTION" else (PREPROCESSOR, NORMALIZER)
+        modes = self._step(file, step)["config"].get("norm_map") or self.config.get("normalization_mapping") or {}
+        mode = str(modes.get(kind))
+        if str(modes.get("VISUAL", "IDENTITY")) != "IDENTITY":
+            raise CheckpointError(
+                f"{self.folder / file}: images are normalised by {modes['VISUAL']}, which is not supported."
+            )
         if mode == "IDENTITY":
             return Normalisation((0.0,) * dimensions, (1.0,) * dimensions)
         first, second = LIMITS.get(mode, ("mean", "std"))
         if mode not in (*LIMITS, "MEAN_STD"):
-            raise CheckpointError(f"{self.folder / CONFIG}: normalisation {mode!r} of {kind} is not supported.")
+            raise CheckpointError(f"{self.folder / file}: normalisation {mode!r} of {kind} is not supported.")
         try:
             low, high = (statistics[f"{feature}.{name}"].reshape(dimensions) for name in (first, second))
         except (KeyError, ValueError) as error:
             raise CheckpointError(
                 f"{self.folder}: {feature} is normalised by {mode} and needs {first} and {second} of {dimensions} "
-                f"dimensions among the statistics ({error}); get the files of {PREPROCESSOR} again."
+                f"dimensions, which are not among its statistics ({', '.join(sorted(statistics)) or 'none'}); a base "
+                "policy has none of your robot and must be fine-tuned first, else get the files again."
             ) from error
         if mode == "MEAN_STD":
             return Normalisation(tuple(low.tolist()), tuple(np.maximum(high, 1e-8).tolist()))
-        half = np.maximum((high - low) / 2, 5e-9)
+        half = np.maximum((high - low) / 2, np.spacing(np.abs(low) + 1))  # one that never moves is -1, as LeRobot's
         return Normalisation(tuple((low + half).tolist()), tuple(half.tolist()))
 
     def tokenizer(self, options: FlowOptions, model: str) -> Tokenizer:
@@ -330,8 +350,8 @@ class LeRobotFolder:
         path = (Path(options.vlm) if options.vlm else self.folder) / TOKENIZER
         if not options.vlm and not path.is_file():
             try:
-                path = find_checkpoint(model) / TOKENIZER
-            except (CheckpointError, ConfigError) as error:
+                path = Path(model) / TOKENIZER if Path(model).is_dir() else Path(hf_hub_download(model, TOKENIZER))
+            except Exception as error:  # the hub client's errors are many, and all mean the same here
                 raise CheckpointError(
                     f"The tokenizer of {model} cannot be had ({error}); put its {TOKENIZER} into {self.folder}, or "
                     f"give the folder that has it by --policy-options vlm=FOLDER."
@@ -340,15 +360,15 @@ class LeRobotFolder:
             tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
             raise CheckpointError(f"{path} is missing or damaged ({error}); get it again.") from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         return tokenizer
 
 
 def read_vlm_config(options: FlowOptions, model: str) -> dict[str, Any]:
-    """Return the configuration of the vision-language model where it can be had, else an empty one."""
-    try:
-        return read_document((Path(options.vlm) if options.vlm else find_checkpoint(model)) / CONFIG)
-    except (CheckpointError, ConfigError):
-        return {}
+    """Return the configuration of the vision-language model where it is on disk, else an empty one."""
+    folder = Path(options.vlm or model)
+    return read_document(folder / CONFIG) if (folder / CONFIG).is_file() else {}
 
 
 def _named(option: str, given: str, default: Collection[str], count: int) -> tuple[str, ...]:

@@ -34,6 +34,8 @@ TOKENIZER_OF = "google/paligemma-3b-pt-224"
 VISION_HEAD_DIM, IMAGE_SIZE = 72, 224
 """Width of an attention head of SigLIP, which tensors do not tell, and LeRobot's default size of images."""
 EPS = 1e-6
+BEGIN = "<bos>"
+"""PaliGemma's first token of a text."""
 BINS = 256
 """Steps that pi0.5 writes a dimension of the state in."""
 PALIGEMMA = "paligemma_with_expert.paligemma."
@@ -132,7 +134,10 @@ class Pi0(LeRobotFlowPolicy):
 
     def token_ids(self, text: str) -> list[int]:
         """Return the token ids of a text, cut where there are too many."""
-        return list(self.tokenizer.encode(text).ids[: int(self.settings["tokenizer_max_length"])])
+        ids, begin = self.tokenizer.encode(text).ids, self.tokenizer.token_to_id(BEGIN)
+        if begin is not None and ids[:1] != [begin]:
+            ids = [begin, *ids]
+        return list(ids[: int(self.settings["tokenizer_max_length"])])
 
     def padded_state(self, observation: Observation) -> Tensor:
         """See `FlowPolicy.padded_state`."""

@@ -33,6 +33,8 @@ from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, Polic
 
 HEAD_DIM = 64
 """Width of an attention head of SmolVLM2, of its decoder and its vision transformer, which tensors do not tell."""
+VISION_WIDTH = 768
+"""Width of SmolVLM2 500M's vision transformer, which has heads of that width."""
 ROPE_THETA = 10_000.0
 SETTINGS = {
     "max_state_dim": 32,
@@ -200,6 +202,11 @@ def read_sizes(folder: LeRobotFolder, stated: Mapping[str, Any]) -> tuple[SmolVL
     patches = size("vision.embeddings.position_embedding.weight")
     patch = size("vision.embeddings.patch_embedding.weight", 3)
     width = size("vision.embeddings.patch_embedding.weight")
+    if "num_attention_heads" not in seen and width != VISION_WIDTH:
+        raise CheckpointError(
+            f"{folder.folder} was made from another vision-language model than SmolVLM2 500M, whose tensors do not "
+            "tell all of its sizes; give the folder of its config.json by --policy-options vlm=FOLDER."
+        )
     vision = SmolVLMVisionConfig(
         hidden_size=width,
         intermediate_size=size("vision.encoder.layers.0.mlp.fc1.weight"),
@@ -211,8 +218,11 @@ def read_sizes(folder: LeRobotFolder, stated: Mapping[str, Any]) -> tuple[SmolVL
     )
     shuffled = size("connector.modality_projection.proj.weight", 1)
     vlm = SmolVLMConfig(text_config=llama, vision_config=vision, scale_factor=math.isqrt(shuffled // width))
-    present = count_layers(shapes, "expert.layers.")
-    every = depth // max(1, present)
+    if (present := count_layers(shapes, "expert.layers.")) != depth:
+        raise CheckpointError(
+            f"{folder.folder}: num_expert_layers must be the {depth} layers of the prefix, got {present}; an expert "
+            "with fewer is not supported."
+        )
     first = "expert.layers.0."
     among = int(folder.number("self_attn_every_n_layers", 2))
     crosses = "cross" in str(folder.config.get("attention_mode", "cross_attn"))
@@ -226,7 +236,6 @@ def read_sizes(folder: LeRobotFolder, stated: Mapping[str, Any]) -> tuple[SmolVL
         norm_eps=float(text.get("rms_norm_eps", 1e-5)),
         rope_theta=ROPE_THETA,
         crossing=tuple(one for one in range(depth) if crosses and not (among > 0 and one % among == 0)),
-        present=tuple(range(0, depth, every)),
     )
     return vlm, expert
 

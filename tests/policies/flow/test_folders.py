@@ -55,6 +55,15 @@ def add_step(document: dict[str, Any]) -> None:
     document["steps"].append({"registry_name": "my_own_processor", "config": {}})
 
 
+def set_modes(**modes: str) -> Callable[[dict[str, Any]], None]:
+    def edit(document: dict[str, Any]) -> None:
+        for step in document["steps"]:
+            if "norm_map" in step["config"]:
+                step["config"]["norm_map"].update(modes)
+
+    return edit
+
+
 QUERY = "model.vlm_with_expert.vlm.model.text_model.layers.0.self_attn.q_proj.weight"
 
 
@@ -67,7 +76,7 @@ QUERY = "model.vlm_with_expert.vlm.model.text_model.layers.0.self_attn.q_proj.we
         (change("config.json", lambda d: d.pop("input_features")), "input_features must name features"),
         (change("config.json", lambda d: d.pop("chunk_size")), "chunk_size must be a number, got None"),
         (
-            change("config.json", lambda d: d["normalization_mapping"].update(ACTION="MIN_MAX")),
+            change("policy_postprocessor.json", set_modes(ACTION="MIN_MAX")),
             "action is normalised by MIN_MAX and needs min and max of 5 dimensions",
         ),
         (change("policy_preprocessor.json", add_step), "policy_preprocessor.json: step 'my_own_processor' is not supp"),
@@ -116,6 +125,7 @@ def test_a_folder_that_is_another_or_damaged_is_refused(
             "state_names must be 6 names, as many as the policy has, got x, y, .*--policy-options state_names",
         ),
         ((*OPTIONS, "cameras=one"), "cameras must be 2 names"),
+        ((*OPTIONS, "cameras=-,-"), "cameras must name at least one"),
         ((*OPTIONS, "execute_steps=9"), "execute_steps must be at most the chunk_size of 7, got 9"),
         (OPTIONS[:2], "tokenizer of tiny-vlm cannot be had .*put its tokenizer.json into .*policy-options vlm=FOLDER"),
     ],
@@ -133,13 +143,12 @@ def test_a_renamed_camera_has_the_environments_name(folder: Path) -> None:
     change("policy_preprocessor.json", rename)(folder)
     assert list(load(folder).spec.cameras) == ["front", "wrist"]
     assert list(load(folder, *OPTIONS, "cameras=a,b").spec.cameras) == ["a", "b"]
+    assert list(load(folder, *OPTIONS, "cameras=-,b").spec.cameras) == ["b"]
 
 
 def test_quantiles_map_to_one_and_identity_changes_nothing(folder: Path) -> None:
-    def choose(document: dict[str, Any]) -> None:
-        document["normalization_mapping"] |= {"ACTION": "QUANTILES", "STATE": "IDENTITY"}
-
-    change("config.json", choose)(folder)
+    for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        change(name, set_modes(ACTION="QUANTILES", STATE="IDENTITY"))(folder)
     spec = load(folder).spec
     statistics = load_file(next(folder.glob("policy_postprocessor_step*")))
     ends = np.stack([statistics["action.q01"], statistics["action.q99"]])
