@@ -23,6 +23,7 @@ from dysl_vla.types import LIBERO_ACTIONS, LIBERO_STATE, FloatArray, Normalisati
 
 with needs_extra("policy"):
     import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from torch import Tensor, nn
     from transformers import GemmaConfig, LlamaConfig, SiglipVisionConfig
     from transformers.models.smolvlm.configuration_smolvlm import SmolVLMConfig, SmolVLMVisionConfig
@@ -34,7 +35,6 @@ with needs_extra("policy"):
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
-    from dysl_vla.training.behaviour_cloning import train_tokenizer
 
 PARTS = ("encode", "prefix", "expert")
 INSTRUCTION = "pick up the black bowl and put it on the plate"
@@ -192,6 +192,14 @@ def _replaced(policy: FlowPolicy, modules: Mapping[str, Any]) -> Iterator[None]:
         policy._modules.update(own)
 
 
+def _tokenizer() -> Tokenizer:
+    """Return a tokenizer of the instruction's words."""
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(INSTRUCTION.split()))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=INSTRUCTION.split(maxsplit=1)[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
 def _spec(cameras: int, size: tuple[int, int]) -> PolicySpec:
     def neutral(names: Sequence[str]) -> Normalisation:
         return Normalisation((0.0,) * len(names), (1.0,) * len(names))
@@ -210,7 +218,7 @@ def _spec(cameras: int, size: tuple[int, int]) -> PolicySpec:
 
 def make_smolvla(cameras: int) -> SmolVLA:
     """Return SmolVLA with random weights: half of SmolVLM2's 32 layers, images of 512 pixels a side, ten steps."""
-    tokenizer = train_tokenizer([INSTRUCTION])
+    tokenizer = _tokenizer()
     llama = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=960,
@@ -241,7 +249,7 @@ def make_smolvla(cameras: int) -> SmolVLA:
 
 def make_pi0(cameras: int) -> Pi0:
     """Return pi0 with random weights and 4 of its 18 layers, at their true width."""
-    tokenizer = train_tokenizer([INSTRUCTION])
+    tokenizer = _tokenizer()
     gemma = GemmaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=2048,

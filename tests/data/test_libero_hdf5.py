@@ -338,7 +338,7 @@ def test_what_is_imported_is_what_the_environment_observes(tmp_path: Path) -> No
             recording.quaternions[moment] = found["robot0_eef_quat"]
             recording.rotations[moment] = quat2axisangle(np.array(found["robot0_eef_quat"], np.float64))
             for camera in CAMERAS:
-                recording.pictures[camera][moment] = env._upright(camera, 64, 64)
+                recording.pictures[camera][moment] = env._renderer.render(env._data, camera, 64, 64)
             states.append(env._world.sim.get_state().flatten())
             if moment < STEPS:
                 seen.append(env.step(recording.actions[moment])[0])

@@ -16,7 +16,7 @@ ACTIONS = np.arange(LENGTH, dtype=np.float32)[:, None]
 
 
 def prepared(delays: list[float], first: float | None, second: float) -> EpisodeState:
-    """A state when a chunk of an observation at `first` is executed, and another made of one at `second`, in periods."""
+    """A state while a chunk of an observation at `first` runs, and another is made of one at `second`, in periods."""
     continuation, state = Continuation(PERIOD), EpisodeState()
     for delay in delays:
         continuation.took(delay * PERIOD)
