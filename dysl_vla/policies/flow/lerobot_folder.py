@@ -354,7 +354,7 @@ class LeRobotFolder:
             except Exception as error:  # the hub client's errors are many, and all mean the same here
                 raise CheckpointError(
                     f"The tokenizer of {model} cannot be had ({error}); put its {TOKENIZER} into {self.folder}, or "
-                    f"give the folder that has it by --policy-options vlm=FOLDER."
+                    "give the folder that has it by --policy-options vlm=FOLDER."
                 ) from error
         try:
             tokenizer: Tokenizer = Tokenizer.from_file(str(path))

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dysl_vla.errors import ConfigError
 from dysl_vla.policies.backbone import EMBEDS, MASK
 from dysl_vla.policies.base import policies
-from dysl_vla.policies.flow.expert import Expert, ExpertShape, time_embedding
+from dysl_vla.policies.flow.expert import Expert, ExpertShape
 from dysl_vla.policies.flow.last_layer import LastLlamaLayer
 from dysl_vla.policies.flow.policy import CAUSAL, STATE, FlowPolicy
 from dysl_vla.policies.mini_policy import MiniPolicy, MiniVLAConfig
@@ -63,6 +62,7 @@ class MiniFlow(FlowPolicy, MiniPolicy):
         )
         self.expert = Expert(shape)
         self.steps, self.action_width = config.flow.steps, len(config.spec.action_names)
+        self.periods = PERIODS
         self.action_in_proj = nn.Linear(self.action_width, shape.width)
         self.action_out_proj = nn.Linear(shape.width, self.action_width)
         self.action_time_mlp_in = nn.Linear(2 * shape.width, shape.width)
@@ -90,20 +90,6 @@ class MiniFlow(FlowPolicy, MiniPolicy):
     def padded_state(self, observation: Observation) -> Tensor:
         """See `FlowPolicy.padded_state`."""
         return torch.from_numpy(self.spec.state_normalisation.apply(np.asarray(observation[STATE_KEY], np.float32)))
-
-    def embed_actions(self, noisy: Tensor, time: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Embed noisy actions with the time; each attends to those before it. See `FlowPolicy.embed_actions`."""
-        actions = self.action_in_proj(noisy.to(self.action_in_proj.weight.dtype))
-        when = time_embedding(time, self.expert.shape.width, *PERIODS).to(actions)
-        both = torch.cat([actions, when[:, None].expand_as(actions)], dim=2)
-        tokens = self.action_time_mlp_out(functional.silu(self.action_time_mlp_in(both)))
-        count = noisy.shape[1]
-        return tokens, torch.ones(count, count, dtype=torch.bool, device=noisy.device).tril(), None
-
-    def decode_velocity(self, hidden: Tensor) -> Tensor:
-        """See `FlowPolicy.decode_velocity`."""
-        velocity: Tensor = self.action_out_proj(hidden)
-        return velocity.float()
 
     def flow_loss(self, embeds: Tensor, actions: Tensor, rng: np.random.Generator) -> Tensor:
         """Compute the squared error of the velocity at one random point for each sample, (batch, chunk, action).

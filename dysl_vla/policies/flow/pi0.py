@@ -21,7 +21,7 @@ from transformers import GemmaConfig, GemmaModel, SiglipVisionConfig, SiglipVisi
 from dysl_vla.errors import CheckpointError
 from dysl_vla.policies.backbone import EMBEDS
 from dysl_vla.policies.base import policies
-from dysl_vla.policies.flow.expert import Expert, ExpertShape, time_embedding
+from dysl_vla.policies.flow.expert import Expert, ExpertShape
 from dysl_vla.policies.flow.images import padded
 from dysl_vla.policies.flow.last_layer import LastGemmaLayer
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers
@@ -103,6 +103,7 @@ class Pi0(LeRobotFlowPolicy):
         self.state_proj = nn.Linear(int(settings["max_state_dim"]), width) if self.has_state_token else None
         self._spec, self.tokenizer, self.settings = spec, tokenizer, dict(settings)
         self.steps, self.action_width = int(settings["num_inference_steps"]), actions
+        self.periods = settings["min_period"], settings["max_period"]
         self.provenance: dict[str, Any] = {}
 
     def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
@@ -149,25 +150,12 @@ class Pi0(LeRobotFlowPolicy):
 
         Actions attend to the state and to one another, the state to itself.
         """
-        actions, when = self._embedded(noisy, time)
-        both = torch.cat([actions, when[:, None].expand_as(actions)], dim=2)
-        tokens = self.action_time_mlp_out(functional.silu(self.action_time_mlp_in(both)))
+        tokens, _, _ = super().embed_actions(noisy, time, state)
         assert self.state_proj is not None
         first = self.state_proj(state.to(self.state_proj.weight))[:, None]
         allowed = torch.ones(noisy.shape[1] + 1, noisy.shape[1] + 1, dtype=torch.bool, device=noisy.device)
         allowed[0, 1:] = False
         return torch.cat([first, tokens], dim=1), allowed, None
-
-    def _embedded(self, noisy: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Return embeddings of noisy actions, (batch, chunk, width), and of the time, (batch, width)."""
-        actions = self.action_in_proj(noisy.to(self.action_in_proj.weight))
-        periods = self.settings["min_period"], self.settings["max_period"]
-        return actions, time_embedding(time, self.expert.shape.width, *periods).to(actions)
-
-    def decode_velocity(self, hidden: Tensor) -> Tensor:
-        """See `FlowPolicy.decode_velocity`."""
-        velocity: Tensor = self.action_out_proj(hidden.to(self.action_out_proj.weight))
-        return velocity.float()
 
     @classmethod
     def of_folder(cls, folder: LeRobotFolder, options: FlowOptions) -> Self:
@@ -214,7 +202,7 @@ class Pi05(Pi0):
 
     def embed_actions(self, noisy: Tensor, time: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Embed noisy actions, which all attend to one another; the time is the norms' condition."""
-        actions, when = self._embedded(noisy, time)
+        actions, when = self.project_actions(noisy, time)
         condition = functional.silu(self.action_time_mlp_out(functional.silu(self.action_time_mlp_in(when))))
         allowed = torch.ones(noisy.shape[1], noisy.shape[1], dtype=torch.bool, device=noisy.device)
         return actions, allowed, condition

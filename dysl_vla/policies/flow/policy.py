@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache
 
 from dysl_vla.policies.backbone import EMBEDS, MASK, BackbonePolicy
-from dysl_vla.policies.flow.expert import Expert, PrefixMemory
+from dysl_vla.policies.flow.expert import Expert, PrefixMemory, time_embedding
 from dysl_vla.skip_controller.torch_backend import Forward
 from dysl_vla.types import EpisodeState, Observation, PolicySpec
 
@@ -38,6 +39,11 @@ class FlowPolicy(BackbonePolicy, nn.Module):
         expert: The action expert.
         steps: Denoising steps of an inference.
         action_width: Width of a noisy action, the embodiment's dimensions and padding.
+        periods: The shortest and the longest period of the time's embedding, of which 1 is the whole of the denoising.
+        action_in_proj: Maps a noisy action to the expert's width.
+        action_time_mlp_in: The first layer of what mixes the time in.
+        action_time_mlp_out: The second.
+        action_out_proj: Maps the expert's output to a velocity.
     """
 
     padding_side = "right"
@@ -45,6 +51,11 @@ class FlowPolicy(BackbonePolicy, nn.Module):
     expert: Expert
     steps: int
     action_width: int
+    periods: tuple[float, float]
+    action_in_proj: nn.Linear
+    action_time_mlp_in: nn.Linear
+    action_time_mlp_out: nn.Linear
+    action_out_proj: nn.Linear
 
     @property
     def spec(self) -> PolicySpec:
@@ -70,13 +81,24 @@ class FlowPolicy(BackbonePolicy, nn.Module):
 
         Returns:
             The expert's tokens, (batch, tokens, width), of which the last `chunk` are the actions'; which of them
-            attend to which, (tokens, tokens); what adaptive norms get, (batch, width), or None.
+            attend to which, (tokens, tokens); what adaptive norms get, (batch, width), or None. Here the time is mixed
+            into the actions, and each action attends to those before it.
         """
-        raise NotImplementedError
+        actions, when = self.project_actions(noisy, time)
+        both = torch.cat([actions, when[:, None].expand_as(actions)], dim=2)
+        tokens = self.action_time_mlp_out(functional.silu(self.action_time_mlp_in(both)))
+        count = noisy.shape[1]
+        return tokens, torch.ones(count, count, dtype=torch.bool, device=noisy.device).tril(), None
+
+    def project_actions(self, noisy: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Return embeddings of noisy actions, (batch, chunk, width), and of the time, (batch, width)."""
+        actions = self.action_in_proj(noisy.to(self.action_in_proj.weight))
+        return actions, time_embedding(time, self.expert.shape.width, *self.periods).to(actions)
 
     def decode_velocity(self, hidden: Tensor) -> Tensor:
         """Map the expert's output at the actions' tokens, (batch, chunk, width), to (batch, chunk, action_width)."""
-        raise NotImplementedError
+        velocity: Tensor = self.action_out_proj(hidden.to(self.action_out_proj.weight))
+        return velocity.float()
 
     def padded_state(self, observation: Observation) -> Tensor:
         """Return an observation's normalised state with the zeros that it is padded with, (state,)."""

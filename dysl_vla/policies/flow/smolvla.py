@@ -23,7 +23,7 @@ from dysl_vla.checkpoint import CONFIG
 from dysl_vla.errors import CheckpointError
 from dysl_vla.policies.backbone import EMBEDS
 from dysl_vla.policies.base import policies
-from dysl_vla.policies.flow.expert import Expert, ExpertShape, time_embedding
+from dysl_vla.policies.flow.expert import Expert, ExpertShape
 from dysl_vla.policies.flow.images import padded
 from dysl_vla.policies.flow.last_layer import LastLlamaLayer
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers, read_vlm_config
@@ -93,6 +93,7 @@ class SmolVLA(LeRobotFlowPolicy):
         self.action_time_mlp_out = nn.Linear(expert.width, expert.width)
         self._spec, self.tokenizer, self.settings = spec, tokenizer, dict(settings)
         self.steps, self.action_width = int(settings["num_steps"]), int(settings["max_action_dim"])
+        self.periods = settings["min_period"], settings["max_period"]
         self.provenance: dict[str, Any] = {}
 
     def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
@@ -131,21 +132,6 @@ class SmolVLA(LeRobotFlowPolicy):
         """Return an instruction's token ids, which end in that of a new line unless there are too many."""
         text = instruction if instruction.endswith("\n") else f"{instruction}\n"
         return list(self.tokenizer.encode(text).ids[: int(self.settings["tokenizer_max_length"])])
-
-    def embed_actions(self, noisy: Tensor, time: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Embed noisy actions with the time; each attends to those before it. See `FlowPolicy.embed_actions`."""
-        actions = self.action_in_proj(noisy.to(self.action_in_proj.weight.dtype))
-        periods = self.settings["min_period"], self.settings["max_period"]
-        when = time_embedding(time, self.expert.shape.width, *periods).to(actions)
-        both = torch.cat([actions, when[:, None].expand_as(actions)], dim=2)
-        tokens = self.action_time_mlp_out(functional.silu(self.action_time_mlp_in(both)))
-        count = noisy.shape[1]
-        return tokens, torch.ones(count, count, dtype=torch.bool, device=noisy.device).tril(), None
-
-    def decode_velocity(self, hidden: Tensor) -> Tensor:
-        """See `FlowPolicy.decode_velocity`."""
-        velocity: Tensor = self.action_out_proj(hidden.to(self.action_out_proj.weight.dtype))
-        return velocity.float()
 
     @classmethod
     def of_folder(cls, folder: LeRobotFolder, options: FlowOptions) -> SmolVLA:
