@@ -268,8 +268,7 @@ class _OnnxBackend:
         self._target_of = {e: block.target for block in plan.blocks for e in plan.exits_of(block)}
         self._all_layers = np.array([block.length for block in plan.blocks], np.int64)
         self._from_start = np.array(0, np.int64)
-        first_exits = {layers[0] for block in plan.blocks if (layers := plan.exits_of(block))}
-        self._first_exits = np.array([layer in first_exits for layer in self._target_of])
+        self._first_exits = np.array([layer in plan.first_exits for layer in self._target_of])
 
     def run(self, inputs: Mapping[str, NDArray[Any]], allow_points: NDArray[np.int64]) -> PassResult:
         """Run one pass that may skip; the graph's inputs and outputs are those of `ConditionalDecoder`."""

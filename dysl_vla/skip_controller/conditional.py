@@ -159,8 +159,7 @@ class PrunedDecoder(nn.Module):
         super().__init__()
         self.decoder, self.decode = decoder, decode
         self._layers = _layers_of(decoder, plan)
-        first_exits = [layers[0] for block in plan.blocks if (layers := plan.exits_of(block))]
-        self.adapters = nn.ModuleDict({str(layer): heads.adapters[str(layer)] for layer in first_exits})
+        self.adapters = nn.ModuleDict({str(layer): heads.adapters[str(layer)] for layer in plan.first_exits})
         self._path = frozenset(plan.shortest_path)
         self._without_cache = _without_cache(decoder)
 

@@ -75,8 +75,13 @@ class SkipPlan:
         return [layer for layer in layers if max(1, block.first) <= layer < block.target]
 
     @property
+    def first_exits(self) -> tuple[int, ...]:
+        """Return where each block that may be left is left first."""
+        return tuple(layers[0] for block in self.blocks if (layers := self.exits_of(block)))
+
+    @property
     def shortest_path(self) -> tuple[int, ...]:
         """Return the layers that run when each block is left at its first exit."""
-        firsts = [(layers[0], block.target) for block in self.blocks if (layers := self.exits_of(block))]
-        skipped = {layer for first, target in firsts for layer in range(first, target)}
+        blocks = [(layers[0], block.target) for block in self.blocks if (layers := self.exits_of(block))]
+        skipped = {layer for first, target in blocks for layer in range(first, target)}
         return tuple(layer for layer in range(self.num_layers) if layer not in skipped)

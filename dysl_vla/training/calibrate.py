@@ -115,8 +115,7 @@ def assumed_plan(depth: int, static_ratio: float, exits: str) -> SkipPlan:
 
 def with_exits(plan: SkipPlan, exits: str) -> SkipPlan:
     """Return a plan whose blocks can be left only at their first layers ("first"), or at each of them ("all")."""
-    first = tuple(layers[0] for block in plan.blocks if (layers := plan.exits_of(block)))
-    return replace(plan, exits=first if exits == "first" else ())
+    return replace(plan, exits=plan.first_exits if exits == "first" else ())
 
 
 def measure(policy: SkippablePolicy, demonstrations: Demonstrations, frames: int) -> NDArray[np.float64]:
