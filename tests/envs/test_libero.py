@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def test_a_mesh_that_is_missing_or_cut_is_named(
 ) -> None:
     """It is read when the scene is built, for a later task in the middle of a run."""
     load_libero()
-    module = sys.modules[f"{libero_package.PACKAGE}.envs.objects.google_scanned_objects"]
+    module = import_module(f"{libero_package.PACKAGE}.envs.objects.google_scanned_objects")
     scanned, kind = tmp_path / "assets" / "stable_scanned_objects", "stable_scanned_objects"
     scanned.mkdir(parents=True)
     for real in (Path(module.absolute_path) / "assets" / kind).iterdir():
