@@ -12,7 +12,7 @@ import json
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from dysl_vla.checkpoint import (
     read_document,
     validated,
 )
-from dysl_vla.errors import CheckpointError, DyslError
+from dysl_vla.errors import CheckpointError, ConfigError, DyslError
 from dysl_vla.files import sha256, write_json
 
 SMALL = 16 * 2**20
@@ -160,3 +160,25 @@ def _parts(path: Path) -> Iterator[bytes]:
     else:
         with zipfile.ZipFile(path) as archive:
             yield from (f"{part.filename} {part.CRC} ".encode() for part in archive.infolist())
+
+
+def parse_options(options_type: type[Any], options: Mapping[str, str]) -> dict[str, Any]:
+    """Read texts as the values of a dataclass's fields, whose types are those of their defaults.
+
+    Raises:
+        ConfigError: A name is unknown, or a value is not of the field's type; the message names it.
+    """
+    kinds: dict[str, type[Any]] = {one.name: type(one.default) for one in fields(options_type)}
+    values: dict[str, Any] = {}
+    for name, text in options.items():
+        if name not in kinds:
+            raise ConfigError(f"policy_options must be among {', '.join(kinds)} and base, got {name!r}.")
+        kind = kinds[name]
+        if kind is bool and text not in ("true", "false"):
+            raise ConfigError(f"{name} must be true or false, got {text!r}.")
+        try:
+            values[name] = text == "true" if kind is bool else kind(text)
+        except ValueError as error:
+            wanted = "an integer" if kind is int else "a number"
+            raise ConfigError(f"{name} must be {wanted}, got {text!r}.") from error
+    return values

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dysl_vla.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_document
 from dysl_vla.errors import CheckpointError, ConfigError
-from dysl_vla.policies.base_reference import INDEX
+from dysl_vla.policies.base_reference import INDEX, parse_options
 from dysl_vla.types import FULL_QUALITY, LIBERO_ACTIONS, LIBERO_STATE, Normalisation, PolicySpec, is_gripper
 
 STATISTICS, PREPROCESSOR = "dataset_statistics.json", "preprocessor_config.json"
@@ -118,19 +118,7 @@ class OpenVLAOptions:
         Raises:
             ConfigError: A name is unknown, or a value is out of range; the message names it.
         """
-        kinds: dict[str, type[Any]] = {field.name: type(field.default) for field in fields(cls)}
-        values: dict[str, Any] = {}
-        for name, text in options.items():
-            if name not in kinds:
-                raise ConfigError(f"policy_options must be among {', '.join(kinds)} and base, got {name!r}.")
-            kind = kinds[name]
-            if kind is bool and text not in ("true", "false"):
-                raise ConfigError(f"{name} must be true or false, got {text!r}.")
-            try:
-                values[name] = text == "true" if kind is bool else kind(text)
-            except ValueError as error:
-                wanted = "an integer" if kind is int else "a number"
-                raise ConfigError(f"{name} must be {wanted}, got {text!r}.") from error
+        values = parse_options(cls, options)
         if "chunk_length" in values:
             values.setdefault("execute_steps", min(values["chunk_length"], cls.execute_steps))
         if "cameras" in values:

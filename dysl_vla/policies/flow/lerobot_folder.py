@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dysl_vla.checkpoint import CONFIG, TOKENIZER, WEIGHTS, read_document
 from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.policies.base_reference import parse_options
 from dysl_vla.types import (
     FULL_QUALITY,
     IMAGE_PREFIX,
@@ -109,16 +110,7 @@ class FlowOptions:
         Raises:
             ConfigError: A name is unknown, or a value is out of range; the message names it.
         """
-        kinds: dict[str, type[Any]] = {field.name: type(field.default) for field in fields(cls)}
-        values: dict[str, Any] = {}
-        for name, text in options.items():
-            if name not in kinds:
-                raise ConfigError(f"policy_options must be among {', '.join(kinds)} and base, got {name!r}.")
-            try:
-                values[name] = kinds[name](text)
-            except ValueError as error:
-                raise ConfigError(f"{name} must be a number, got {text!r}.") from error
-        return cls(**values)
+        return cls(**parse_options(cls, options))
 
 
 class LeRobotFolder:

@@ -118,7 +118,7 @@ def test_a_folder_that_is_another_or_damaged_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("steps=x",), "steps must be a number, got 'x'"),
+        (("steps=x",), "steps must be an integer, got 'x'"),
         (("speed=3",), "policy_options must be among cameras, state_names, .*got 'speed'"),
         (
             OPTIONS[1:],
