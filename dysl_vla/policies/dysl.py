@@ -25,7 +25,7 @@ from dysl_vla.checkpoint import SKIP_SETTINGS, add_to_manifest, add_weights, can
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import atomic_write, write_json
 from dysl_vla.policies.base import SkippablePolicy, is_known_as
-from dysl_vla.skip_controller.compatibility import compute_dtype, run_device
+from dysl_vla.skip_controller.compatibility import match_heads
 from dysl_vla.skip_controller.guidance import SkipGuidance, importance_measures
 from dysl_vla.skip_controller.guided_step import GuidedStep, VerificationBudget
 from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
@@ -331,5 +331,5 @@ def load_dysl(
         ConfigError: `skip` is out of range.
     """
     heads, settings, provenance = load_heads(folder)
-    heads.to(run_device(policy.layers, "0"), compute_dtype(policy.layers))
+    match_heads(heads, policy.layers, policy.followers)
     return DyslPolicy(policy, heads.eval(), settings, skip=skip, ablation=ablation, provenance=provenance)

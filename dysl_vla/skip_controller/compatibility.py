@@ -125,6 +125,13 @@ def check_followers(heads: SkipHeads, followers: Sequence[nn.ModuleList]) -> Non
             )
 
 
+def match_heads(heads: SkipHeads, layers: nn.ModuleList, followers: Sequence[nn.ModuleList]) -> None:
+    """Bring heads to the device and the dtype of the layers that they stand in for."""
+    heads.to(run_device(layers, "0"), compute_dtype(layers))
+    for own, adapters in zip(followers, heads.followers, strict=False):
+        adapters.to(run_device(own, "0"), compute_dtype(own))
+
+
 def compute_dtype(layers: nn.Module) -> torch.dtype | None:
     """Return the dtype in which layers compute, whatever their weights are stored in; None where nothing tells.
 

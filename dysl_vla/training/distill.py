@@ -60,7 +60,7 @@ with needs_extra("policy"):
 
     from dysl_vla.policies.dysl import HEADS, LOOKAHEAD, DyslPolicy, SkipSettings, load_heads, save_skips
     from dysl_vla.processes import Processes, launched_processes
-    from dysl_vla.skip_controller.compatibility import compute_dtype, run_device
+    from dysl_vla.skip_controller.compatibility import match_heads, run_device
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads, default_adapter_size
     from dysl_vla.skip_controller.heads_trainer import HeadsTrainer, mixed_precision
     from dysl_vla.skip_controller.plan import SkipPlan
@@ -406,7 +406,7 @@ class _Run:
         config = self._config
         spec = self._policy.spec
         lookahead = min(LOOKAHEAD, spec.chunk_length - spec.execute_steps)
-        self._heads.to(compute_dtype(self._policy.layers))
+        match_heads(self._heads, self._policy.layers, self._policy.followers)
         replay = Replay(self._policy, self._demonstrations, stream=STREAM[config.stream] or None)
         statistics = replay.statistics(self._skipper, lookahead, self._importance)
         self._skipper.detach()

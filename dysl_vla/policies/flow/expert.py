@@ -87,7 +87,11 @@ class ExpertAttention(nn.Module):
         return flat.view(*flat.shape[:2], -1, self._head_dim).transpose(1, 2)
 
     def read(self, keys: Tensor, values: Tensor) -> Pair:
-        """Return what the layer attends to of the prefix: its keys and values, or its own projections of them."""
+        """Return what the layer attends to of the prefix: its keys and values, or its own projections of them.
+
+        They are brought to the expert's type of numbers, which may be more exact than the prefix's.
+        """
+        keys, values = keys.to(self.o_proj.weight.dtype), values.to(self.o_proj.weight.dtype)
         if not self._crosses:
             return keys, values
         flat_keys, flat_values = (part.transpose(1, 2).flatten(2) for part in (keys, values))
@@ -189,6 +193,11 @@ class Expert(nn.Module):
         self.layers = nn.ModuleList(ExpertLayer(shape, index) for index in range(shape.depth))
         self.norm = make_norm(shape)
         self.shape = shape
+
+    @property
+    def like(self) -> Tensor:
+        """Return a tensor of the expert's device and type of numbers."""
+        return next(self.layers.parameters())
 
     def remember(self, cache: Any) -> PrefixMemory:
         """Read a prefix's cache, one of transformers, once for all denoising steps."""

@@ -11,6 +11,7 @@ tokenizer.json is there.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,6 @@ class LeRobotFolder:
         config: Its config.json.
         kind: The policy's type, one of `KINDS`.
         shapes: Name of a tensor, without a leading "model.", to its shape.
-        dtype: Type of numbers of most weights.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the policy is of another kind.
@@ -143,20 +143,16 @@ class LeRobotFolder:
                 raise CheckpointError(f"{folder / CONFIG}: {name} is not supported.")
         self._names: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        counts: dict[str, int] = {}
+        self._dtypes: dict[str, str] = {}
         try:
             with safe_open(folder / WEIGHTS, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 # it is no mapping
                     short = name.removeprefix("model.")
                     part = file.get_slice(name)
                     self._names[short], self.shapes[short] = name, tuple(part.get_shape())
-                    counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + 1
+                    self._dtypes[name] = part.get_dtype()
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error}); get it again.") from error
-        common = max(counts, key=lambda kind: counts[kind])
-        if common not in DTYPES:
-            raise CheckpointError(f"{folder / WEIGHTS} must have numbers of {', '.join(DTYPES)}, got {common}.")
-        self.dtype = DTYPES[common]
 
     def places(self, renamed: Callable[[str], str | None], expected: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Return a policy's names of tensors to the folder's.
@@ -183,13 +179,35 @@ class LeRobotFolder:
             )
         return {name: self._names[found[name]] for name in expected}
 
+    def dtypes(self, places: Mapping[str, str]) -> dict[str, torch.dtype]:
+        """Return for each module of a policy, "backbone" or "expert", the type of numbers of most of its weights.
+
+        LeRobot keeps some in more exact numbers than others: SmolVLA's expert and projections beside a prefix of
+        bfloat16, for one.
+
+        Args:
+            places: What the method of that name returned.
+
+        Raises:
+            CheckpointError: They are of a type that is not supported.
+        """
+        found: dict[str, Counter[str]] = {}
+        for name, place in places.items():
+            found.setdefault(name.partition(".")[0], Counter())[self._dtypes[place]] += 1
+        common = {name: counts.most_common(1)[0][0] for name, counts in found.items()}
+        for name, kind in common.items():
+            if kind not in DTYPES:
+                path = self.folder / WEIGHTS
+                raise CheckpointError(f"{path}: {name} must have numbers of {', '.join(DTYPES)}, got {kind}.")
+        return {name: DTYPES[kind] for name, kind in common.items()}
+
     def weights(
-        self, places: Mapping[str, str], dtype: torch.dtype, device: torch.device
+        self, places: Mapping[str, str], dtypes: Mapping[str, torch.dtype], device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
-        """Read the tensors that `places` returned, one after the other, as numbers of a type."""
+        """Read the tensors that `places` returned, one after the other, as numbers of their modules' types."""
         with safe_open(self.folder / WEIGHTS, framework="pt", device=str(device)) as file:
             for name, place in places.items():
-                yield name, file.get_tensor(place).to(dtype)
+                yield name, file.get_tensor(place).to(dtypes[name.partition(".")[0]])
 
     def number(self, name: str, default: float | None = None) -> float:
         """Return a number of config.json.

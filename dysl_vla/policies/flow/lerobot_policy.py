@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from tokenizers import Tokenizer
 
 from dysl_vla.checkpoint import canonical
 from dysl_vla.errors import CheckpointError, DyslError
@@ -24,14 +25,15 @@ class LeRobotFlowPolicy(FlowPolicy):
     Attributes:
         kind: LeRobot's name of the type.
         base: The folder.
-        files_dtype: Type of numbers of the folder's weights.
+        cast: Type of numbers that all weights were brought to; None: each module has that of the folder.
         provenance: Where the policy comes from.
     """
 
     takes_compute = True
     kind: ClassVar[str]
     base: Base
-    files_dtype: torch.dtype
+    cast: torch.dtype | None
+    tokenizer: Tokenizer
     provenance: dict[str, Any]
     _spec: PolicySpec
 
@@ -63,15 +65,16 @@ class LeRobotFlowPolicy(FlowPolicy):
     @property
     def fingerprint(self) -> str:
         """Return a digest of the checkpoint's files, the options and the type of numbers."""
-        return self._fingerprint(next(self.backbone.parameters()).dtype)
+        return self._fingerprint(canonical(self.spec), self.cast)
 
     @property
     def known_as(self) -> tuple[str, ...]:
-        """Return the fingerprint with the checkpoint's own type of numbers, which heads are trained for."""
-        return (self._fingerprint(self.files_dtype),)
+        """Return the fingerprint that heads are trained for: with the folder's types of numbers, without names."""
+        return (self._fingerprint(str([*self.spec.cameras.values()]), None),)
 
-    def _fingerprint(self, dtype: torch.dtype) -> str:
-        return hashlib.sha256(f"{self.base.fingerprint}{canonical(self.spec)}{self.steps}{dtype}".encode()).hexdigest()
+    def _fingerprint(self, spec: str, cast: torch.dtype | None) -> str:
+        parts = self.base.fingerprint, self.tokenizer.to_str(), spec, self.steps, cast
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a checkpoint that refers to LeRobot's folder, which is too large to copy."""
@@ -93,12 +96,11 @@ class LeRobotFlowPolicy(FlowPolicy):
         folder, base = find_base(name, compute.options)
         files = LeRobotFolder(folder)
         device = compute.torch_device(is_large=True)
-        dtype = compute.torch_dtype() or files.dtype
         # The modules are made without memory and take the file's tensors, so that the weights exist once.
         flow_options = FlowOptions.parse(base.options)
         try:
             with torch.device("meta"):
-                policy = cls.of_folder(files, flow_options).to(dtype)
+                policy = cls.of_folder(files, flow_options)
         except DyslError:
             raise
         except Exception as error:  # transformers' errors for a size that cannot be are many
@@ -108,14 +110,19 @@ class LeRobotFlowPolicy(FlowPolicy):
             ) from error
         if compute.attention is not None:
             set_attention(name, policy, compute.attention)
-        expected = policy.state_dict()
-        places = files.places(cls.renamed, {name: tuple(value.shape) for name, value in expected.items()})
-        size = sum(value.nbytes for value in expected.values())
+        shapes = {name: tuple(value.shape) for name, value in policy.state_dict().items()}
+        places = files.places(cls.renamed, shapes)
+        own, cast = files.dtypes(places), compute.torch_dtype()
+        policy.cast = cast if set(own.values()) != {cast} else None
+        dtypes = own if cast is None else dict.fromkeys(own, cast)
+        for module_name, module in policy.named_children():
+            module.to(dtypes[module_name])
+        size = sum(value.nbytes for value in policy.state_dict().values())
         check_device_memory(device, size, "the policy's weights", "give --dtype bfloat16, or another --device")
         if device.type != "meta":
-            policy.load_state_dict(dict(files.weights(places, dtype, device)), assign=True)
+            policy.load_state_dict(dict(files.weights(places, dtypes, device)), assign=True)
         with device:
             policy.make_buffers()
-        policy.base, policy.files_dtype = base, files.dtype
+        policy.base = base
         policy.provenance = {"base": asdict(base)}
         return policy.eval()

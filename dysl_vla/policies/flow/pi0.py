@@ -120,12 +120,13 @@ class Pi0(LeRobotFlowPolicy):
 
     def _see(self, camera: str, observations: Sequence[Observation]) -> Tensor:
         """Encode the images of a camera to (observations, tokens, width)."""
-        weight = self.projector.weight
+        weight = next(self.vision.parameters())
         stacked = torch.from_numpy(np.stack([one[IMAGE_PREFIX + camera] for one in observations]))
         pixels = stacked.to(weight.device).permute(0, 3, 1, 2).float() / 255
         height, width = self.settings["image_resolution"]
         pixels = padded(pixels, int(height), int(width), is_centred=True)
-        answer: Tensor = self.projector(self.vision(pixel_values=pixels.to(weight.dtype)).last_hidden_state)
+        seen = self.vision(pixel_values=pixels.to(weight.dtype)).last_hidden_state
+        answer: Tensor = self.projector(seen.to(self.projector.weight))
         return answer
 
     def prompt(self, observation: Observation) -> str:

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from dysl_vla.policies.backbone import EMBEDS, MASK, BackbonePolicy
 from dysl_vla.policies.flow.expert import Expert, PrefixMemory, time_embedding
 from dysl_vla.skip_controller.torch_backend import Forward
-from dysl_vla.types import EpisodeState, Observation, PolicySpec
+from dysl_vla.types import STATE_KEY, EpisodeState, Observation, PolicySpec
 
 NOISE, STATE, CAUSAL, LESSON, BEFORE, HOLD = "noise", "state", "causal", "lesson", "before", "hold"
 """Parts of an item beside the prefix's embeddings: the noise, (chunk, action), the normalised and padded state,
@@ -111,9 +111,11 @@ class FlowPolicy(BackbonePolicy, nn.Module):
         items = self.embed_prefix(observations)
         for item, observation, state in zip(items, observations, states, strict=True):
             embeds = item[EMBEDS]
-            item[STATE] = self.padded_state(observation).to(embeds)
-            # The noise of an inference is a function of the state and of how far the episode is.
-            rng = np.random.default_rng([len(state.executed), zlib.crc32(item[STATE].float().cpu().numpy().tobytes())])
+            item[STATE] = self.padded_state(observation).to(embeds.device)
+            # The noise of an inference is a function of the state and of how far the episode is. Training keeps it, and
+            # the denoising step that a frame's heads learn from, over all epochs.
+            seen = np.asarray(observation[STATE_KEY], np.float32)
+            rng = np.random.default_rng([len(state.executed), zlib.crc32(seen.tobytes())])
             noise = rng.standard_normal((self.spec.chunk_length, self.action_width), np.float32)
             item[NOISE] = torch.from_numpy(noise).to(embeds.device)
             item[LESSON] = torch.tensor(rng.integers(self.steps), device=embeds.device)
@@ -146,16 +148,17 @@ class FlowPolicy(BackbonePolicy, nn.Module):
 
     def collate(self, items: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor | None]:
         """Combine items into a batch; prefixes of different lengths are padded at their end."""
-        longest = max(len(item[EMBEDS]) for item in items)
+        counts = [len(item[EMBEDS]) for item in items]
+        longest = max(counts)
         batch: dict[str, Tensor] = {
             name: torch.stack([item[name] for item in items]) for name in items[0] if name not in (EMBEDS, CAUSAL)
         }
         for name in (EMBEDS, CAUSAL):
             batch[name] = torch.stack([self._padded(item[name], longest - len(item[name])) for item in items])
-        lengths = torch.tensor([len(item[EMBEDS]) for item in items], device=batch[EMBEDS].device)
+        lengths = torch.tensor(counts, device=batch[EMBEDS].device)
         seen = torch.arange(longest, device=lengths.device) < lengths[:, None]
         batch[MASK] = seen
-        return batch, None if bool(seen.all()) else seen
+        return batch, None if min(counts) == longest else seen
 
     def read_prefix(self, inputs: Mapping[str, Tensor]) -> PrefixMemory:
         """Run the prefix's decoder, and return what it wrote for the expert."""
@@ -178,7 +181,9 @@ class FlowPolicy(BackbonePolicy, nn.Module):
     def velocity(self, noisy: Tensor, time: Tensor, memory: PrefixMemory, inputs: Mapping[str, Tensor]) -> Tensor:
         """Predict the velocity of noisy actions, (batch, chunk, action_width), at times, (batch,)."""
         tokens, causal, condition = self.embed_actions(noisy, time, inputs[STATE])
-        hidden = self.expert(tokens, memory, inputs[MASK], causal, condition)
+        like = self.expert.like
+        condition = None if condition is None else condition.to(like)
+        hidden = self.expert(tokens.to(like), memory, inputs[MASK], causal, condition)
         return self.decode_velocity(hidden[:, -self.spec.chunk_length :])
 
     def act(self, inputs: Mapping[str, Tensor], forward: Forward) -> Tensor:
@@ -213,7 +218,7 @@ class FlowPolicy(BackbonePolicy, nn.Module):
     def _lesson(self, noisy: Tensor, memory: PrefixMemory, inputs: Mapping[str, Tensor]) -> Tensor:
         lesson = inputs[LESSON]
         with torch.no_grad():
-            for step in range(int(lesson.max())):
+            for step in range(self.steps - 1):
                 after = noisy - self.velocity(noisy, self._time(step, noisy), memory, inputs) / self.steps
                 noisy = torch.where((step < lesson)[:, None, None], after, noisy)
         time = 1 - lesson.to(noisy.dtype) / self.steps

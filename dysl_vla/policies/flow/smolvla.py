@@ -106,7 +106,7 @@ class SmolVLA(LeRobotFlowPolicy):
             ids = torch.tensor(self.token_ids(observation[TASK_KEY]), device=weight.device)
             words = self.backbone.embed_tokens(ids) * scale
             state = self.state_proj(self.padded_state(observation).to(weight))
-            embeds = torch.cat([*(view[row] * scale for view in views), words, state[None]])
+            embeds = torch.cat([*(view[row].to(words) * scale for view in views), words, state[None].to(words)])
             causal = torch.zeros(len(embeds), dtype=torch.long, device=weight.device)
             causal[-1] = 1
             items.append({EMBEDS: embeds, CAUSAL: causal})
@@ -114,13 +114,13 @@ class SmolVLA(LeRobotFlowPolicy):
 
     def _see(self, camera: str, observations: Sequence[Observation]) -> Tensor:
         """Encode the images of a camera to (observations, tokens, width)."""
-        weight = self.state_proj.weight
+        weight = next(self.vision.parameters())
         stacked = torch.from_numpy(np.stack([one[IMAGE_PREFIX + camera] for one in observations]))
         pixels = stacked.to(weight.device).permute(0, 3, 1, 2).float() / 255
         size = self.settings.get("resize_imgs_with_padding")
         pixels = padded(pixels, int(size[1]), int(size[0]), is_centred=False) if size else 2 * pixels - 1
         seen = self.vision(pixel_values=pixels.to(weight.dtype)).last_hidden_state
-        answer: Tensor = self.connector(seen)
+        answer: Tensor = self.connector(seen.to(next(self.connector.parameters())))
         return answer
 
     def padded_state(self, observation: Observation) -> Tensor:

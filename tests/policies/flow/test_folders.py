@@ -10,12 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
 
 from dysl_vla.errors import DyslError
-from dysl_vla.policies import ComputeConfig, load_skippable_policy
+from dysl_vla.policies import ComputeConfig, is_known_as, load_skippable_policy, original_fingerprint
+from dysl_vla.skip_controller.compatibility import match_heads
+from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
+from dysl_vla.skip_controller.plan import SkipPlan
+from dysl_vla.skip_controller.skipping import attach
 from dysl_vla.types import Normalisation
-from tests.policies.flow.folders import OPTIONS, make_folder
+from tests.policies.flow.folders import HERE, KINDS, OPTIONS, make_folder, observation
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +161,41 @@ def test_quantiles_map_to_one_and_identity_changes_nothing(folder: Path) -> None
     ends = np.stack([statistics["action.q01"], statistics["action.q99"]])
     np.testing.assert_allclose(spec.action_normalisation.apply(ends), [[-1] * 5, [1] * 5], atol=1e-5)
     assert spec.state_normalisation == Normalisation((0.0,) * 6, (1.0,) * 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_module_has_the_folders_type_of_numbers_and_heads_follow(kind: str, tmp_path: Path) -> None:
+    """LeRobot saves SmolVLA's prefix in bfloat16, and its expert and projections in float32."""
+    path = make_folder(kind, tmp_path / kind) / "model.safetensors"
+    exact = load(path.parent)
+    weights = {
+        name: value.bfloat16() if ".vlm." in name or ".paligemma." in name else value
+        for name, value in load_tensors(path).items()
+    }
+    save_tensors(weights, path)
+    policy = load(path.parent)
+    assert policy.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert policy.expert.layers[0].self_attn.q_proj.weight.dtype == policy.action_in_proj.weight.dtype == torch.float32
+    heads = SkipHeads(SkipPlan(4, (0, 3), (1,)), HeadsConfig(policy.width, 8, 4, policy.follower_sizes))
+    match_heads(heads, policy.layers, policy.followers)
+    given = {key: value for key, value in observation(0).items() if key != "noise"}
+    [near], [wanted] = (p.infer([given], [p.reset()]) for p in (policy, exact))
+    np.testing.assert_allclose(near.actions, wanted.actions, atol=0.1)
+    skipper = attach(policy.layers, heads.plan, heads, followers=policy.followers)
+    with skipper.step(np.zeros((1, 1), np.int64), force_skip=True) as step:
+        policy.infer([given], [policy.reset()])
+    assert step.layers_run.sum() == 2
+    # Heads are known by the folder's numbers, whatever they were brought to.
+    cast = load_skippable_policy(str(path.parent), ComputeConfig(dtype="float32", policy_options=OPTIONS))
+    assert cast.fingerprint != policy.fingerprint
+    assert is_known_as(cast, original_fingerprint(policy))
+
+
+def test_heads_know_a_policy_by_another_cameras_name_and_not_by_another_tokenizer(folder: Path) -> None:
+    policy, renamed = load(folder), load(folder, *OPTIONS, "cameras=a,b")
+    assert is_known_as(renamed, original_fingerprint(policy))
+    assert renamed.fingerprint != policy.fingerprint  # another robot's, so that their evaluations are two
+    assert not is_known_as(load(folder, *OPTIONS, "cameras=-,b"), original_fingerprint(policy))
+    vlm = Path(shutil.copytree(HERE / "vlm", folder.parent / "vlm"))
+    change("tokenizer.json", lambda document: document["model"].update(merges=[]))(vlm)
+    assert not is_known_as(load(folder, *OPTIONS[:2], f"vlm={vlm}"), original_fingerprint(policy))

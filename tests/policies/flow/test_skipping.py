@@ -20,6 +20,7 @@ from dysl_vla.skip_controller.heads_trainer import DistillConfig, HeadsTrainer
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.skip_controller.skipping import Skipper, attach
 from dysl_vla.skip_controller.torch_backend import Forward
+from dysl_vla.training.estimate import Rehearsal
 from tests.policies.flow.folders import KINDS, OPTIONS, make_folder, observation
 
 PLAN = SkipPlan(4, (0, 3), (1,))
@@ -130,3 +131,21 @@ def test_heads_learn_the_velocity_at_one_denoising_step_of_each_item(policy: Flo
     for name, value in heads.named_parameters():
         if "adapters" in name or "followers" in name:
             assert not torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_is_estimated_without_weights(kind: str, tmp_path: Path) -> None:
+    """What tensors without content say is what a real step on real ones takes."""
+    folder = make_folder(kind, tmp_path / kind)
+    estimates = []
+    for device in ("meta", "cpu"):
+        loaded: Any = load_skippable_policy(str(folder), ComputeConfig(device=device, policy_options=OPTIONS))
+        heads = HeadsConfig(loaded.width, 8, 4, loaded.follower_sizes)
+        seen = loaded.spec.blank_observation("pick up the cube")
+        rehearsal = Rehearsal(loaded, PLAN, heads, DistillConfig(batch=4), seen)
+        estimates.append(rehearsal.estimate(is_checkpointed=False, is_measured=device == "cpu"))
+    guessed, measured = estimates
+    assert guessed.backbone == measured.backbone
+    assert guessed.trained == measured.trained
+    assert guessed.frame == measured.frame
+    assert guessed.total == pytest.approx(measured.total, rel=0.1)
