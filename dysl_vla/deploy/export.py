@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from contextlib import closing
@@ -17,15 +18,9 @@ from tqdm import tqdm
 from dysl_vla import provenance
 from dysl_vla.checkpoint import CONFIG as DOCUMENT
 from dysl_vla.checkpoint import MANIFEST, TOKENIZER, find_checkpoint, has_skips
-from dysl_vla.deploy.runtime import (
-    BACKBONE,
-    ENCODER,
-    EXAMPLE,
-    FILES,
-    FORMAT,
-    POLICY_TYPE,
-    Bundle,
-)
+from dysl_vla.denoising import beginning
+from dysl_vla.deploy.onnx_backend import BACKBONE, ENCODER, EXPERT, open_backend, open_graph
+from dysl_vla.deploy.runtime import EXAMPLE, FILES, FORMAT, POLICY_TYPE, Bundle
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import TEMPORARY, atomic_write, is_unused, locked_dir, read_json, sha256, write_json, write_text
@@ -33,20 +28,24 @@ from dysl_vla.images import looked_at
 from dysl_vla.policies import ExportablePolicy, load_skippable_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
 
-with needs_extra("export"):
-    import onnxruntime
 with needs_extra("policy"):
     import torch
     from torch import Tensor, nn
 
     from dysl_vla.deploy.graphs import DATA, quantize, write_graph
     from dysl_vla.policies.dysl import SkipSettings, load_dysl, read_skips
-    from dysl_vla.skip_controller.conditional import ConditionalDecoder, PrunedDecoder
+    from dysl_vla.policies.flow.conditional import ConditionalPrefix, ConditionalVelocity, PrefixEncoder
+    from dysl_vla.policies.flow.policy import STATE, FlowPolicy
+    from dysl_vla.skip_controller.conditional import EMBEDS, SEEN, ConditionalDecoder, PrunedDecoder
     from dysl_vla.skip_controller.heads import SkipHeads
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
     from dysl_vla.skip_controller.torch_backend import TorchBackend
 
+GRAPHS = (ENCODER, BACKBONE, EXPERT)
+PASSING = ("allow_points", "threshold", "resume_from")
+DECIDED = ("asked", "log_odds", "left", "first_hidden")
+"""Inputs of a graph with conditions beside the policy's, and outputs beside its answer; see `ConditionalDecoder`."""
 OTHER_INSTRUCTIONS = ("Pick up the red cube.", "put  it in the bin", "x" * 200)
 """Instructions that show whether the tokenizer alone makes the token ids, unlike in a policy with a template."""
 
@@ -97,6 +96,10 @@ def export(config: ExportConfig) -> Path:
         raise ConfigError(f"policy must have adapters and controllers; {config.policy} has none, so use dysl distill.")
     settings, _ = read_skips(folder)
     skip = settings.skip if config.skip is None else config.skip
+    if config.prune and policy.followers:
+        raise ConfigError(
+            f"prune must be left out for {config.policy}, whose expert follows its decoder; leave it out."
+        )
     if config.prune and skip != 1:
         raise ConfigError(
             f"skip must be 1 to prune, where only the shortest path runs, got {skip}; add --skip 1 if its success is "
@@ -113,17 +116,17 @@ def export(config: ExportConfig) -> Path:
         files = _files(made)
         for file in files:
             (made / file).replace(config.out / file)
-        for graph in (ENCODER, BACKBONE):
-            if graph + DATA not in files:  # of the bundle that is replaced
-                (config.out / (graph + DATA)).unlink(missing_ok=True)
+        for other in (EXPERT, *(graph + DATA for graph in GRAPHS)):
+            if other not in files:  # of the bundle that is replaced
+                (config.out / other).unlink(missing_ok=True)
         (made / MANIFEST).replace(config.out / MANIFEST)  # the last: until then, the folder is no bundle
     return config.out
 
 
 def _files(folder: Path) -> list[str]:
     """Return the names of a bundle's files except its manifest."""
-    data = [graph + DATA for graph in (ENCODER, BACKBONE)]
-    return [*FILES, *(name for name in data if (folder / name).exists())]
+    others = [EXPERT, *(graph + DATA for graph in GRAPHS)]
+    return [*FILES, *(name for name in others if (folder / name).exists())]
 
 
 def _check_disk(config: ExportConfig, policy: ExportablePolicy) -> None:
@@ -143,13 +146,16 @@ def _check_disk(config: ExportConfig, policy: ExportablePolicy) -> None:
 
 def _exportable(name: str) -> ExportablePolicy:
     policy = load_skippable_policy(name)
-    for part in ("backbone", "resizes", "crops", "tokenizer", "inputs", "decode", "token_ids"):
+    if is_flow := isinstance(policy, FlowPolicy):
+        policy.float()
+    answer = "velocity" if is_flow else "decode"
+    for part in ("backbone", "resizes", "crops", "tokenizer", "inputs", answer, "token_ids"):
         if not hasattr(policy, part):
             raise ConfigError(
                 f"policy must be a policies.ExportablePolicy; {name!r} offers no {part!r}, so run it with PyTorch: "
                 "dysl serve --policy or dysl control --policy."
             )
-    if policy.has_memory or policy.followers:
+    if policy.has_memory or (policy.followers and not is_flow):
         what = "remembers earlier inferences" if policy.has_memory else "has decoders that follow another"
         raise ConfigError(f"policy must be one that a bundle can run; {name!r} {what}, so serve it with dysl serve.")
     return cast("ExportablePolicy", policy)
@@ -186,22 +192,28 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
     with tqdm(total=4, desc="exporting", unit="part") as progress:
         _write_encoder(policy, example, out)
         progress.update()
-        write_backbone = _write_pruned_backbone if config.prune else _write_backbone
-        write_backbone(policy, settings.plan, heads, example, out)
+        if isinstance(policy, FlowPolicy):
+            _write_flow(policy, settings.plan, heads, example, out)
+        elif config.prune:
+            _write_pruned_backbone(policy, settings.plan, heads, example, out)
+        else:
+            _write_backbone(policy, settings.plan, heads, example, out)
         progress.update()
         if config.precision == "int8":
-            for name in (ENCODER, BACKBONE):
-                quantize(out / name)
+            for name in GRAPHS:
+                if (out / name).exists():
+                    quantize(out / name)
         progress.update()
         write_text(out / TOKENIZER, policy.tokenizer.to_str())
         write_json(out / DOCUMENT, _document(config, policy, settings, document, str(example[TASK_KEY])))
         answers = _answers(policy, settings.plan, heads, example)
+        if config.precision != "fp32":  # what this bundle computes here is what it must compute elsewhere
+            exact, answers = answers, _own_answers(config, out, example, policy, settings.plan)
+            names = ["skipping"] if config.prune else list(exact)
+            distances = [float(np.abs(answers[name] - exact[name]).max()) for name in names]
+            print(f"{config.precision}: actions differ from PyTorch's by at most {max(distances):.2g} deviations.")
         if config.prune:
             del answers["full"]
-        if config.precision != "fp32":  # what this bundle computes here is what it must compute elsewhere
-            exact, answers = answers, _own_answers(config, out, example, policy, len(settings.plan.blocks))
-            distances = [float(np.abs(answers[name] - exact[name]).max()) for name in exact]
-            print(f"{config.precision}: actions differ from PyTorch's by at most {max(distances):.2g} deviations.")
         with atomic_write(out / EXAMPLE) as temporary, temporary.open("wb") as file:
             np.savez(file, **example, **answers)
         write_json(out / MANIFEST, {name: sha256(out / name) for name in _files(out)})
@@ -212,7 +224,8 @@ def _write_encoder(policy: ExportablePolicy, example: dict[str, NDArray[Any]], o
     """Write the graph from images, state and token ids to the decoder's arguments."""
     arguments = _encoder_arguments(policy, example)
     names = [*(IMAGE_PREFIX + camera for camera in arguments[0]), STATE_KEY, "token_ids"]
-    write_graph(_Encoder(policy), arguments, (names, list(_inputs(policy, example))), out / ENCODER)
+    module = PrefixEncoder(policy) if isinstance(policy, FlowPolicy) else _Encoder(policy)
+    write_graph(module, arguments, (names, list(_inputs(policy, example))), out / ENCODER)
 
 
 def _write_backbone(
@@ -220,16 +233,34 @@ def _write_backbone(
 ) -> None:
     """Write the graph of the decoder with adapters, controllers and the action head."""
     inputs = _inputs(policy, example)
-    points = torch.zeros(len(plan.blocks), dtype=torch.int64)
-    write_graph(
-        ConditionalDecoder(policy.backbone, plan, heads, _Decode(policy)),
-        (inputs, points, torch.tensor(0.0), torch.tensor(0)),
-        (
-            [*inputs, "allow_points", "threshold", "resume_from"],
-            ["actions", "asked", "log_odds", "left", "first_hidden"],
-        ),
-        out / BACKBONE,
-    )
+    decoder = ConditionalDecoder(policy.backbone, plan, heads, _Decode(policy))
+    arguments = (inputs, *_passing(plan))
+    write_graph(decoder, arguments, ([*inputs, *PASSING], ["actions", *DECIDED]), out / BACKBONE)
+
+
+def _passing(plan: SkipPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a pass gets beside the policy's inputs, `PASSING`."""
+    return torch.zeros(len(plan.blocks), dtype=torch.int64), torch.tensor(0.0), torch.tensor(0)
+
+
+def _write_flow(
+    policy: FlowPolicy, plan: SkipPlan, heads: SkipHeads, example: dict[str, NDArray[Any]], out: Path
+) -> None:
+    """Write the graph of the prefix's decoder with adapters and controllers, and that of one denoising step."""
+    inputs = _inputs(cast("ExportablePolicy", policy), example)
+    read = {name: inputs[name] for name in (STATE, SEEN)}
+    decoder_inputs = {name: value for name, value in inputs.items() if name != STATE}
+    prefix = ConditionalPrefix(policy, plan, heads)
+    pair_names = [f"{kind}_{layer}" for layer in range(plan.num_layers) for kind in ("keys", "values")]
+    arguments = (decoder_inputs, *_passing(plan))
+    write_graph(prefix, arguments, ([*decoder_inputs, *PASSING], [*pair_names, *DECIDED]), out / BACKBONE)
+    shape = policy.expert.shape
+    pairs = [torch.zeros(1, shape.kv_heads, inputs[EMBEDS].shape[1], shape.head_dim) for _ in pair_names]
+    lefts = torch.zeros(len(prefix.exits), dtype=torch.bool)
+    noisy = torch.zeros(1, policy.spec.chunk_length, policy.action_width)
+    names = ["noisy", "time", *read, "lefts", *pair_names]
+    step = ConditionalVelocity(policy, plan, heads)
+    write_graph(step, (noisy, torch.ones(1), {**read, "lefts": lefts}, pairs), (names, ["velocity"]), out / EXPERT)
 
 
 def _write_pruned_backbone(
@@ -251,8 +282,9 @@ def _encoder_arguments(
 
 @torch.no_grad()
 def _inputs(policy: ExportablePolicy, example: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
-    """Compute the decoder's arguments for the example."""
-    return policy.inputs(*_encoder_arguments(policy, example))
+    """Compute what the encoder's graph answers for the example."""
+    arguments = _encoder_arguments(policy, example)
+    return PrefixEncoder(policy)(*arguments) if isinstance(policy, FlowPolicy) else policy.inputs(*arguments)
 
 
 def _document(
@@ -261,6 +293,7 @@ def _document(
     """Return the content of the bundle's config.json."""
     instructions = [*policy.provenance.get("data", {}).get("instructions", []), instruction]
     token_ids = {text: policy.token_ids(text) for text in [*instructions, *OTHER_INSTRUCTIONS]}
+    suffix = str(getattr(policy, "instruction_suffix", ""))
     return {
         "policy_type": POLICY_TYPE,
         "format": FORMAT,
@@ -270,7 +303,7 @@ def _document(
         "crops": policy.crops,
         "instructions": {text: token_ids[text] for text in instructions},
         "takes_other_instructions": all(
-            policy.tokenizer.encode(text).ids == list(ids) for text, ids in token_ids.items()
+            policy.tokenizer.encode(text + suffix).ids == list(ids) for text, ids in token_ids.items()
         ),
         "skipping": {
             "plan": asdict(settings.plan),
@@ -280,6 +313,12 @@ def _document(
             "skip": settings.skip if config.skip is None else config.skip,
             "is_pruned": config.prune,
         },
+        **(
+            {"denoising": {"steps": policy.steps, "width": policy.action_width}}
+            if isinstance(policy, FlowPolicy)
+            else {}
+        ),
+        "instruction_suffix": suffix,
         "provenance": {
             **policy.provenance,
             "skipping": made.get("provenance"),
@@ -333,7 +372,7 @@ def _answers(
     """Compute normalised actions, (chunk, action): those of `infer`, with all layers, and with as few as possible."""
     observation = {**example, TASK_KEY: str(example[TASK_KEY])}
     [full] = policy.infer([observation], [policy.reset()])
-    skipper = attach(policy.layers, plan, heads)
+    skipper = attach(policy.layers, plan, heads, followers=policy.followers)
     backend = TorchBackend(skipper, policy.act, policy.remember, threshold=-1.0)
     inputs = policy.collate(policy.encode([observation], [policy.reset()]))
     skipping = backend.run(inputs, np.zeros((1, len(plan.blocks)), np.int64))
@@ -342,21 +381,26 @@ def _answers(
 
 
 def _own_answers(
-    config: ExportConfig, out: Path, example: dict[str, NDArray[Any]], policy: ExportablePolicy, blocks: int
+    config: ExportConfig, out: Path, example: dict[str, NDArray[Any]], policy: ExportablePolicy, plan: SkipPlan
 ) -> dict[str, NDArray[Any]]:
     """Compute what `_answers` does, with the graphs."""
-    encoder, backbone = (onnxruntime.InferenceSession(str(out / name)) for name in (ENCODER, BACKBONE))
+    steps = policy.steps if isinstance(policy, FlowPolicy) else 0
+    backend = open_backend(
+        out, plan, actions=len(policy.spec.action_names), denoising_steps=steps, is_pruned=config.prune
+    )
+    encoder = open_graph(out / ENCODER)
     feeds = {
         **{IMAGE_PREFIX + camera: view[None] for camera, view in _views(policy, example).items()},
         STATE_KEY: example[STATE_KEY][None],
         "token_ids": np.array([policy.token_ids(str(example[TASK_KEY]))]),
     }
     names = [node.name for node in encoder.get_outputs()]
-    encoded = dict(zip(names, encoder.run(None, feeds), strict=True))
-    if config.prune:
-        return {"skipping": backbone.run(None, encoded)[0][0]}
-    common = {**encoded, "allow_points": np.zeros(blocks, np.int64), "resume_from": np.array(0)}
-    return {
-        name: backbone.run(None, {**common, "threshold": np.array(threshold, np.float32)})[0][0]
-        for name, threshold in (("full", np.inf), ("skipping", -np.inf))
-    }
+    taken = [node.name for node in encoder.get_inputs()]
+    encoded = dict(zip(names, encoder.run(None, {name: feeds[name] for name in taken}), strict=True))
+    if isinstance(policy, FlowPolicy):
+        encoded |= beginning(example, policy.reset(), policy.spec, policy.action_width)
+    answers = {}
+    for name, threshold in (("full", math.inf), ("skipping", -math.inf)):
+        backend.threshold = threshold
+        answers[name] = backend.run(encoded, np.zeros((1, len(plan.blocks)), np.int64)).actions[0]
+    return answers

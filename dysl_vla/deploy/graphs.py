@@ -21,6 +21,7 @@ with needs_extra("policy"):
     import torch
     from torch import nn
 
+    from dysl_vla.policies.flow.conditional import ConditionalVelocity
     from dysl_vla.skip_controller.conditional import ConditionalDecoder, PrunedDecoder
 
 OPSET = 18
@@ -37,7 +38,7 @@ def write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[list
 
     Conditions need the strict tracer, which otherwise understands less.
     """
-    is_strict = isinstance(module, ConditionalDecoder)
+    is_strict = isinstance(module, (ConditionalDecoder, ConditionalVelocity))
     traceable = module.installed() if isinstance(module, (ConditionalDecoder, PrunedDecoder)) else nullcontext()
     with traceable, warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")

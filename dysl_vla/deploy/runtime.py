@@ -4,6 +4,7 @@ config.json        specification, crops, skipping; versions and provenance
 encoder.onnx       resized and cropped images, state and token ids to the backbone's input
 backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions. In a
                    pruned bundle, only the layers of the shortest path and their adapters, without any condition
+expert.onnx        a flow policy's denoising step, which reads what its decoder wrote; that has no action head then
 *.onnx.data        weights of a graph that would be too large for one file with them; only then
 tokenizer.json     of the `tokenizers` library, which is needed only for instructions that config.json does not list
 example.npz        an observation and the actions that the exported policy predicted
@@ -25,12 +26,13 @@ from numpy.typing import NDArray
 
 from dysl_vla.checkpoint import CONFIG as DOCUMENT
 from dysl_vla.checkpoint import MANIFEST, TOKENIZER, check_manifest, read_document
+from dysl_vla.denoising import beginning
+from dysl_vla.deploy.onnx_backend import BACKBONE, ENCODER, EXPERT, open_backend, open_graph
 from dysl_vla.errors import CheckpointError, ConfigError, MissingExtraError, ObservationError
-from dysl_vla.extras import needs_extra
 from dysl_vla.files import sha256
 from dysl_vla.images import Place, looked_at
 from dysl_vla.skip_controller.guidance import SkipGuidance
-from dysl_vla.skip_controller.guided_step import GuidedStep, PassResult, Resumed, VerificationBudget
+from dysl_vla.skip_controller.guided_step import GuidedStep, VerificationBudget
 from dysl_vla.skip_controller.operating import Ablation, SkipStatistics, with_present_names
 from dysl_vla.skip_controller.plan import SkipPlan
 from dysl_vla.types import (
@@ -45,18 +47,15 @@ from dysl_vla.types import (
     gripper_columns,
 )
 
-with needs_extra("robot"):
-    import onnxruntime
-
-POLICY_TYPE, FORMAT = "dysl-bundle", 4
-READABLE = (1, 2, 3, 4)
-"""Formats that can be read: since 2 images may be resized, 3 renamed settings of skipping, and since 4 layers that are
-always skipped may be left out."""
-ENCODER, BACKBONE, EXAMPLE = "encoder.onnx", "backbone.onnx", "example.npz"
+POLICY_TYPE, FORMAT = "dysl-bundle", 5
+READABLE = (1, 2, 3, 4, 5)
+"""Formats that can be read: since 2 images may be resized, 3 renamed settings of skipping, since 4 layers that are
+always skipped may be left out, and since 5 actions may be denoised."""
+EXAMPLE = "example.npz"
 FILES = (DOCUMENT, ENCODER, BACKBONE, TOKENIZER, EXAMPLE)
+"""A bundle's files except its manifest; a flow policy's has `EXPERT`, too."""
 TOLERANCES = {"fp32": 1e-4, "int8": 2e-2}
 """Largest distance of a machine's actions from the recorded ones, in deviations of the demonstrated actions."""
-EMBEDS = "inputs_embeds"
 MAX_INSTRUCTIONS = 1000
 """Number of instructions whose token ids are kept."""
 
@@ -89,7 +88,8 @@ class Bundle:
             raise CheckpointError(f"{folder} is no bundle (there is no {MANIFEST}); make one with dysl export.")
         if not (folder / BACKBONE).is_file() and read_document(folder / DOCUMENT).get("policy_type") != POLICY_TYPE:
             raise CheckpointError(f"{folder} is no bundle but a checkpoint; make a bundle of it with dysl export.")
-        check_manifest(folder, FILES)
+        is_flow = (folder / EXPERT).is_file()
+        check_manifest(folder, (*FILES, EXPERT) if is_flow else FILES)
         self._digest = sha256(folder / MANIFEST)
         document = read_document(folder / DOCUMENT)
         try:
@@ -103,6 +103,10 @@ class Bundle:
             self._places = {name: _place(crop) for name, crop in document["crops"].items()}
             self._resizes = {name: (int(size[0]), int(size[1])) for name, size in document.get("resizes", {}).items()}
             self._takes_others = bool(document.get("takes_other_instructions", True))
+            self._suffix = str(document.get("instruction_suffix", ""))
+            steps, self._width = (
+                (int(document["denoising"][name]) for name in ("steps", "width")) if is_flow else (0, 0)
+            )
             self._token_ids = {text: _ids(ids) for text, ids in document["instructions"].items()}
             skipping = with_present_names(document["skipping"])
             self._plan = SkipPlan(
@@ -116,8 +120,15 @@ class Bundle:
             self._lookahead, self._importance = int(skipping["lookahead"]), str(skipping["importance"])
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{folder / DOCUMENT}: {type(error).__name__}: {error}; export it again.") from error
-        self._encoder = _session(folder / ENCODER, threads)
-        self._backend = _OnnxBackend(_session(folder / BACKBONE, threads), self._plan, is_pruned=self.is_pruned)
+        self._encoder = open_graph(folder / ENCODER, threads)
+        self._backend = open_backend(
+            folder,
+            self._plan,
+            actions=len(self.spec.action_names),
+            denoising_steps=steps,
+            is_pruned=self.is_pruned,
+            threads=threads,
+        )
         self._encoder_inputs = [node.name for node in self._encoder.get_inputs()]
         self._encoded_names = [node.name for node in self._encoder.get_outputs()]
         self._budget = VerificationBudget()
@@ -175,7 +186,7 @@ class Bundle:
     def _infer(self, observation: Observation, state: EpisodeState) -> ActionChunk:
         started = time.perf_counter()
         self.spec.check_observation(observation)
-        encoded = self._encode(observation)
+        encoded = self._encode(observation, state)
         encode_s = time.perf_counter() - started
         points = self._lengths if self._is_full else None
         [chunk] = self._step.infer(self._backend, encoded, [state], encode_s=encode_s, allow_points=points)
@@ -199,7 +210,7 @@ class Bundle:
         except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); export it again.") from error
         self.spec.check_observation(observation)
-        encoded = self._encode(observation)
+        encoded = self._encode(observation, self.reset())
         self._backend.threshold = -math.inf  # every block is left at its first exit
         skipping = self._backend.run(encoded, np.zeros_like(self._lengths))
         answers = {"skipping": skipping.actions[0]}
@@ -217,7 +228,7 @@ class Bundle:
                     "this kind of machine, or with --precision fp32."
                 )
 
-    def _encode(self, observation: Observation) -> dict[str, NDArray[Any]]:
+    def _encode(self, observation: Observation, state: EpisodeState) -> dict[str, NDArray[Any]]:
         feeds: dict[str, NDArray[Any]] = {}
         for name in self._encoder_inputs:
             if name == "token_ids":
@@ -227,7 +238,10 @@ class Bundle:
             else:
                 camera = name.removeprefix(IMAGE_PREFIX)
                 feeds[name] = looked_at(observation[name], self._resizes.get(camera), self._places[camera])[None]
-        return dict(zip(self._encoded_names, self._encoder.run(None, feeds), strict=True))
+        encoded = dict(zip(self._encoded_names, self._encoder.run(None, feeds), strict=True))
+        if self._width:  # what denoising begins from
+            encoded |= beginning(observation, state, self.spec, self._width)
+        return encoded
 
     def _tokens(self, instruction: str) -> NDArray[np.int64]:
         known = self._token_ids.get(instruction)
@@ -250,75 +264,8 @@ class Bundle:
             self._tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
         if len(self._token_ids) > MAX_INSTRUCTIONS:
             self._token_ids.clear()
-        self._token_ids[instruction] = _ids(self._tokenizer.encode(instruction).ids)
+        self._token_ids[instruction] = _ids(self._tokenizer.encode(instruction + self._suffix).ids)
         return self._token_ids[instruction]
-
-
-class _OnnxBackend:
-    """The backbone's graph for a batch of one, as a `guided_step.Backend`.
-
-    Attributes:
-        threshold: Log-odds of a controller above which a block is left.
-    """
-
-    def __init__(self, session: onnxruntime.InferenceSession, plan: SkipPlan, *, is_pruned: bool) -> None:
-        self.threshold = math.inf
-        self._is_pruned = is_pruned
-        self._session, self._depth = session, plan.num_layers
-        self._target_of = {e: block.target for block in plan.blocks for e in plan.exits_of(block)}
-        self._all_layers = np.array([block.length for block in plan.blocks], np.int64)
-        self._from_start = np.array(0, np.int64)
-        self._first_exits = np.array([layer in plan.first_exits for layer in self._target_of])
-
-    def run(self, inputs: Mapping[str, NDArray[Any]], allow_points: NDArray[np.int64]) -> PassResult:
-        """Run one pass that may skip; the graph's inputs and outputs are those of `ConditionalDecoder`."""
-        started = time.perf_counter()
-        actions, asked, logits, lefts, first = self._answers(inputs, allow_points[0], self._from_start)
-        llm_s = time.perf_counter() - started  # the action head is part of the graph
-        exits = list(zip(self._target_of.items(), asked.tolist(), logits, lefts.tolist(), strict=True))
-        targets = {layer: target for (layer, target), _, _, is_left in exits if is_left}
-        layers_run = np.ones((1, self._depth), np.bool_)
-        for layer, target in targets.items():
-            layers_run[0, layer:target] = False
-        outputs = {layer: _probability(logit) for (layer, _), is_asked, logit, _ in exits if is_asked}
-        return PassResult(actions, [targets], [outputs], layers_run, llm_s, handle=first)
-
-    def resume(self, inputs: Mapping[str, NDArray[Any]], passed: PassResult) -> Resumed:
-        """Compute the full model's actions, from the input of the first layer that was skipped."""
-        started = time.perf_counter()
-        first_skip = np.array(passed.first_skip, np.int64)
-        answers = self._answers({**inputs, EMBEDS: passed.handle}, self._all_layers, first_skip)
-        return Resumed(answers[0], time.perf_counter() - started)
-
-    def remember(self, inputs: Mapping[str, NDArray[Any]], states: Mapping[int, EpisodeState]) -> None:
-        """Keep nothing: a policy with memory is not exported."""
-
-    def _answers(
-        self, inputs: Mapping[str, NDArray[Any]], points: NDArray[np.int64], resume_from: NDArray[np.int64]
-    ) -> list[NDArray[Any]]:
-        if self._is_pruned:  # its graph decides nothing
-            [actions] = self._session.run(None, dict(inputs))
-            return [actions, np.zeros_like(self._first_exits), self._first_exits, self._first_exits, actions]
-        threshold = np.array(self.threshold, np.float32)
-        feeds = {**inputs, "allow_points": points, "threshold": threshold, "resume_from": resume_from}
-        answers: list[NDArray[Any]] = self._session.run(None, feeds)
-        return answers
-
-
-def _probability(logit: float) -> float:
-    return 1 / (1 + math.exp(-float(np.clip(logit, -50, 50))))
-
-
-def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no other base
-        raise CheckpointError(
-            f"{path}: ONNX Runtime {onnxruntime.__version__} refuses this file ({error}); export it again."
-        ) from error
 
 
 def _spec(values: Mapping[str, Any]) -> PolicySpec:

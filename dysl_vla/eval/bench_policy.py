@@ -28,9 +28,10 @@ with needs_extra("policy"):
     from transformers import GemmaConfig, LlamaConfig, SiglipVisionConfig
     from transformers.models.smolvlm.configuration_smolvlm import SmolVLMConfig, SmolVLMVisionConfig
 
+    from dysl_vla.denoising import NOISE
     from dysl_vla.policies.flow.expert import ExpertAttention, ExpertLayer, ExpertShape
     from dysl_vla.policies.flow.pi0 import Pi0
-    from dysl_vla.policies.flow.policy import NOISE, FlowPolicy
+    from dysl_vla.policies.flow.policy import FlowPolicy
     from dysl_vla.policies.flow.smolvla import SmolVLA
     from dysl_vla.skip_controller.heads import HeadsConfig, SkipHeads
     from dysl_vla.skip_controller.plan import SkipPlan

@@ -19,7 +19,8 @@ from dysl_vla.skip_controller.decoders import MARK, find_layers
 from dysl_vla.skip_controller.heads import SkipHeads
 from dysl_vla.skip_controller.plan import SkipPlan
 
-EMBEDS = "inputs_embeds"
+EMBEDS, SEEN = "inputs_embeds", "seen"
+"""Arguments: the embeddings, and which tokens are not padding, where the decoder gets another mask."""
 
 
 class ConditionalDecoder(nn.Module):
@@ -29,7 +30,8 @@ class ConditionalDecoder(nn.Module):
         decoder: A Hugging Face decoder, not attached, whose layers answer a tensor.
         plan: Which layers may be skipped.
         heads: The plan's adapters and controllers.
-        decode: Maps the decoder's output, (1, tokens, hidden), to what the graph returns.
+        decode: Maps the decoder's output, (1, tokens, hidden), to what the graph returns; None where that is what its
+            layers write.
 
     Attributes:
         exits: Layers at which a block may be left, in the order of the outputs about them.
@@ -38,7 +40,7 @@ class ConditionalDecoder(nn.Module):
         ConfigError: The decoder has no list of layers of the plan's depth or is attached, or nothing can be skipped.
     """
 
-    def __init__(self, decoder: nn.Module, plan: SkipPlan, heads: SkipHeads, decode: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, plan: SkipPlan, heads: SkipHeads, decode: nn.Module | None) -> None:
         super().__init__()
         self.decoder, self.heads, self.decode = decoder, heads, decode
         self._layers = _layers_of(decoder, plan)
@@ -53,31 +55,48 @@ class ConditionalDecoder(nn.Module):
 
     def forward(
         self, inputs: Mapping[str, Tensor], allow_points: Tensor, threshold: Tensor, resume_from: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Run one pass.
 
         Args:
             inputs: The decoder's arguments; `inputs_embeds`, (1, tokens, hidden), is among them. To resume, it is the
-                hidden state at the first skip, which the pass before returned.
+                hidden state at the first skip, which the pass before returned. `SEEN` is for controllers alone.
             allow_points: (blocks,), the number of dynamic layers of each block that must run before it may be left.
             threshold: Log-odds of a controller above which a block is left.
             resume_from: The first layer to run; all behind it run, too. 0 runs the whole decoder, with skips.
 
         Returns:
-            The output of `decode`; for each exit whether its controller was asked, its log-odds, and whether the block
-            was left there, (exits,); the input of the first layer that a block was left at, (1, tokens, hidden).
+            The output of `decode`, or what the layers write; for each exit whether its controller was asked, its
+            log-odds, and whether the block was left there, (exits,); the input of the first layer that a block was left
+            at, (1, tokens, hidden).
         """
         run, decided = self._runner(inputs, allow_points, threshold, resume_from)
         self._running.append(run)
-        hidden = self.decoder(**inputs, **self._without_cache).last_hidden_state
+        arguments = {name: value for name, value in inputs.items() if name != SEEN}
+        hidden = self.decoder(**arguments, **self._without_cache).last_hidden_state
         self._running.pop()
-        asked, logits, lefts, first = decided()
-        answer: Tensor = self.decode(hidden)
-        return answer, torch.stack(asked), torch.stack(logits), torch.stack(lefts), first
+        asked, logits, lefts, first, written = decided()
+        answers = written if self.decode is None else [self.decode(hidden)]
+        return (*answers, torch.stack(asked), torch.stack(logits), torch.stack(lefts), first)
+
+    def layer(
+        self, index: int, original: Callable[..., Any], arguments: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Callable[[Tensor], tuple[Tensor, ...]]]:
+        """Return what runs a layer, and what stands in for one that does not run.
+
+        Both map hidden states to the next, and to what else a layer writes; it is copied, as conditions ask for.
+
+        Args:
+            index: The layer's number.
+            original: Its own forward.
+            arguments: What it gets beside hidden states.
+            named: What it gets by name.
+        """
+        return lambda h: (original(h, *arguments, **named),), lambda h: (h.clone(),)
 
     def _runner(
         self, inputs: Mapping[str, Tensor], allow_points: Tensor, threshold: Tensor, resume_from: Tensor
-    ) -> tuple[Callable[..., Any], Callable[[], tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]]]:
+    ) -> tuple[Callable[..., Any], Callable[[], tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, list[Tensor]]]]:
         """Return a function that runs the layers of one pass, and one that returns afterwards what was decided.
 
         What changes from layer to layer is kept in variables of this call, which every exporter can trace.
@@ -86,10 +105,11 @@ class ConditionalDecoder(nn.Module):
         asked: list[Tensor] = []
         logits: list[Tensor] = []
         lefts: list[Tensor] = []
+        written: list[Tensor] = []
         has_left = torch.zeros_like(skips)  # whether any block was left
         is_passed: Tensor | None = None  # whether the running block was left
         first = torch.zeros_like(inputs[EMBEDS])
-        mask = inputs.get("attention_mask")
+        mask = inputs.get(SEEN, inputs.get("attention_mask"))
 
         def leave(hidden: Tensor, index: int) -> Tensor:
             """Ask the controller of an exit, and let the adapter take the place of what is skipped."""
@@ -121,9 +141,12 @@ class ConditionalDecoder(nn.Module):
             elif index in self.exits:
                 hidden = leave(hidden, index)
             passes = index < resume_from if is_passed is None else is_passed | (index < resume_from)
-            return torch.cond(passes, lambda h: h.clone(), lambda h: original(h, *arguments, **named), (hidden,))
+            runs, stands_in = self.layer(index, original, arguments, named)
+            landed, *others = torch.cond(passes, stands_in, runs, (hidden,))
+            written.extend(others)
+            return landed
 
-        return run, lambda: (asked, logits, lefts, first)
+        return run, lambda: (asked, logits, lefts, first, written)
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -81,10 +81,10 @@ class ExpertAttention(nn.Module):
         self.k_proj = nn.Linear(read, inner, bias=False)
         self.v_proj = nn.Linear(read, inner, bias=False)
         self.o_proj = nn.Linear(outer, shape.width, bias=False)
-        self._head_dim, self._crosses = shape.head_dim, crosses
+        self._shape, self._crosses = shape, crosses
 
     def _heads(self, flat: Tensor) -> Tensor:
-        return flat.view(*flat.shape[:2], -1, self._head_dim).transpose(1, 2)
+        return flat.view(*flat.shape[:2], -1, self._shape.head_dim).transpose(1, 2)
 
     def read(self, keys: Tensor, values: Tensor) -> Pair:
         """Return what the layer attends to of the prefix: its keys and values, or its own projections of them.
@@ -220,6 +220,14 @@ class Expert(nn.Module):
             causal: Which of the expert's tokens attend to which, (tokens, tokens).
             condition: What adaptive norms get, (batch, width).
         """
+        for layer, arguments in zip(self.layers, self.arguments(hidden, memory, seen, causal, condition), strict=True):
+            hidden = layer(hidden, **arguments)
+        return normalised(self.norm, hidden, condition)[0]
+
+    def arguments(
+        self, hidden: Tensor, memory: PrefixMemory, seen: Tensor, causal: Tensor, condition: Tensor | None
+    ) -> list[dict[str, Any]]:
+        """Return what each layer gets beside hidden states; see `forward`."""
         batch, tokens = hidden.shape[:2]
         first = seen.sum(dim=1, keepdim=True)
         steps = torch.arange(tokens, device=hidden.device)
@@ -227,16 +235,16 @@ class Expert(nn.Module):
         relative = rotary_positions(steps.expand(batch, -1), self.shape, hidden.dtype)
         to_prefix = seen[:, None, None, :].expand(batch, 1, tokens, -1)
         to_all = torch.cat([to_prefix, causal.expand(batch, 1, tokens, tokens)], dim=-1)
-        for layer in self.layers:
-            crosses = getattr(layer, "crosses", False)
-            hidden = layer(
-                hidden,
-                past_key_values=memory,
-                position_embeddings=relative if crosses else absolute,
-                attention_mask=to_prefix if crosses else to_all,
-                adarms_cond=condition,
-            )
-        return normalised(self.norm, hidden, condition)[0]
+        places = {True: (relative, to_prefix), False: (absolute, to_all)}
+        return [
+            {
+                "past_key_values": memory,
+                "position_embeddings": positions,
+                "attention_mask": mask,
+                "adarms_cond": condition,
+            }
+            for positions, mask in (places[getattr(layer, "crosses", False)] for layer in self.layers)
+        ]
 
 
 def rotary_positions(positions: Tensor, shape: ExpertShape, dtype: torch.dtype) -> Pair:

@@ -74,18 +74,23 @@ class MiniFlow(FlowPolicy, MiniPolicy):
         return self.config.spec
 
     def inputs(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
-        """Compute the prefix's embeddings, `inputs_embeds`; see `ExportablePolicy.inputs`. The state is the last."""
+        """See `FlowPolicy.inputs`. The state is the prefix's last token."""
         text, proprio, views = self.parts(images, state, token_ids)
-        return {EMBEDS: torch.cat([text, *views, proprio], dim=1)}
+        embeds = torch.cat([text, *views, proprio], dim=1)
+        return {
+            EMBEDS: embeds,
+            CAUSAL: self._causal(embeds),
+            MASK: torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device),
+            STATE: state,
+        }
 
     def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
         """See `FlowPolicy.embed_prefix`."""
         return [{EMBEDS: row, CAUSAL: self._causal(row)} for row in self.embedded(observations)]
 
     def _causal(self, embeds: Tensor) -> Tensor:
-        causal = torch.zeros(embeds.shape[:-1], dtype=torch.long, device=embeds.device)
-        causal[..., -1] = 1
-        return causal
+        places = torch.arange(embeds.shape[-2], device=embeds.device)
+        return (places == embeds.shape[-2] - 1).long().expand(embeds.shape[:-1])
 
     def padded_state(self, observation: Observation) -> Tensor:
         """See `FlowPolicy.padded_state`."""

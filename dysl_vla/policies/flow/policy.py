@@ -8,27 +8,24 @@ are those of openpi and LeRobot). Layers that the leader skips wrote no keys and
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from dysl_vla.policies.backbone import EMBEDS, MASK, BackbonePolicy
+from dysl_vla.denoising import BEFORE, HOLD, NOISE, draw_noise, held_chunk, noise_generator
+from dysl_vla.policies.backbone import EMBEDS, MASK, POSITIONS, BackbonePolicy
 from dysl_vla.policies.flow.expert import Expert, PrefixMemory, time_embedding
 from dysl_vla.skip_controller.torch_backend import Forward
-from dysl_vla.types import STATE_KEY, EpisodeState, Observation, PolicySpec
+from dysl_vla.types import EpisodeState, Observation, PolicySpec
 
-NOISE, STATE, CAUSAL, LESSON, BEFORE, HOLD = "noise", "state", "causal", "lesson", "before", "hold"
-"""Parts of an item beside the prefix's embeddings: the noise, (chunk, action), the normalised and padded state,
+STATE, CAUSAL, LESSON = "state", "causal", "lesson"
+"""Parts of an item beside the prefix's embeddings and those of `dysl_vla.denoising`: the normalised and padded state,
 (state,), 1 for the tokens of the prefix that those before them do not see, (tokens,), and the number of the denoising
-step that heads are trained on with this item, (); the chunk before, from now on, (chunk, action), and how far each of
-its actions is held to, from 0 to 1, (chunk,)."""
+step that heads are trained on with this item, ()."""
 
 
 class FlowPolicy(BackbonePolicy, nn.Module):
@@ -66,6 +63,10 @@ class FlowPolicy(BackbonePolicy, nn.Module):
     def followers(self) -> Sequence[nn.ModuleList]:  # type: ignore[override]
         """Return the expert's layers, which skip what the prefix skips."""
         return (self.expert.layers,)
+
+    def inputs(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
+        """Compute the prefix's embeddings, `CAUSAL`, `MASK` and `STATE` of a batch; see `ExportablePolicy.inputs`."""
+        raise NotImplementedError
 
     def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
         """Return for each observation the prefix's embeddings, (tokens, width), and `CAUSAL`."""
@@ -112,34 +113,14 @@ class FlowPolicy(BackbonePolicy, nn.Module):
         for item, observation, state in zip(items, observations, states, strict=True):
             embeds = item[EMBEDS]
             item[STATE] = self.padded_state(observation).to(embeds.device)
-            # The noise of an inference is a function of the state and of how far the episode is. Training keeps it, and
-            # the denoising step that a frame's heads learn from, over all epochs.
-            seen = np.asarray(observation[STATE_KEY], np.float32)
-            rng = np.random.default_rng([len(state.executed), zlib.crc32(seen.tobytes())])
-            noise = rng.standard_normal((self.spec.chunk_length, self.action_width), np.float32)
-            item[NOISE] = torch.from_numpy(noise).to(embeds.device)
+            # Training keeps a frame's noise, and the denoising step that heads learn from with it, over all epochs.
+            rng = noise_generator(observation, state)
+            noise = draw_noise(rng, self.spec, self.action_width)
+            held = held_chunk(state, self.spec, self.action_width)
+            for name, value in zip((NOISE, BEFORE, HOLD), (noise, *held), strict=True):
+                item[name] = torch.from_numpy(value).to(embeds.device)
             item[LESSON] = torch.tensor(rng.integers(self.steps), device=embeds.device)
-            before, hold = self._leftover(state)
-            item[BEFORE], item[HOLD] = before.to(embeds.device), hold.to(embeds.device)
         return items
-
-    def _leftover(self, state: EpisodeState) -> tuple[Tensor, Tensor]:
-        """Return the chunk before, from now on, (chunk, action_width), and how far it is held to, (chunk,).
-
-        Actions that will have been sent are held to wholly, those behind them less and less, up to the part that is new
-        (real-time chunking, Black et al. 2025, arXiv 2506.07339, equation 5).
-        """
-        length = self.spec.chunk_length
-        before, hold = torch.zeros(length, self.action_width), torch.zeros(length)
-        if state.leftover is None:
-            return before, hold
-        known = self.spec.action_normalisation.apply(np.asarray(state.leftover, np.float32))[:length]
-        count, sent = len(known), min(state.sent_before, len(known))
-        before[:count, : known.shape[1]] = torch.from_numpy(known)
-        share = (count - torch.arange(sent, count)) / (count - sent + 1)
-        hold[:sent] = 1
-        hold[sent:count] = share * torch.expm1(share) / math.expm1(1)
-        return before, hold
 
     @property
     def follower_sizes(self) -> tuple[int, ...]:
@@ -162,21 +143,21 @@ class FlowPolicy(BackbonePolicy, nn.Module):
 
     def read_prefix(self, inputs: Mapping[str, Tensor]) -> PrefixMemory:
         """Run the prefix's decoder, and return what it wrote for the expert."""
+        cache = DynamicCache()
+        self.backbone(
+            inputs_embeds=inputs[EMBEDS], **self.decoder_arguments(inputs), past_key_values=cache, use_cache=True
+        )
+        return self.expert.remember(cache)
+
+    def decoder_arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the prefix's decoder gets beside embeddings: which token attends to which, and positions."""
         embeds, seen = inputs[EMBEDS], inputs[MASK]
         block = inputs[CAUSAL].cumsum(dim=1)
         allowed = (block[:, None, :] <= block[:, :, None]) & seen[:, None, :]
         allowed = allowed | torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)  # padding attends to itself
         mask = torch.zeros(allowed.shape, dtype=embeds.dtype, device=embeds.device)
         mask.masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
-        cache = DynamicCache()
-        self.backbone(
-            inputs_embeds=embeds,
-            attention_mask=mask[:, None],
-            position_ids=(seen.cumsum(dim=1) - 1).clamp_min(0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return self.expert.remember(cache)
+        return {MASK: mask[:, None], POSITIONS: (seen.cumsum(dim=1) - 1).clamp_min(0)}
 
     def velocity(self, noisy: Tensor, time: Tensor, memory: PrefixMemory, inputs: Mapping[str, Tensor]) -> Tensor:
         """Predict the velocity of noisy actions, (batch, chunk, action_width), at times, (batch,)."""
