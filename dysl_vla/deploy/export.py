@@ -188,7 +188,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
     with closing(load_dysl(policy, folder)) as dysl:
         heads = dysl.heads
     heads.requires_grad_(False)
-    example = _example(policy)
+    example = _example(policy, next(iter(_known_instructions(policy, document)), "do it"))
     with tqdm(total=4, desc="exporting", unit="part") as progress:
         _write_encoder(policy, example, out)
         progress.update()
@@ -291,7 +291,7 @@ def _document(
     config: ExportConfig, policy: ExportablePolicy, settings: SkipSettings, made: dict[str, Any], instruction: str
 ) -> dict[str, Any]:
     """Return the content of the bundle's config.json."""
-    instructions = [*policy.provenance.get("data", {}).get("instructions", []), instruction]
+    instructions = [*_known_instructions(policy, made), instruction]
     token_ids = {text: policy.token_ids(text) for text in [*instructions, *OTHER_INSTRUCTIONS]}
     suffix = str(getattr(policy, "instruction_suffix", ""))
     return {
@@ -342,18 +342,28 @@ def robot_to_try(bundle: Path) -> str:
     return f"mujoco:{family}-{(tasks or '').partition(',')[0]}" + (f"@{arm}" if arm else "")
 
 
-def _example(policy: ExportablePolicy) -> dict[str, NDArray[Any]]:
+def _known_instructions(policy: ExportablePolicy, made: dict[str, Any]) -> list[str]:
+    """Return the instructions that the policy, or else its heads, were trained with.
+
+    Args:
+        policy: The policy.
+        made: What the checkpoint says of its heads.
+    """
+    records = (policy.provenance, made.get("provenance") or {})
+    return next((found for record in records if (found := record.get("data", {}).get("instructions"))), [])
+
+
+def _example(policy: ExportablePolicy, instruction: str) -> dict[str, NDArray[Any]]:
     """Return an observation with noise in every pixel, which is the same each time."""
     rng = np.random.default_rng(0)
     spec = policy.spec
-    instructions = policy.provenance.get("data", {}).get("instructions", ["do it"])
     return {
         **{
             IMAGE_PREFIX + camera: rng.integers(0, 256, (height, width, 3), np.uint8)
             for camera, (height, width) in spec.cameras.items()
         },
         STATE_KEY: spec.state_normalisation.undo(rng.normal(size=len(spec.state_names)).astype(np.float32)),
-        TASK_KEY: np.array(instructions[0]),
+        TASK_KEY: np.array(instruction),
     }
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional
 
 from dysl_vla.checkpoint import canonical
 from dysl_vla.errors import CheckpointError, DyslError
+from dysl_vla.images import Place
+from dysl_vla.policies.backbone import EMBEDS, MASK
 from dysl_vla.policies.base_reference import Base, find_base, save_reference
 from dysl_vla.policies.compute import ComputeConfig, check_device_memory, set_attention
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder
-from dysl_vla.policies.flow.policy import FlowPolicy
-from dysl_vla.types import PolicySpec
+from dysl_vla.policies.flow.policy import CAUSAL, STATE, FlowPolicy
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
 
 
 class LeRobotFlowPolicy(FlowPolicy):
@@ -24,16 +30,21 @@ class LeRobotFlowPolicy(FlowPolicy):
 
     Attributes:
         kind: LeRobot's name of the type.
+        instruction_suffix: What follows an instruction that does not end in it.
         base: The folder.
         cast: Type of numbers that all weights were brought to; None: each module has that of the folder.
+        tokenizer: The tokenizer of instructions.
+        settings: Numbers of LeRobot's config.json, `max_state_dim` and `tokenizer_max_length` among them.
         provenance: Where the policy comes from.
     """
 
     takes_compute = True
     kind: ClassVar[str]
+    instruction_suffix: ClassVar[str] = "\n"
     base: Base
     cast: torch.dtype | None
     tokenizer: Tokenizer
+    settings: dict[str, Any]
     provenance: dict[str, Any]
     _spec: PolicySpec
 
@@ -41,6 +52,101 @@ class LeRobotFlowPolicy(FlowPolicy):
     def spec(self) -> PolicySpec:
         """Return what the policy expects of an embodiment, and what it predicts."""
         return self._spec
+
+    @property
+    def resizes(self) -> Mapping[str, tuple[int, int]]:
+        """Return no sizes, as images are resized by `inputs`; see `ExportablePolicy`."""
+        return {}
+
+    @property
+    def crops(self) -> dict[str, Place]:
+        """Return the whole of each image; see `ExportablePolicy`."""
+        return {camera: (0, 0, *size) for camera, size in self.spec.cameras.items()}
+
+    def see(self, images: Tensor) -> Tensor:
+        """Encode a camera's images, (batch, height, width, 3) uint8, to (batch, tokens, width)."""
+        raise NotImplementedError
+
+    def words(self, token_ids: Tensor) -> Tensor:
+        """Embed token ids, of any shape, to that shape and the width."""
+        raise NotImplementedError
+
+    def prompt(self, observation: Observation) -> str:
+        """Return the text that the policy reads of an observation."""
+        instruction, suffix = str(observation[TASK_KEY]), self.instruction_suffix
+        return instruction if instruction.endswith(suffix) else instruction + suffix
+
+    def ids(self, observation: Observation) -> list[int]:
+        """Return the token ids of an observation's prompt, cut where there are too many."""
+        encoded = self.tokenizer.encode(self.prompt(observation))
+        return list(encoded.ids[: sum(encoded.attention_mask)])
+
+    def assembled(self, views: Sequence[Tensor], words: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prefix's embeddings, (..., tokens, width), and `CAUSAL`, (..., tokens).
+
+        Args:
+            views: Each camera's tokens, (..., tokens, width).
+            words: Those of the words.
+            state: The normalised and padded state, (..., state).
+        """
+        embeds = torch.cat([*(view.to(words) for view in views), words], dim=-2)
+        return embeds, torch.zeros(embeds.shape[:-1], dtype=torch.long, device=embeds.device)
+
+    def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
+        """Embed images, words and state; see `FlowPolicy.embed_prefix`."""
+        device = next(self.backbone.parameters()).device
+        stacks = (np.stack([one[IMAGE_PREFIX + camera] for one in observations]) for camera in self.spec.cameras)
+        views = [self.see(torch.from_numpy(stack).to(device)) for stack in stacks]
+        items = []
+        for row, observation in enumerate(observations):
+            words = self.words(torch.tensor(self.ids(observation), device=device))
+            state = self.padded_state(observation).to(device)
+            embeds, causal = self.assembled([view[row] for view in views], words, state)
+            items.append({EMBEDS: embeds, CAUSAL: causal})
+        return items
+
+    def inputs(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
+        """See `FlowPolicy.inputs`. Token ids are padded with one that is none, the size of the vocabulary."""
+        views = [self.see(images[camera]) for camera in self.spec.cameras]
+        is_word = token_ids < self.padding_id
+        words = self.words(torch.where(is_word, token_ids, 0))
+        padded = self._normalised(state)
+        embeds, causal = self.assembled(views, words, padded)
+        before = sum(view.shape[1] for view in views)
+        after = embeds.shape[1] - before - is_word.shape[1]
+        return {
+            EMBEDS: embeds,
+            CAUSAL: causal,
+            MASK: functional.pad(is_word, (before, after), value=True),
+            STATE: padded,
+        }
+
+    @property
+    def padding_id(self) -> int:
+        """Return the token id that stands for padding in `inputs`."""
+        return int(self.backbone.config.vocab_size)
+
+    def take_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Keep a tokenizer, set to pad and cut as `token_ids` does; the backbone and settings must be there."""
+        length = int(self.settings["tokenizer_max_length"])
+        tokenizer.enable_padding(length=length, pad_id=self.padding_id)
+        tokenizer.enable_truncation(length)
+        self.tokenizer = tokenizer
+
+    def token_ids(self, instruction: str) -> list[int]:
+        """Return an instruction's token ids, padded at their end; see `ExportablePolicy`."""
+        found = self.ids({TASK_KEY: instruction})
+        return [*found, *[self.padding_id] * (int(self.settings["tokenizer_max_length"]) - len(found))]
+
+    def padded_state(self, observation: Observation) -> Tensor:
+        """See `FlowPolicy.padded_state`."""
+        return self._normalised(torch.from_numpy(np.asarray(observation[STATE_KEY], np.float32)))
+
+    def _normalised(self, state: Tensor) -> Tensor:
+        """Return states, (..., state), normalised and padded."""
+        normalisation = self.spec.state_normalisation
+        mean, std = (torch.tensor(values, device=state.device) for values in (normalisation.mean, normalisation.std))
+        return functional.pad((state - mean) / std, (0, int(self.settings["max_state_dim"]) - state.shape[-1]))
 
     @classmethod
     def of_folder(cls, folder: LeRobotFolder, options: FlowOptions) -> Self:

@@ -8,7 +8,7 @@ drives the expert's norms.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -18,16 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GemmaConfig, GemmaModel, SiglipVisionConfig, SiglipVisionModel
 
-from dysl_vla.errors import CheckpointError
-from dysl_vla.policies.backbone import EMBEDS
+from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.flow.expert import Expert, ExpertShape
 from dysl_vla.policies.flow.images import padded
 from dysl_vla.policies.flow.last_layer import LastGemmaLayer
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers
 from dysl_vla.policies.flow.lerobot_policy import LeRobotFlowPolicy
-from dysl_vla.policies.flow.policy import CAUSAL
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
+from dysl_vla.types import STATE_KEY, TASK_KEY, Observation, PolicySpec
 
 TOKENIZER_OF = "google/paligemma-3b-pt-224"
 """The repository whose tokenizer pi0's policies use."""
@@ -101,50 +99,33 @@ class Pi0(LeRobotFlowPolicy):
         self.action_time_mlp_in = nn.Linear(2 * width if self.has_state_token else width, width)
         self.action_time_mlp_out = nn.Linear(width, width)
         self.state_proj = nn.Linear(int(settings["max_state_dim"]), width) if self.has_state_token else None
-        self._spec, self.tokenizer, self.settings = spec, tokenizer, dict(settings)
+        self._spec, self.settings = spec, dict(settings)
+        self.take_tokenizer(tokenizer)
         self.steps, self.action_width = int(settings["num_inference_steps"]), actions
         self.periods = settings["min_period"], settings["max_period"]
         self.provenance: dict[str, Any] = {}
 
-    def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
-        """Embed images and words; see `FlowPolicy.embed_prefix`."""
-        weight = self.backbone.embed_tokens.weight
-        views = [self._see(camera, observations) for camera in self.spec.cameras]
-        items = []
-        for row, observation in enumerate(observations):
-            ids = torch.tensor(self.token_ids(self.prompt(observation)), device=weight.device)
-            words = functional.embedding(ids, weight) * torch.tensor(math.sqrt(self.width)).to(weight)
-            embeds = torch.cat([*(view[row].to(words) for view in views), words])
-            items.append({EMBEDS: embeds, CAUSAL: torch.zeros(len(embeds), dtype=torch.long, device=weight.device)})
-        return items
-
-    def _see(self, camera: str, observations: Sequence[Observation]) -> Tensor:
-        """Encode the images of a camera to (observations, tokens, width)."""
+    def see(self, images: Tensor) -> Tensor:
+        """See `LeRobotFlowPolicy.see`."""
         weight = next(self.vision.parameters())
-        stacked = torch.from_numpy(np.stack([one[IMAGE_PREFIX + camera] for one in observations]))
-        pixels = stacked.to(weight.device).permute(0, 3, 1, 2).float() / 255
+        pixels = images.permute(0, 3, 1, 2).float() / 255
         height, width = self.settings["image_resolution"]
         pixels = padded(pixels, int(height), int(width), is_centred=True)
         seen = self.vision(pixel_values=pixels.to(weight.dtype)).last_hidden_state
         answer: Tensor = self.projector(seen.to(self.projector.weight))
         return answer
 
-    def prompt(self, observation: Observation) -> str:
-        """Return the text that the policy reads of an observation."""
-        instruction = str(observation[TASK_KEY])
-        return instruction if instruction.endswith("\n") else f"{instruction}\n"
+    def words(self, token_ids: Tensor) -> Tensor:
+        """See `LeRobotFlowPolicy.words`."""
+        weight = self.backbone.embed_tokens.weight
+        return functional.embedding(token_ids, weight) * torch.tensor(math.sqrt(self.width)).to(weight)
 
-    def token_ids(self, text: str) -> list[int]:
-        """Return the token ids of a text, cut where there are too many."""
-        ids, begin = self.tokenizer.encode(text).ids, self.tokenizer.token_to_id(BEGIN)
+    def ids(self, observation: Observation) -> list[int]:
+        """Return the token ids of an observation's prompt, cut where there are too many."""
+        ids, begin = super().ids(observation), self.tokenizer.token_to_id(BEGIN)
         if begin is not None and ids[:1] != [begin]:
             ids = [begin, *ids]
         return list(ids[: int(self.settings["tokenizer_max_length"])])
-
-    def padded_state(self, observation: Observation) -> Tensor:
-        """See `FlowPolicy.padded_state`."""
-        state = torch.from_numpy(self.spec.state_normalisation.apply(np.asarray(observation[STATE_KEY], np.float32)))
-        return functional.pad(state, (0, int(self.settings["max_state_dim"]) - len(state)))
 
     def embed_actions(self, noisy: Tensor, time: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Embed the state, and noisy actions with the time; see `FlowPolicy.embed_actions`.
@@ -193,6 +174,17 @@ class Pi05(Pi0):
     kind = "pi05"
     max_tokens = 200
     has_state_token = False
+
+    def token_ids(self, instruction: str) -> list[int]:
+        """Refuse to be exported.
+
+        Raises:
+            ConfigError: Its words are not a function of the instruction.
+        """
+        raise ConfigError(
+            "policy must read no words but the instruction to be exported, and pi0.5 reads the state, too; run it with "
+            "PyTorch: dysl serve --policy or dysl control --policy."
+        )
 
     def prompt(self, observation: Observation) -> str:
         """Return the text that the policy reads of an observation, with the state in steps from 0 to 255."""

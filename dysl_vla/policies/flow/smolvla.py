@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -21,15 +20,13 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolV
 
 from dysl_vla.checkpoint import CONFIG
 from dysl_vla.errors import CheckpointError
-from dysl_vla.policies.backbone import EMBEDS
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.flow.expert import Expert, ExpertShape
 from dysl_vla.policies.flow.images import padded
 from dysl_vla.policies.flow.last_layer import LastLlamaLayer
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder, count_layers, read_vlm_config
 from dysl_vla.policies.flow.lerobot_policy import LeRobotFlowPolicy
-from dysl_vla.policies.flow.policy import CAUSAL
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
+from dysl_vla.types import PolicySpec
 
 HEAD_DIM = 64
 """Width of an attention head of SmolVLM2, of its decoder and its vision transformer, which tensors do not tell."""
@@ -91,47 +88,32 @@ class SmolVLA(LeRobotFlowPolicy):
         self.action_out_proj = nn.Linear(expert.width, settings["max_action_dim"])
         self.action_time_mlp_in = nn.Linear(2 * expert.width, expert.width)
         self.action_time_mlp_out = nn.Linear(expert.width, expert.width)
-        self._spec, self.tokenizer, self.settings = spec, tokenizer, dict(settings)
+        self._spec, self.settings = spec, dict(settings)
+        self.take_tokenizer(tokenizer)
         self.steps, self.action_width = int(settings["num_steps"]), int(settings["max_action_dim"])
         self.periods = settings["min_period"], settings["max_period"]
         self.provenance: dict[str, Any] = {}
 
-    def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
-        """Embed images, words and state; see `FlowPolicy.embed_prefix`."""
-        scale = math.sqrt(self.width)
-        weight = self.state_proj.weight
-        views = [self._see(camera, observations) for camera in self.spec.cameras]
-        items = []
-        for row, observation in enumerate(observations):
-            ids = torch.tensor(self.token_ids(observation[TASK_KEY]), device=weight.device)
-            words = self.backbone.embed_tokens(ids) * scale
-            state = self.state_proj(self.padded_state(observation).to(weight))
-            embeds = torch.cat([*(view[row].to(words) * scale for view in views), words, state[None].to(words)])
-            causal = torch.zeros(len(embeds), dtype=torch.long, device=weight.device)
-            causal[-1] = 1
-            items.append({EMBEDS: embeds, CAUSAL: causal})
-        return items
-
-    def _see(self, camera: str, observations: Sequence[Observation]) -> Tensor:
-        """Encode the images of a camera to (observations, tokens, width)."""
+    def see(self, images: Tensor) -> Tensor:
+        """See `LeRobotFlowPolicy.see`."""
         weight = next(self.vision.parameters())
-        stacked = torch.from_numpy(np.stack([one[IMAGE_PREFIX + camera] for one in observations]))
-        pixels = stacked.to(weight.device).permute(0, 3, 1, 2).float() / 255
+        pixels = images.permute(0, 3, 1, 2).float() / 255
         size = self.settings.get("resize_imgs_with_padding")
         pixels = padded(pixels, int(size[1]), int(size[0]), is_centred=False) if size else 2 * pixels - 1
         seen = self.vision(pixel_values=pixels.to(weight.dtype)).last_hidden_state
         answer: Tensor = self.connector(seen.to(next(self.connector.parameters())))
-        return answer
+        return answer * math.sqrt(self.width)
 
-    def padded_state(self, observation: Observation) -> Tensor:
-        """See `FlowPolicy.padded_state`."""
-        state = torch.from_numpy(self.spec.state_normalisation.apply(np.asarray(observation[STATE_KEY], np.float32)))
-        return functional.pad(state, (0, int(self.settings["max_state_dim"]) - len(state)))
+    def words(self, token_ids: Tensor) -> Tensor:
+        """See `LeRobotFlowPolicy.words`."""
+        answer: Tensor = self.backbone.embed_tokens(token_ids)
+        return answer * math.sqrt(self.width)
 
-    def token_ids(self, instruction: str) -> list[int]:
-        """Return an instruction's token ids, which end in that of a new line unless there are too many."""
-        text = instruction if instruction.endswith("\n") else f"{instruction}\n"
-        return list(self.tokenizer.encode(text).ids[: int(self.settings["tokenizer_max_length"])])
+    def assembled(self, views: Sequence[Tensor], words: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return embeddings of which the state is the last; see `LeRobotFlowPolicy.assembled`."""
+        embeds, causal = super().assembled(views, words, state)
+        last = self.state_proj(state.to(self.state_proj.weight))[..., None, :].to(words)
+        return torch.cat([embeds, last], dim=-2), functional.pad(causal, (0, 1), value=1)
 
     @classmethod
     def of_folder(cls, folder: LeRobotFolder, options: FlowOptions) -> SmolVLA:

@@ -18,6 +18,7 @@ from dysl_vla.policies import load_policy, load_skippable_policy
 from dysl_vla.policies.flow.mini_flow import MiniFlow
 from dysl_vla.training.train import TrainConfig
 from tests.conftest import made_once
+from tests.policies.flow.bundles import acts_as_the_policy_does
 
 SMALL = ("--layers", 4, "--hidden", 32, "--chunk", 4, "--threads", 1, "--warmup", 10, "--ema", 0.9)
 
@@ -60,7 +61,7 @@ def test_training_goes_on_from_a_checkpoint(trained: Path, mock_demos: Path, tmp
         TrainConfig(mock_demos, tmp_path, flow=True, plan=tmp_path)
 
 
-def test_its_layers_can_be_skipped(trained: Path, mock_demos: Path, tmp_path: Path) -> None:
+def test_its_layers_can_be_skipped_also_in_a_bundle(trained: Path, mock_demos: Path, tmp_path: Path) -> None:
     given = ("--policy", trained, "--data", mock_demos)
     training = ("--adapter-steps", 0, "--skip-steps", 20, "--batch", 4, "--frames", 32, "--warmup", 5, "--threads", 1)
     assert main([*map(str, ("distill", *given, "--static-ratio", 0.5, "--out", tmp_path / "fast", *training))]) == 0
@@ -71,3 +72,6 @@ def test_its_layers_can_be_skipped(trained: Path, mock_demos: Path, tmp_path: Pa
     base = load_skippable_policy(str(trained))
     assert [len(follower) for follower in base.followers] == [4]
     assert torch.isfinite(torch.from_numpy(chunk.actions)).all()
+    assert main(["export", "--policy", str(tmp_path / "fast"), "--out", str(tmp_path / "bundle")]) == 0
+    acts_as_the_policy_does(tmp_path / "bundle", tmp_path / "fast", mock_demos)
+    assert main(["export", "--policy", str(tmp_path / "fast"), "--out", str(tmp_path / "x"), "--skip", "1", "--prune"])
