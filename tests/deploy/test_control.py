@@ -357,3 +357,39 @@ def test_a_new_chunk_takes_over_without_a_jump(old: Any, new: Any, index: int, l
         )
     np.testing.assert_array_equal(plan.actions[index + steps :], new[index + steps :])
     assert (np.abs(plan.actions) <= 1 + 1e-6).all()
+
+
+class Disagreeing(Counting):
+    """Each chunk is at another level, but for the actions that it is told will have been sent before it is there."""
+
+    def infer(self, observations: Any, states: Any) -> list[ActionChunk]:
+        [chunk] = super().infer(observations, states)
+        [state], level = states, len(self.states) % 2
+        actions = np.full_like(chunk.actions, level)
+        if state.leftover is not None:
+            held = min(len(state.leftover), state.sent_before)
+            actions[:held] = state.leftover[:held]
+        return [replace(chunk, actions=actions)]
+
+
+@pytest.mark.parametrize("real_time_chunking", [True, False])
+def test_with_real_time_chunking_a_chunk_begins_as_the_one_before_goes_on(
+    real_time_chunking: bool, tmp_path: Path
+) -> None:
+    """Where another chunk takes over, the arm goes on as it was; without, it jumps to the other level."""
+    robot = FakeRobot()
+    config = LoopConfig(blend_steps=0, warm_up=2, max_age_s=0.3, stop_after=1000, real_time_chunking=real_time_chunking)
+    policy = Disagreeing([0.03] * 40, chunk=16)
+    policy.spec = replace(policy.spec, execute_steps=8)
+    loop(policy, robot, config, log=tmp_path / "log").run(1.0)
+    lines = [json.loads(line) for line in (tmp_path / "log" / "cycles.jsonl").read_text().splitlines()]
+    sent = [line for line in lines if line.get("sent")]
+    levels = [round(float(action[0])) for _, action in robot.sent]
+    assert len(sent) == len(levels)
+    jumps = [
+        levels[cycle] != levels[cycle - 1]
+        for cycle in range(1, len(sent))
+        if sent[cycle].get("chunk") != sent[cycle - 1].get("chunk") and sent[cycle - 1].get("sent") == "action"
+    ]
+    assert len(jumps) >= 3
+    assert np.mean(jumps) < 0.35 if real_time_chunking else np.mean(jumps) > 0.65
