@@ -1,6 +1,6 @@
-"""What a flow policy's inference begins from, in NumPy: the noise, and the part of the running chunk that it keeps.
+"""How a flow policy denoises, without PyTorch: the noise, the part of the running chunk that it keeps, and the steps.
 
-Policies in PyTorch and bundles on a controller take both from here, so that they denoise the same.
+Policies in PyTorch and bundles on a controller take all of it from here, so that they denoise the same.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,11 @@ from dysl_vla.types import STATE_KEY, EpisodeState, FloatArray, Observation, Pol
 NOISE, BEFORE, HOLD = "noise", "before", "hold"
 """Parts of an inference's inputs: the noise, (chunk, action), the chunk before, from now on, of the same shape, and how
 far each of its actions is held to, from 0 to 1, (chunk,)."""
+STATE, SEEN, LEFTS = "state", "seen", "lefts"
+"""What the expert's graph reads beside keys and values: the normalised and padded state, which of the prefix's tokens
+are not padding, and whether the prefix left a block at each exit."""
+Array = TypeVar("Array", bound=Any)
+"""An array of NumPy's, or a tensor."""
 
 
 def noise_generator(observation: Observation, state: EpisodeState) -> np.random.Generator:
@@ -54,34 +60,26 @@ def beginning(observation: Observation, state: EpisodeState, spec: PolicySpec, w
     return {NOISE: draw_noise(noise_generator(observation, state), spec, width), BEFORE: before, HOLD: hold}
 
 
-def denoise(
-    noise: FloatArray,
-    before: FloatArray,
-    hold: FloatArray,
-    steps: int,
-    velocity: Callable[[FloatArray, float], FloatArray],
-) -> FloatArray:
+def denoise(noise: Array, before: Array, hold: Array, steps: int, velocity: Callable[[Array, float], Array]) -> Array:
     """Integrate a velocity from noise, at time 1, to actions, at time 0, by Euler's method.
 
+    After each step, actions that are held to are moved to the way from the noise to them; all steps together move them
+    as far as is asked.
+
     Args:
-        noise: (chunk, width).
-        before: The chunk that is held to, (chunk, width).
-        hold: How far each of its actions is held to, from 0 to 1, (chunk,).
+        noise: (..., chunk, width), an array of NumPy's or a tensor, as are the others.
+        before: The chunk that is held to, (..., chunk, width).
+        hold: How far each of its actions is held to, from 0 to 1, (..., chunk).
         steps: Number of steps.
-        velocity: Predicts the velocity of noisy actions, (chunk, width), at a time.
+        velocity: Predicts the velocity of noisy actions at a time.
 
     Returns:
-        Normalised actions, (chunk, width).
+        Normalised actions, (..., chunk, width).
     """
     noisy = noise
-    pull = step_pull(hold, steps)[:, None]
+    pull = 1 - (1 - hold[..., None]) ** (1 / steps)
     for step in range(steps):
-        noisy = noisy - velocity(noisy, 1 - step / steps) / np.float32(steps)
-        time = np.float32(1 - (step + 1) / steps)
+        noisy = noisy - velocity(noisy, 1 - step / steps) / steps
+        time = 1 - (step + 1) / steps
         noisy = noisy + pull * (time * noise + (1 - time) * before - noisy)
     return noisy
-
-
-def step_pull(hold: FloatArray, steps: int) -> FloatArray:
-    """Return how far each step pulls an action to the one that is held to, so that all together hold as is asked."""
-    return np.asarray(1 - (1 - hold) ** (1 / steps), np.float32)

@@ -125,6 +125,15 @@ def training_suite(record: Any, suite: str | None = None, tasks: str | None = No
     return suite, tasks or ",".join(sorted({origin["task"] for origin in last if origin["suite"] == suite}))
 
 
+def known_instructions(record: Any) -> list[str]:
+    """Return the instructions of a policy's last training that names any, or else those of its heads' training."""
+    if not record:
+        return []
+    own: list[str] = record.get("data", {}).get("instructions", [])
+    others = (record.get(name) for name in ("init", "skipping", "baseline"))
+    return own or next(filter(None, map(known_instructions, others)), [])
+
+
 def demonstrated_change(record: Any) -> list[float] | None:
     """Return the largest change from one demonstrated action to the next in a policy's last training.
 

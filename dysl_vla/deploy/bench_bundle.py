@@ -19,6 +19,7 @@ from dysl_vla.deploy.runtime import Bundle
 from dysl_vla.envs.suites import TaskEnvs, get_suite
 from dysl_vla.errors import ConfigError
 from dysl_vla.policies import Policy, load_policy
+from dysl_vla.provenance import known_instructions
 from dysl_vla.types import ActionChunk, FloatArray
 from dysl_vla.workers import use_one_inference_thread
 
@@ -166,8 +167,7 @@ def _play(policies: list[Policy], envs: TaskEnvs, task: str, seed: int, episode:
 def _soak(policy: Policy, inferences: int) -> float:
     """Measure the growth of the resident memory, in MB."""
     spec = policy.spec
-    instructions = policy.provenance.get("data", {}).get("instructions", [])
-    observation = spec.blank_observation(next(iter(instructions), "do it"))
+    observation = spec.blank_observation(next(iter(known_instructions(policy.provenance)), "do it"))
     state = policy.reset()
     first = 0.0
     for number in tqdm(range(inferences), desc="soaking", unit="inference"):

@@ -18,12 +18,34 @@ from tqdm import tqdm
 from dysl_vla import provenance
 from dysl_vla.checkpoint import CONFIG as DOCUMENT
 from dysl_vla.checkpoint import MANIFEST, TOKENIZER, find_checkpoint, has_skips
-from dysl_vla.denoising import beginning
-from dysl_vla.deploy.onnx_backend import BACKBONE, ENCODER, EXPERT, open_backend, open_graph
-from dysl_vla.deploy.runtime import EXAMPLE, FILES, FORMAT, POLICY_TYPE, Bundle
+from dysl_vla.denoising import LEFTS, SEEN, STATE, beginning
+from dysl_vla.deploy.onnx_backend import (
+    BACKBONE,
+    DECIDED,
+    EMBEDS,
+    ENCODER,
+    EXPERT,
+    NOISY,
+    PASSING,
+    TIME,
+    VELOCITY,
+    open_backend,
+    open_graph,
+)
+from dysl_vla.deploy.runtime import EXAMPLE, FILES, FORMAT, POLICY_TYPE, Bundle, with_suffix
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
-from dysl_vla.files import TEMPORARY, atomic_write, is_unused, locked_dir, read_json, sha256, write_json, write_text
+from dysl_vla.files import (
+    TEMPORARY,
+    atomic_write,
+    check_memory,
+    is_unused,
+    locked_dir,
+    read_json,
+    sha256,
+    write_json,
+    write_text,
+)
 from dysl_vla.images import looked_at
 from dysl_vla.policies import ExportablePolicy, load_skippable_policy
 from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
@@ -35,18 +57,16 @@ with needs_extra("policy"):
     from dysl_vla.deploy.graphs import DATA, quantize, write_graph
     from dysl_vla.policies.dysl import SkipSettings, load_dysl, read_skips
     from dysl_vla.policies.flow.conditional import ConditionalPrefix, ConditionalVelocity, PrefixEncoder
-    from dysl_vla.policies.flow.policy import STATE, FlowPolicy
-    from dysl_vla.skip_controller.conditional import EMBEDS, SEEN, ConditionalDecoder, PrunedDecoder
+    from dysl_vla.policies.flow.policy import FlowPolicy
+    from dysl_vla.skip_controller.conditional import ConditionalDecoder, PrunedDecoder
     from dysl_vla.skip_controller.heads import SkipHeads
     from dysl_vla.skip_controller.plan import SkipPlan
     from dysl_vla.skip_controller.skipping import attach
     from dysl_vla.skip_controller.torch_backend import TorchBackend
 
 GRAPHS = (ENCODER, BACKBONE, EXPERT)
-PASSING = ("allow_points", "threshold", "resume_from")
-DECIDED = ("asked", "log_odds", "left", "first_hidden")
-"""Inputs of a graph with conditions beside the policy's, and outputs beside its answer; see `ConditionalDecoder`."""
-OTHER_INSTRUCTIONS = ("Pick up the red cube.", "put  it in the bin", "x" * 200)
+GRAPHS_FIX = "export it on a machine with more memory, or serve it with dysl serve"
+OTHER_INSTRUCTIONS = ("Pick up the red cube.", "put  it in the bin", "x" * 200, "go\n")
 """Instructions that show whether the tokenizer alone makes the token ids, unlike in a policy with a template."""
 
 
@@ -97,9 +117,7 @@ def export(config: ExportConfig) -> Path:
     settings, _ = read_skips(folder)
     skip = settings.skip if config.skip is None else config.skip
     if config.prune and policy.followers:
-        raise ConfigError(
-            f"prune must be left out for {config.policy}, whose expert follows its decoder; leave it out."
-        )
+        raise ConfigError(f"prune must be left out for {config.policy}, whose expert follows its decoder.")
     if config.prune and skip != 1:
         raise ConfigError(
             f"skip must be 1 to prune, where only the shortest path runs, got {skip}; add --skip 1 if its success is "
@@ -146,19 +164,23 @@ def _check_disk(config: ExportConfig, policy: ExportablePolicy) -> None:
 
 def _exportable(name: str) -> ExportablePolicy:
     policy = load_skippable_policy(name)
-    if is_flow := isinstance(policy, FlowPolicy):
-        policy.float()
-    answer = "velocity" if is_flow else "decode"
-    for part in ("backbone", "resizes", "crops", "tokenizer", "inputs", answer, "token_ids"):
+    for part in ("backbone", "resizes", "crops", "tokenizer", "inputs", "decode", "token_ids"):
         if not hasattr(policy, part):
             raise ConfigError(
                 f"policy must be a policies.ExportablePolicy; {name!r} offers no {part!r}, so run it with PyTorch: "
                 "dysl serve --policy or dysl control --policy."
             )
+    is_flow = isinstance(policy, FlowPolicy)
     if policy.has_memory or (policy.followers and not is_flow):
         what = "remembers earlier inferences" if policy.has_memory else "has decoders that follow another"
         raise ConfigError(f"policy must be one that a bundle can run; {name!r} {what}, so serve it with dysl serve.")
-    return cast("ExportablePolicy", policy)
+    exportable = cast("ExportablePolicy", policy)
+    exportable.token_ids(OTHER_INSTRUCTIONS[0])  # a policy whose words are more than the instruction refuses
+    if isinstance(policy, FlowPolicy):
+        # Others are loaded like that. The graphs are made of copies, and opened once while the policy is there.
+        check_memory(3 * 4 * sum(p.numel() for p in policy.parameters()), f"graphs of {name} in float32", GRAPHS_FIX)
+        policy.to("cpu", torch.float32)
+    return exportable
 
 
 class _Encoder(nn.Module):
@@ -188,7 +210,8 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
     with closing(load_dysl(policy, folder)) as dysl:
         heads = dysl.heads
     heads.requires_grad_(False)
-    example = _example(policy, next(iter(_known_instructions(policy, document)), "do it"))
+    trained = {**policy.provenance, "skipping": document.get("provenance")}
+    example = _example(policy, next(iter(provenance.known_instructions(trained)), "do it"))
     with tqdm(total=4, desc="exporting", unit="part") as progress:
         _write_encoder(policy, example, out)
         progress.update()
@@ -205,7 +228,7 @@ def _write(config: ExportConfig, policy: ExportablePolicy, folder: Path, out: Pa
                     quantize(out / name)
         progress.update()
         write_text(out / TOKENIZER, policy.tokenizer.to_str())
-        write_json(out / DOCUMENT, _document(config, policy, settings, document, str(example[TASK_KEY])))
+        write_json(out / DOCUMENT, _document(config, policy, settings, trained, str(example[TASK_KEY])))
         answers = _answers(policy, settings.plan, heads, example)
         if config.precision != "fp32":  # what this bundle computes here is what it must compute elsewhere
             exact, answers = answers, _own_answers(config, out, example, policy, settings.plan)
@@ -235,7 +258,8 @@ def _write_backbone(
     inputs = _inputs(policy, example)
     decoder = ConditionalDecoder(policy.backbone, plan, heads, _Decode(policy))
     arguments = (inputs, *_passing(plan))
-    write_graph(decoder, arguments, ([*inputs, *PASSING], ["actions", *DECIDED]), out / BACKBONE)
+    names = [*inputs, *PASSING], ["actions", *DECIDED]
+    write_graph(decoder, arguments, names, out / BACKBONE, has_conditions=True)
 
 
 def _passing(plan: SkipPlan) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,14 +277,15 @@ def _write_flow(
     prefix = ConditionalPrefix(policy, plan, heads)
     pair_names = [f"{kind}_{layer}" for layer in range(plan.num_layers) for kind in ("keys", "values")]
     arguments = (decoder_inputs, *_passing(plan))
-    write_graph(prefix, arguments, ([*decoder_inputs, *PASSING], [*pair_names, *DECIDED]), out / BACKBONE)
+    names = [*decoder_inputs, *PASSING], [*pair_names, *DECIDED]
+    write_graph(prefix, arguments, names, out / BACKBONE, has_conditions=True)
     shape = policy.expert.shape
     pairs = [torch.zeros(1, shape.kv_heads, inputs[EMBEDS].shape[1], shape.head_dim) for _ in pair_names]
-    lefts = torch.zeros(len(prefix.exits), dtype=torch.bool)
     noisy = torch.zeros(1, policy.spec.chunk_length, policy.action_width)
-    names = ["noisy", "time", *read, "lefts", *pair_names]
+    read = {**read, LEFTS: torch.zeros(len(prefix.exits), dtype=torch.bool)}
+    names = [NOISY, TIME, *read, *pair_names], [VELOCITY]
     step = ConditionalVelocity(policy, plan, heads)
-    write_graph(step, (noisy, torch.ones(1), {**read, "lefts": lefts}, pairs), (names, ["velocity"]), out / EXPERT)
+    write_graph(step, (noisy, torch.ones(1), read, pairs), names, out / EXPERT, has_conditions=True)
 
 
 def _write_pruned_backbone(
@@ -288,10 +313,10 @@ def _inputs(policy: ExportablePolicy, example: dict[str, NDArray[Any]]) -> dict[
 
 
 def _document(
-    config: ExportConfig, policy: ExportablePolicy, settings: SkipSettings, made: dict[str, Any], instruction: str
+    config: ExportConfig, policy: ExportablePolicy, settings: SkipSettings, trained: dict[str, Any], instruction: str
 ) -> dict[str, Any]:
     """Return the content of the bundle's config.json."""
-    instructions = [*_known_instructions(policy, made), instruction]
+    instructions = [*provenance.known_instructions(trained), instruction]
     token_ids = {text: policy.token_ids(text) for text in [*instructions, *OTHER_INSTRUCTIONS]}
     suffix = str(getattr(policy, "instruction_suffix", ""))
     return {
@@ -303,7 +328,7 @@ def _document(
         "crops": policy.crops,
         "instructions": {text: token_ids[text] for text in instructions},
         "takes_other_instructions": all(
-            policy.tokenizer.encode(text + suffix).ids == list(ids) for text, ids in token_ids.items()
+            policy.tokenizer.encode(with_suffix(text, suffix)).ids == list(ids) for text, ids in token_ids.items()
         ),
         "skipping": {
             "plan": asdict(settings.plan),
@@ -313,15 +338,10 @@ def _document(
             "skip": settings.skip if config.skip is None else config.skip,
             "is_pruned": config.prune,
         },
-        **(
-            {"denoising": {"steps": policy.steps, "width": policy.action_width}}
-            if isinstance(policy, FlowPolicy)
-            else {}
-        ),
+        "denoising": {"steps": policy.steps, "width": policy.action_width} if isinstance(policy, FlowPolicy) else None,
         "instruction_suffix": suffix,
         "provenance": {
-            **policy.provenance,
-            "skipping": made.get("provenance"),
+            **trained,
             "export": {
                 **provenance.record(),
                 "policy": policy.fingerprint,
@@ -340,17 +360,6 @@ def robot_to_try(bundle: Path) -> str:
     suite, _, arm = suite.partition("@")
     family = suite if suite.startswith("libero-") else suite.partition("-")[0]  # whose suites share names of tasks
     return f"mujoco:{family}-{(tasks or '').partition(',')[0]}" + (f"@{arm}" if arm else "")
-
-
-def _known_instructions(policy: ExportablePolicy, made: dict[str, Any]) -> list[str]:
-    """Return the instructions that the policy, or else its heads, were trained with.
-
-    Args:
-        policy: The policy.
-        made: What the checkpoint says of its heads.
-    """
-    records = (policy.provenance, made.get("provenance") or {})
-    return next((found for record in records if (found := record.get("data", {}).get("instructions"))), [])
 
 
 def _example(policy: ExportablePolicy, instruction: str) -> dict[str, NDArray[Any]]:

@@ -21,7 +21,6 @@ with needs_extra("policy"):
     import torch
     from torch import nn
 
-    from dysl_vla.policies.flow.conditional import ConditionalVelocity
     from dysl_vla.skip_controller.conditional import ConditionalDecoder, PrunedDecoder
 
 OPSET = 18
@@ -33,16 +32,22 @@ INSIDE = 1024
 """Bytes up to which a larger graph holds a tensor itself: shapes and the like are needed to read it."""
 
 
-def write_graph(module: nn.Module, arguments: tuple[Any, ...], names: tuple[list[str], list[str]], path: Path) -> None:
+def write_graph(
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    names: tuple[list[str], list[str]],
+    path: Path,
+    *,
+    has_conditions: bool = False,
+) -> None:
     """Trace a module into an ONNX graph, in one file if it fits.
 
     Conditions need the strict tracer, which otherwise understands less.
     """
-    is_strict = isinstance(module, (ConditionalDecoder, ConditionalVelocity))
     traceable = module.installed() if isinstance(module, (ConditionalDecoder, PrunedDecoder)) else nullcontext()
     with traceable, warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
-        program = torch.export.export(module.eval(), arguments, strict=is_strict)
+        program = torch.export.export(module.eval(), arguments, strict=has_conditions)
         graph = torch.onnx.export(
             program, dynamo=True, input_names=names[0], output_names=names[1], opset_version=OPSET, verbose=False
         )

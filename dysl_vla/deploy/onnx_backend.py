@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dysl_vla.denoising import BEFORE, HOLD, NOISE, denoise
+from dysl_vla.denoising import BEFORE, HOLD, LEFTS, NOISE, SEEN, STATE, denoise
 from dysl_vla.errors import CheckpointError
 from dysl_vla.extras import needs_extra
 from dysl_vla.skip_controller.guided_step import PassResult, Resumed
@@ -24,8 +24,12 @@ with needs_extra("robot"):
 
 ENCODER, BACKBONE, EXPERT = "encoder.onnx", "backbone.onnx", "expert.onnx"
 EMBEDS = "inputs_embeds"
-SEEN, STATE = "seen", "state"
-"""Outputs of a flow policy's encoder that its expert reads."""
+PASSING = ("allow_points", "threshold", "resume_from")
+"""What a graph with conditions gets beside the policy's inputs; see `ConditionalDecoder`."""
+DECIDED = ("asked", "log_odds", "lefts", "first_hidden")
+"""What it returns behind its answer."""
+NOISY, TIME, VELOCITY = "noisy", "time", "velocity"
+"""What a denoising step's graph gets beside the prefix, and what it returns."""
 
 
 class OnnxBackend:
@@ -90,9 +94,8 @@ class OnnxBackend:
         if self._is_pruned:  # its graph decides nothing
             [actions] = self._session.run(None, dict(inputs))
             return [actions, np.zeros_like(self._first_exits), self._first_exits, self._first_exits, actions]
-        threshold = np.array(self.threshold, np.float32)
-        feeds = {**inputs, "allow_points": points, "threshold": threshold, "resume_from": resume_from}
-        answers: list[NDArray[Any]] = self._session.run(None, feeds)
+        passing = points, np.array(self.threshold, np.float32), resume_from
+        answers: list[NDArray[Any]] = self._session.run(None, {**inputs, **dict(zip(PASSING, passing, strict=True))})
         return answers
 
 
@@ -159,22 +162,23 @@ class FlowBackend(OnnxBackend):
         self, inputs: Mapping[str, NDArray[Any]], points: NDArray[np.int64], resume_from: NDArray[np.int64]
     ) -> tuple[list[Any], list[NDArray[Any]], NDArray[Any]]:
         """Read the prefix, and return keys and values, what was decided, and the hidden state at the first skip."""
-        threshold = np.array(self.threshold, np.float32)
-        given = {**inputs, "allow_points": points, "threshold": threshold, "resume_from": resume_from}
+        passing = points, np.array(self.threshold, np.float32), resume_from
+        given: dict[str, NDArray[Any]] = {**inputs, **dict(zip(PASSING, passing, strict=True))}
         feeds = {name: _value(value) for name, value in given.items() if name in self._taken}
         answers = self._session.run_with_ort_values(self._names, feeds)
-        asked, logits, lefts, first = (answer.numpy() for answer in answers[-4:])
-        return answers[:-4], [asked, logits, lefts], first
+        pairs, others = answers[: -len(DECIDED)], answers[-len(DECIDED) :]
+        *decided, first = (answer.numpy() for answer in others)
+        return pairs, decided, first
 
     def _denoised(self, inputs: Mapping[str, NDArray[Any]], pairs: list[Any], lefts: NDArray[Any]) -> FloatArray:
         """Integrate from noise to normalised actions, (1, chunk, action)."""
-        kept = {SEEN: _value(inputs[SEEN]), STATE: _value(inputs[STATE]), "lefts": _value(lefts)}
+        kept = {SEEN: _value(inputs[SEEN]), STATE: _value(inputs[STATE]), LEFTS: _value(lefts)}
         kept |= dict(zip(self._names, pairs, strict=False))
         kept = {name: value for name, value in kept.items() if name in self._expert_takes}
 
         def velocity(noisy: FloatArray, when: float) -> FloatArray:
-            now = {"noisy": _value(noisy[None]), "time": _value(np.array([when], np.float32))}
-            [answer] = self._expert.run_with_ort_values(["velocity"], kept | now)
+            now = {NOISY: _value(noisy[None]), TIME: _value(np.array([when], np.float32))}
+            [answer] = self._expert.run_with_ort_values([VELOCITY], kept | now)
             return np.asarray(answer.numpy()[0])
 
         actions = denoise(inputs[NOISE], inputs[BEFORE], inputs[HOLD], self._steps, velocity)

@@ -13,6 +13,7 @@ from dysl_vla.deploy.stopping import say, stop_robot
 from dysl_vla.errors import ConfigError, DyslError
 from dysl_vla.files import is_unused
 from dysl_vla.policies.compute import ComputeConfig
+from dysl_vla.provenance import known_instructions
 from dysl_vla.types import FULL_QUALITY
 
 
@@ -51,7 +52,7 @@ def control(config: ControlConfig) -> LoopStats:
     if config.log is not None and not is_unused(config.log):
         raise ConfigError(f"log must be a new folder, got {config.log}, which is not empty; give another.")
     policy = open_policy(config.bundle, config.policy, config.skip, config.compute)
-    known = policy.provenance.get("data", {}).get("instructions", [])
+    known = known_instructions(policy.provenance)
     if config.instruction is not None and known and config.instruction not in known:
         own = "; ".join(map(repr, known[:10]))
         say(f"The policy was not trained on instruction {config.instruction!r}, and may do anything. Its own: {own}.")

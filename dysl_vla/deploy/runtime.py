@@ -1,7 +1,7 @@
 """A policy on a robot's controller, which needs only NumPy and ONNX Runtime.
 
 config.json        specification, crops, skipping; versions and provenance
-encoder.onnx       resized and cropped images, state and token ids to the backbone's input
+encoder.onnx       resized and cropped images, state and token ids to the backbone's input, and to what the expert reads
 backbone.onnx      the decoder with its adapters and controllers, and the action head; layers are conditions. In a
                    pruned bundle, only the layers of the shortest path and their adapters, without any condition
 expert.onnx        a flow policy's denoising step, which reads what its decoder wrote; that has no action head then
@@ -60,6 +60,11 @@ MAX_INSTRUCTIONS = 1000
 """Number of instructions whose token ids are kept."""
 
 
+def with_suffix(instruction: str, suffix: str) -> str:
+    """Return an instruction that ends in what the policy was trained to see at its end."""
+    return instruction if instruction.endswith(suffix) else instruction + suffix
+
+
 class Bundle:
     """An exported policy, as a `Policy`.
 
@@ -88,10 +93,10 @@ class Bundle:
             raise CheckpointError(f"{folder} is no bundle (there is no {MANIFEST}); make one with dysl export.")
         if not (folder / BACKBONE).is_file() and read_document(folder / DOCUMENT).get("policy_type") != POLICY_TYPE:
             raise CheckpointError(f"{folder} is no bundle but a checkpoint; make a bundle of it with dysl export.")
-        is_flow = (folder / EXPERT).is_file()
-        check_manifest(folder, (*FILES, EXPERT) if is_flow else FILES)
-        self._digest = sha256(folder / MANIFEST)
         document = read_document(folder / DOCUMENT)
+        denoising = document.get("denoising")  # a flow policy's
+        check_manifest(folder, (*FILES, EXPERT) if denoising else FILES)
+        self._digest = sha256(folder / MANIFEST)
         try:
             if document.get("policy_type") != POLICY_TYPE:
                 raise CheckpointError(f"{folder} is no bundle but a {document.get('policy_type')}; use dysl export.")
@@ -104,9 +109,8 @@ class Bundle:
             self._resizes = {name: (int(size[0]), int(size[1])) for name, size in document.get("resizes", {}).items()}
             self._takes_others = bool(document.get("takes_other_instructions", True))
             self._suffix = str(document.get("instruction_suffix", ""))
-            steps, self._width = (
-                (int(document["denoising"][name]) for name in ("steps", "width")) if is_flow else (0, 0)
-            )
+            steps = int(denoising["steps"]) if denoising else 0
+            self._noise_width = int(denoising["width"]) if denoising else 0
             self._token_ids = {text: _ids(ids) for text, ids in document["instructions"].items()}
             skipping = with_present_names(document["skipping"])
             self._plan = SkipPlan(
@@ -239,8 +243,8 @@ class Bundle:
                 camera = name.removeprefix(IMAGE_PREFIX)
                 feeds[name] = looked_at(observation[name], self._resizes.get(camera), self._places[camera])[None]
         encoded = dict(zip(self._encoded_names, self._encoder.run(None, feeds), strict=True))
-        if self._width:  # what denoising begins from
-            encoded |= beginning(observation, state, self.spec, self._width)
+        if self._noise_width:
+            encoded |= beginning(observation, state, self.spec, self._noise_width)
         return encoded
 
     def _tokens(self, instruction: str) -> NDArray[np.int64]:
@@ -264,7 +268,8 @@ class Bundle:
             self._tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
         if len(self._token_ids) > MAX_INSTRUCTIONS:
             self._token_ids.clear()
-        self._token_ids[instruction] = _ids(self._tokenizer.encode(instruction + self._suffix).ids)
+        text = with_suffix(instruction, self._suffix)
+        self._token_ids[instruction] = _ids(self._tokenizer.encode(text).ids)
         return self._token_ids[instruction]
 
 

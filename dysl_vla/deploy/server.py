@@ -25,6 +25,7 @@ from dysl_vla.deploy.wire import pack
 from dysl_vla.errors import ActionError, ConfigError, DyslError
 from dysl_vla.extras import needs_extra
 from dysl_vla.policies.base import Policy
+from dysl_vla.provenance import known_instructions
 from dysl_vla.types import ActionChunk, EpisodeState, Observation
 
 with needs_extra("serve"):
@@ -100,7 +101,7 @@ class PolicyServer:
         self._policy = policy
         self._key = api_key
         self._spec = policy.spec
-        self._instruction = str(next(iter(policy.provenance.get("data", {}).get("instructions", [])), "do it"))
+        self._instruction = next(iter(known_instructions(policy.provenance)), "do it")
         self._waiting: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
         self._running = 0
         self._is_ending = False

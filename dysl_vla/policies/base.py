@@ -117,7 +117,9 @@ class SkippablePolicy(Policy, Protocol):
 
 
 class ExportablePolicy(SkippablePolicy, Protocol):
-    """A policy that `dysl export` can export: it has one forward, and an encoder that is a function of tensors.
+    """A policy that `dysl export` can export: an encoder that is a function of tensors, then one forward.
+
+    A `FlowPolicy` is exported, too: in place of `decode`, its expert denoises.
 
     `encode` and `collate` must compute the same from observations as `inputs` does from them, resized and cropped.
     """

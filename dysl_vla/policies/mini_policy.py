@@ -269,15 +269,18 @@ class MiniPolicy(BackbonePolicy, nn.Module):
         """Return the tokens of words, state and each camera, (batch, tokens, hidden); see `ExportablePolicy.inputs`."""
         dtype = self.like.dtype
         text = self.backbone.embed_tokens(token_ids)
-        deviations = (state - self._state_mean.to(state.device)) / self._state_std.to(state.device)
-        if self.config.state_clip is not None:
-            deviations = deviations.clamp(-self.config.state_clip, self.config.state_clip)
-        proprio = self.state_token(deviations.to(dtype))[:, None]
+        proprio = self.state_token(self.deviations(state).to(dtype))[:, None]
         views = [
             self.cameras[_module_name(name)]((images[name].permute(0, 3, 1, 2).to(dtype) / 255).sub_(0.5))
             for name in self.config.spec.cameras
         ]
         return text, proprio, views
+
+    def deviations(self, state: Tensor) -> Tensor:
+        """Return states, (..., state), normalised, and clipped where the policy was trained so."""
+        deviations = (state - self._state_mean.to(state.device)) / self._state_std.to(state.device)
+        limit = self.config.state_clip
+        return deviations if limit is None else deviations.clamp(-limit, limit)
 
     def embedded(self, observations: Sequence[Observation]) -> Tensor:
         """Return the decoder's `inputs_embeds` of checked observations, (batch, tokens, hidden)."""

@@ -127,9 +127,9 @@ def check_followers(heads: SkipHeads, followers: Sequence[nn.ModuleList]) -> Non
 
 def match_heads(heads: SkipHeads, layers: nn.ModuleList, followers: Sequence[nn.ModuleList]) -> None:
     """Bring heads to the device and the dtype of the layers that they stand in for."""
-    heads.to(run_device(layers, "0"), compute_dtype(layers))
-    for own, adapters in zip(followers, heads.followers, strict=False):
-        adapters.to(run_device(own, "0"), compute_dtype(own))
+    parts = [(layers, heads.adapters), (layers, heads.controllers), *zip(followers, heads.followers, strict=False)]
+    for like, part in parts:  # each by itself, so that none is rounded to another's dtype on the way
+        part.to(run_device(like, "0"), compute_dtype(like))
 
 
 def compute_dtype(layers: nn.Module) -> torch.dtype | None:

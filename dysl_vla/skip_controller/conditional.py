@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dysl_vla.denoising import SEEN
 from dysl_vla.errors import ConfigError
 from dysl_vla.skip_controller.decoders import MARK, find_layers
 from dysl_vla.skip_controller.heads import SkipHeads
 from dysl_vla.skip_controller.plan import SkipPlan
 
-EMBEDS, SEEN = "inputs_embeds", "seen"
-"""Arguments: the embeddings, and which tokens are not padding, where the decoder gets another mask."""
+EMBEDS = "inputs_embeds"
 
 
 class ConditionalDecoder(nn.Module):

@@ -1,8 +1,8 @@
 """One guided inference: observe what was executed, run with skips, check what came out, verify where it is surprising.
 
 It needs only NumPy. What runs the layers is a `Backend`: PyTorch (`torch_backend`) in training and evaluation, ONNX
-Runtime (`deploy.runtime`) on a robot. A batch is a list of episodes, each with a state of its own; a row's actions do
-not depend on its neighbours.
+Runtime (`deploy.onnx_backend`) on a robot. A batch is a list of episodes, each with a state of its own; a row's actions
+do not depend on its neighbours.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 
 from dysl_vla.checkpoint import add_to_manifest
 from dysl_vla.deploy.export import ExportConfig, export, robot_to_try
-from dysl_vla.deploy.runtime import Bundle
+from dysl_vla.deploy.runtime import FORMAT, Bundle
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.files import sha256
 from dysl_vla.policies import load_policy
@@ -117,6 +117,9 @@ def edit(name: str, change: Callable[[bytes], bytes], keeps_manifest: bool = Fal
     return apply
 
 
+CURRENT = f'"format": {FORMAT}'.encode()
+
+
 def other_example(data: bytes) -> bytes:
     import io
 
@@ -133,7 +136,7 @@ def other_example(data: bytes) -> bytes:
     [
         (edit("backbone.onnx", lambda data: data[:-1] + b"x", True), "backbone.onnx: is damaged or edited"),
         (edit("backbone.onnx", lambda data: data[: len(data) // 2]), "ONNX Runtime .* refuses"),
-        (edit("config.json", lambda data: data.replace(b'"format": 4', b'"format": 9')), "must be of format .* got 9"),
+        (edit("config.json", lambda data: data.replace(CURRENT, b'"format": 9')), "must be of format .* got 9"),
         (edit("config.json", lambda data: data.replace(b'"spec"', b'"sepc"')), "KeyError: 'spec'"),
         (edit("example.npz", other_example), "differ from the recorded"),
         (edit("example.npz", lambda data: data[:100]), "cannot be read"),

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dysl_vla.denoising import LEFTS, SEEN, STATE
 from dysl_vla.policies.backbone import MASK
 from dysl_vla.policies.flow.expert import ExpertAttention, PrefixMemory, normalised
-from dysl_vla.policies.flow.policy import STATE, FlowPolicy
-from dysl_vla.skip_controller.conditional import EMBEDS, SEEN, ConditionalDecoder
+from dysl_vla.policies.flow.policy import FlowPolicy
+from dysl_vla.skip_controller.conditional import EMBEDS, ConditionalDecoder
 from dysl_vla.skip_controller.heads import SkipHeads
 from dysl_vla.skip_controller.plan import SkipPlan
 
@@ -103,11 +104,10 @@ class ConditionalVelocity(nn.Module):
         Args:
             noisy: Noisy actions, (1, chunk, action_width).
             time: The time of denoising, (1,).
-            prefix: `state`, the normalised and padded state, (1, state); `seen`, which of the prefix's tokens are not
-                padding, (1, tokens); `lefts`, whether the prefix left a block at each exit, (exits,).
+            prefix: `STATE`, (1, state), `SEEN`, (1, tokens), and `LEFTS`, (exits,), of `dysl_vla.denoising`.
             pairs: What `ConditionalPrefix` returned: keys and values of each layer in turn.
         """
-        state, seen, lefts = (prefix[name] for name in ("state", "seen", "lefts"))
+        state, seen, lefts = (prefix[name] for name in (STATE, SEEN, LEFTS))
         policy, expert = self.policy, self.policy.expert
         memory = PrefixMemory(list(zip(pairs[::2], pairs[1::2], strict=True)))
         tokens, causal, condition = policy.embed_actions(noisy, time, state)

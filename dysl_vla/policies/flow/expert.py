@@ -194,11 +194,6 @@ class Expert(nn.Module):
         self.norm = make_norm(shape)
         self.shape = shape
 
-    @property
-    def like(self) -> Tensor:
-        """Return a tensor of the expert's device and type of numbers."""
-        return next(self.layers.parameters())
-
     def remember(self, cache: Any) -> PrefixMemory:
         """Read a prefix's cache, one of transformers, once for all denoising steps."""
         pairs: list[Pair | None] = [None] * len(self.layers)

@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from dysl_vla.checkpoint import canonical
+from dysl_vla.denoising import STATE
 from dysl_vla.errors import CheckpointError, DyslError
 from dysl_vla.images import Place
 from dysl_vla.policies.backbone import EMBEDS, MASK
 from dysl_vla.policies.base_reference import Base, find_base, save_reference
 from dysl_vla.policies.compute import ComputeConfig, check_device_memory, set_attention
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder
-from dysl_vla.policies.flow.policy import CAUSAL, STATE, FlowPolicy
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec
+from dysl_vla.policies.flow.policy import CAUSAL, FlowPolicy
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec, gripper_columns
 
 
 class LeRobotFlowPolicy(FlowPolicy):
@@ -175,8 +176,14 @@ class LeRobotFlowPolicy(FlowPolicy):
 
     @property
     def known_as(self) -> tuple[str, ...]:
-        """Return the fingerprint that heads are trained for: with the folder's types of numbers, without names."""
-        return (self._fingerprint(str([*self.spec.cameras.values()]), None),)
+        """Return the fingerprint that heads are trained for: with the folder's types of numbers, without names.
+
+        What guidance was measured with counts: how many actions are executed, at which rate, and which are grippers.
+        """
+        spec = self.spec
+        grippers = gripper_columns(spec.action_names)
+        counted = [*spec.cameras.values()], spec.execute_steps, spec.rate_hz, grippers
+        return (self._fingerprint(str(counted), None),)
 
     def _fingerprint(self, spec: str, cast: torch.dtype | None) -> str:
         parts = self.base.fingerprint, self.tokenizer.to_str(), spec, self.steps, cast

@@ -14,12 +14,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from dysl_vla.denoising import STATE
 from dysl_vla.errors import ConfigError
 from dysl_vla.policies.backbone import EMBEDS, MASK
 from dysl_vla.policies.base import policies
 from dysl_vla.policies.flow.expert import Expert, ExpertShape
 from dysl_vla.policies.flow.last_layer import LastLlamaLayer
-from dysl_vla.policies.flow.policy import CAUSAL, STATE, FlowPolicy
+from dysl_vla.policies.flow.policy import CAUSAL, FlowPolicy
 from dysl_vla.policies.mini_policy import MiniPolicy, MiniVLAConfig
 from dysl_vla.types import STATE_KEY, Observation, PolicySpec
 
@@ -81,7 +82,7 @@ class MiniFlow(FlowPolicy, MiniPolicy):
             EMBEDS: embeds,
             CAUSAL: self._causal(embeds),
             MASK: torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device),
-            STATE: state,
+            STATE: self.deviations(state),
         }
 
     def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
@@ -94,7 +95,7 @@ class MiniFlow(FlowPolicy, MiniPolicy):
 
     def padded_state(self, observation: Observation) -> Tensor:
         """See `FlowPolicy.padded_state`."""
-        return torch.from_numpy(self.spec.state_normalisation.apply(np.asarray(observation[STATE_KEY], np.float32)))
+        return self.deviations(torch.from_numpy(np.asarray(observation[STATE_KEY], np.float32)))
 
     def flow_loss(self, embeds: Tensor, actions: Tensor, rng: np.random.Generator) -> Tensor:
         """Compute the squared error of the velocity at one random point for each sample, (batch, chunk, action).

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from dysl_vla.denoising import BEFORE, HOLD, NOISE, draw_noise, held_chunk, noise_generator
+from dysl_vla.denoising import BEFORE, HOLD, NOISE, STATE, denoise, draw_noise, held_chunk, noise_generator
 from dysl_vla.policies.backbone import EMBEDS, MASK, POSITIONS, BackbonePolicy
 from dysl_vla.policies.flow.expert import Expert, PrefixMemory, time_embedding
 from dysl_vla.skip_controller.torch_backend import Forward
 from dysl_vla.types import EpisodeState, Observation, PolicySpec
 
-STATE, CAUSAL, LESSON = "state", "causal", "lesson"
-"""Parts of an item beside the prefix's embeddings and those of `dysl_vla.denoising`: the normalised and padded state,
-(state,), 1 for the tokens of the prefix that those before them do not see, (tokens,), and the number of the denoising
-step that heads are trained on with this item, ()."""
+CAUSAL, LESSON = "causal", "lesson"
+"""Parts of an item beside the prefix's embeddings and those of `dysl_vla.denoising`: 1 for the tokens of the prefix
+that those before them do not see, (tokens,), and the number of the denoising step that heads are trained on with this
+item, ()."""
 
 
 class FlowPolicy(BackbonePolicy, nn.Module):
@@ -162,9 +162,9 @@ class FlowPolicy(BackbonePolicy, nn.Module):
     def velocity(self, noisy: Tensor, time: Tensor, memory: PrefixMemory, inputs: Mapping[str, Tensor]) -> Tensor:
         """Predict the velocity of noisy actions, (batch, chunk, action_width), at times, (batch,)."""
         tokens, causal, condition = self.embed_actions(noisy, time, inputs[STATE])
-        like = self.expert.like
-        condition = None if condition is None else condition.to(like)
-        hidden = self.expert(tokens.to(like), memory, inputs[MASK], causal, condition)
+        weight = next(self.expert.parameters())
+        condition = None if condition is None else condition.to(weight)
+        hidden = self.expert(tokens.to(weight), memory, inputs[MASK], causal, condition)
         return self.decode_velocity(hidden[:, -self.spec.chunk_length :])
 
     def act(self, inputs: Mapping[str, Tensor], forward: Forward) -> Tensor:
@@ -184,23 +184,18 @@ class FlowPolicy(BackbonePolicy, nn.Module):
 
     def denoise(self, noisy: Tensor, memory: PrefixMemory, inputs: Mapping[str, Tensor]) -> Tensor:
         """Integrate the velocity from noise to actions, both (batch, chunk, action_width)."""
-        noise, before = noisy, inputs[BEFORE]
-        hold = 1 - (1 - inputs[HOLD][..., None]) ** (1 / self.steps)  # all steps together hold as far as is asked
-        for step in range(self.steps):
-            noisy = noisy - self.velocity(noisy, self._time(step, noisy), memory, inputs) / self.steps
-            time = 1 - (step + 1) / self.steps
-            noisy = torch.lerp(noisy, time * noise + (1 - time) * before, hold)  # on the way to what is held to
-        return noisy
 
-    def _time(self, step: int, like: Tensor) -> Tensor:
-        """Return the time of a denoising step for each row, (batch,)."""
-        return torch.full((len(like),), 1 - step / self.steps, device=like.device)
+        def velocity(now: Tensor, time: float) -> Tensor:
+            return self.velocity(now, torch.full((len(now),), time, device=now.device), memory, inputs)
+
+        return denoise(noisy, inputs[BEFORE], inputs[HOLD], self.steps, velocity)
 
     def _lesson(self, noisy: Tensor, memory: PrefixMemory, inputs: Mapping[str, Tensor]) -> Tensor:
         lesson = inputs[LESSON]
+        time = 1 - lesson.to(noisy.dtype) / self.steps
         with torch.no_grad():
             for step in range(self.steps - 1):
-                after = noisy - self.velocity(noisy, self._time(step, noisy), memory, inputs) / self.steps
+                now = torch.full_like(time, 1 - step / self.steps)
+                after = noisy - self.velocity(noisy, now, memory, inputs) / self.steps
                 noisy = torch.where((step < lesson)[:, None, None], after, noisy)
-        time = 1 - lesson.to(noisy.dtype) / self.steps
         return noisy - time[:, None, None] * self.velocity(noisy, time, memory, inputs)

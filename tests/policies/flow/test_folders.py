@@ -177,7 +177,12 @@ def test_each_module_has_the_folders_type_of_numbers_and_heads_follow(kind: str,
     assert policy.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
     assert policy.expert.layers[0].self_attn.q_proj.weight.dtype == policy.action_in_proj.weight.dtype == torch.float32
     heads = SkipHeads(SkipPlan(4, (0, 3), (1,)), HeadsConfig(policy.width, 8, 4, policy.follower_sizes))
+    fine = 1 + 2**-20  # which bfloat16 does not have
+    for adapters in heads.followers:
+        torch.nn.init.constant_(next(adapters.parameters()), fine)
     match_heads(heads, policy.layers, policy.followers)
+    assert all(float(next(adapters.parameters()).detach().max()) == fine for adapters in heads.followers)
+    torch.nn.init.zeros_(next(heads.followers.parameters()))
     given = {key: value for key, value in observation(0).items() if key != "noise"}
     [near], [wanted] = (p.infer([given], [p.reset()]) for p in (policy, exact))
     np.testing.assert_allclose(near.actions, wanted.actions, atol=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ import torch
 from dysl_vla.cli import main
 from dysl_vla.data.lerobot import Demonstrations
 from dysl_vla.data.selection import observations
-from dysl_vla.errors import ConfigError
+from dysl_vla.deploy.export import GRAPHS, ExportConfig, export
+from dysl_vla.deploy.graphs import quantize
+from dysl_vla.deploy.runtime import Bundle
+from dysl_vla.errors import CheckpointError, ConfigError
+from dysl_vla.files import sha256
 from dysl_vla.policies import load_policy, load_skippable_policy
 from dysl_vla.policies.flow.mini_flow import MiniFlow
 from dysl_vla.training.train import TrainConfig
@@ -61,17 +66,66 @@ def test_training_goes_on_from_a_checkpoint(trained: Path, mock_demos: Path, tmp
         TrainConfig(mock_demos, tmp_path, flow=True, plan=tmp_path)
 
 
-def test_its_layers_can_be_skipped_also_in_a_bundle(trained: Path, mock_demos: Path, tmp_path: Path) -> None:
-    given = ("--policy", trained, "--data", mock_demos)
-    training = ("--adapter-steps", 0, "--skip-steps", 20, "--batch", 4, "--frames", 32, "--warmup", 5, "--threads", 1)
-    assert main([*map(str, ("distill", *given, "--static-ratio", 0.5, "--out", tmp_path / "fast", *training))]) == 0
-    policy: Any = load_policy(str(tmp_path / "fast"), skip=1)
+@pytest.fixture(scope="module")
+def fast(trained: Path, mock_demos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(out: Path) -> None:
+        given = ("--policy", trained, "--data", mock_demos, "--static-ratio", 0.5, "--out", out)
+        training = ("--adapter-steps", 0, "--skip-steps", 20, "--batch", 4, "--frames", 32, "--warmup", 5)
+        assert main([*map(str, ("distill", *given, *training, "--threads", 1))]) == 0
+
+    return made_once(tmp_path_factory, "mini-flow-fast", make)
+
+
+@pytest.fixture(scope="module")
+def bundle(fast: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "mini-flow-bundle", lambda out: export(ExportConfig(out, str(fast))))
+
+
+def test_its_layers_can_be_skipped(fast: Path, trained: Path, mock_demos: Path) -> None:
+    policy: Any = load_policy(str(fast), skip=1)
     [(_, seen)] = observations(Demonstrations(mock_demos), np.arange(1))
     [chunk] = policy.infer([dict(seen)], [policy.reset()])
     assert chunk.skips.layers == 2
     base = load_skippable_policy(str(trained))
     assert [len(follower) for follower in base.followers] == [4]
     assert torch.isfinite(torch.from_numpy(chunk.actions)).all()
-    assert main(["export", "--policy", str(tmp_path / "fast"), "--out", str(tmp_path / "bundle")]) == 0
-    acts_as_the_policy_does(tmp_path / "bundle", tmp_path / "fast", mock_demos)
-    assert main(["export", "--policy", str(tmp_path / "fast"), "--out", str(tmp_path / "x"), "--skip", "1", "--prune"])
+
+
+def test_a_bundle_acts_as_it_does(bundle: Path, fast: Path, mock_demos: Path) -> None:
+    acts_as_the_policy_does(bundle, fast, mock_demos)
+
+
+def test_eight_bits_are_smaller_and_close(bundle: Path, tmp_path: Path) -> None:
+    """All three graphs are quantised, conditions in conditions included."""
+    exact = Bundle(bundle, skip=0)
+    sizes = {name: (bundle / name).stat().st_size for name in GRAPHS}
+    folder = Path(shutil.copytree(bundle, tmp_path / "coarse"))
+    for name in GRAPHS:
+        quantize(folder / name)
+        assert (folder / name).stat().st_size < 0.9 * sizes[name], name
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**document, "precision": "int8"}))
+    manifest = {name: sha256(folder / name) for name in json.loads((folder / "manifest.json").read_text())}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    seen = exact.spec.blank_observation("move the dot to the mark")
+    coarse = Bundle(folder, skip=0)  # which compares its actions with the exact ones
+    [mine], [wanted] = (policy.infer([seen], [policy.reset()]) for policy in (coarse, exact))
+    assert 0 < np.abs(mine.actions - wanted.actions).max() < 0.05
+
+
+def test_an_expert_that_is_missing_or_forgotten_is_named(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "b"))
+    (folder / "expert.onnx").unlink()
+    with pytest.raises(CheckpointError, match=r"expert\.onnx: is missing"):
+        Bundle(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["expert.onnx"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"expert\.onnx"):
+        Bundle(folder)
+
+
+def test_it_is_not_pruned(fast: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prune must be left out for .* whose expert follows its decoder"):
+        export(ExportConfig(tmp_path / "x", str(fast), skip=1, prune=True))
+    assert not (tmp_path / "x").exists()
