@@ -101,9 +101,9 @@ def test_eight_bits_are_smaller_and_close(bundle: Path, tmp_path: Path) -> None:
     exact = Bundle(bundle, skip=0)
     sizes = {name: (bundle / name).stat().st_size for name in (BACKBONE, EXPERT)}
     folder = Path(shutil.copytree(bundle, tmp_path / "coarse"))
-    for name in sizes:
+    for name, size in sizes.items():
         quantize(folder / name)
-        assert (folder / name).stat().st_size < 0.9 * sizes[name], name
+        assert (folder / name).stat().st_size < 0.9 * size, name
     document = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**document, "precision": "int8"}))
     manifest = {name: sha256(folder / name) for name in json.loads((folder / "manifest.json").read_text())}
