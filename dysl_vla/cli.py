@@ -121,6 +121,7 @@ def _baseline(arguments: Sequence[str]) -> int:
 
 
 def _tune(arguments: Sequence[str]) -> int:
+    from dysl_vla.policies import can_export
     from dysl_vla.training.tune import TuneConfig, render_curve, tune
 
     config = _parse(TuneConfig, arguments, "dysl tune")
@@ -129,7 +130,10 @@ def _tune(arguments: Sequence[str]) -> int:
     print(render_curve(tuned.curve, chosen))
     print(f"Stored in {config.policy}: skip {chosen.skip}, {chosen.layers:.1f} layers an inference.")
     print(tuned.advice)
-    print(f"Take it to a robot: dysl export --policy {config.policy} --out {config.policy}-bundle")
+    command = f"dysl control --policy {config.policy} --robot lerobot:FILE.json"
+    if can_export(str(config.policy)):
+        command = f"dysl export --policy {config.policy} --out {config.policy}-bundle"
+    print(f"Take it to a robot: {command}")
     return 0
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "ExportablePolicy",
     "Policy",
     "SkippablePolicy",
+    "can_export",
     "can_skip",
     "check_fingerprint",
     "device_for",
@@ -135,6 +136,16 @@ def can_skip(name: str) -> bool:
         return False
     folder = find_checkpoint(name)
     return has_skips(folder) or hasattr(_class_of(folder), "set_skip")
+
+
+def can_export(name: str) -> bool:
+    """Tell whether a policy's class has what `dysl export` needs.
+
+    Raises:
+        ConfigError: No policy has that name.
+        CheckpointError: The checkpoint is foreign.
+    """
+    return hasattr(_class_of(find_checkpoint(name)), "inputs")
 
 
 def device_for(name: str, compute: ComputeConfig) -> torch.device:

@@ -113,9 +113,10 @@ def _whole() -> Any:
     return Forward()
 
 
-def test_tune_and_eval_on_a_mock_world(places: Path, tmp_path: Path) -> None:
+def test_tune_and_eval_on_a_mock_world(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fast = shutil.copytree(places / "fast", tmp_path / "fast")
     dysl("tune", "--policy", fast, "--data", places / "demos", "--target-action-error", 10)
+    assert f"dysl control --policy {fast}" in capsys.readouterr().out  # it cannot be exported
     words = ("--suite", "mock", "--episodes", 2, "--variants", "full,dysl", "--video", 1)
     dysl("eval", "--policy", fast, "--out", tmp_path / "runs", *words)
     full, skipping = (json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("full", "dysl"))

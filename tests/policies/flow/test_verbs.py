@@ -50,9 +50,12 @@ def make_places(kind: str, root: Path) -> None:
     dysl("distill", *given, "--out", root / "fast", "--plan", root / "plan", *training, "--threads", 1)
 
 
-def test_heads_are_trained_measured_tuned_and_evaluated(places: Path, tmp_path: Path) -> None:
+def test_heads_are_trained_measured_tuned_and_evaluated(
+    places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fast = shutil.copytree(places / "fast", tmp_path / "fast")
     dysl("tune", "--policy", fast, "--data", places / "demos", "--target-action-error", 10)
+    assert f"dysl export --policy {fast}" in capsys.readouterr().out
     dysl("eval", "--policy", fast, "--data", places / "demos", "--out", tmp_path / "offline")
     dysl(
         "eval", "--policy", fast, "--suite", "mock", "--episodes", 1, "--variants", "full,dysl", "--out", tmp_path / "r"
