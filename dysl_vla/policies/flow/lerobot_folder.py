@@ -89,6 +89,9 @@ class FlowOptions:
     """Number of actions that are executed before the next inference; 0: those that the folder says."""
     steps: int = 0
     """Denoising steps of an inference; 0: those that the folder says."""
+    keep_images: bool = False
+    """Whether a camera's image is encoded once while it does not change, as that of a camera slower than the loop; the
+    actions are the same."""
     vlm: str = ""
     """Folder with tokenizer.json and config.json of the vision-language model that the policy was made from, where the
     hub cannot be reached."""

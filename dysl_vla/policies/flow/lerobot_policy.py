@@ -23,7 +23,7 @@ from dysl_vla.policies.base_reference import Base, find_base, save_reference
 from dysl_vla.policies.compute import ComputeConfig, check_device_memory, set_attention
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder
 from dysl_vla.policies.flow.policy import CAUSAL, FlowPolicy
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, Observation, PolicySpec, gripper_columns
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, ImageArray, Observation, PolicySpec, gripper_columns
 
 
 class LeRobotFlowPolicy(FlowPolicy):
@@ -36,6 +36,7 @@ class LeRobotFlowPolicy(FlowPolicy):
         cast: Type of numbers that all weights were brought to; None: each module has that of the folder.
         tokenizer: The tokenizer of instructions.
         settings: Numbers of LeRobot's config.json, `max_state_dim` and `tokenizer_max_length` among them.
+        keeps_images: Whether a camera's tokens are kept, and used again while its image does not change.
         provenance: Where the policy comes from.
     """
 
@@ -48,6 +49,11 @@ class LeRobotFlowPolicy(FlowPolicy):
     settings: dict[str, Any]
     provenance: dict[str, Any]
     _spec: PolicySpec
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keeps_images = False
+        self._kept: dict[str, tuple[ImageArray, Tensor]] = {}
 
     @property
     def spec(self) -> PolicySpec:
@@ -96,8 +102,7 @@ class LeRobotFlowPolicy(FlowPolicy):
     def embed_prefix(self, observations: Sequence[Observation]) -> list[dict[str, Tensor]]:
         """Embed images, words and state; see `FlowPolicy.embed_prefix`."""
         device = next(self.backbone.parameters()).device
-        stacks = (np.stack([one[IMAGE_PREFIX + camera] for one in observations]) for camera in self.spec.cameras)
-        views = [self.see(torch.from_numpy(stack).to(device)) for stack in stacks]
+        views = [self._view(camera, observations) for camera in self.spec.cameras]
         items = []
         for row, observation in enumerate(observations):
             words = self.words(torch.tensor(self.ids(observation), device=device))
@@ -105,6 +110,17 @@ class LeRobotFlowPolicy(FlowPolicy):
             embeds, causal = self.assembled([view[row] for view in views], words, state)
             items.append({EMBEDS: embeds, CAUSAL: causal})
         return items
+
+    def _view(self, camera: str, observations: Sequence[Observation]) -> Tensor:
+        """Return a camera's tokens of some observations, (observations, tokens, width)."""
+        images = np.stack([one[IMAGE_PREFIX + camera] for one in observations])
+        kept = self._kept.get(camera)
+        if kept is not None and np.array_equal(kept[0], images):
+            return kept[1]
+        view = self.see(torch.from_numpy(images).to(next(self.backbone.parameters()).device))
+        if self.keeps_images:
+            self._kept[camera] = images, view
+        return view
 
     def inputs(self, images: Mapping[str, Tensor], state: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
         """See `FlowPolicy.inputs`. Token ids are padded with one that is none, the size of the vocabulary."""
@@ -236,6 +252,6 @@ class LeRobotFlowPolicy(FlowPolicy):
             policy.load_state_dict(dict(files.weights(places, dtypes, device)), assign=True)
         with device:
             policy.make_buffers()
-        policy.base = base
+        policy.base, policy.keeps_images = base, flow_options.keep_images
         policy.provenance = {"base": asdict(base)}
         return policy.eval()

@@ -43,6 +43,23 @@ def test_twenty_observations_give_lerobots_actions(loaded: tuple[str, Any]) -> N
         np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def test_an_image_that_does_not_change_is_encoded_once_and_gives_the_same_actions(
+    loaded: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, policy = loaded
+    first, other = ({k: v for k, v in observation(n).items() if k != "noise"} for n in (0, 1))
+    moved = {**first, "observation.images.wrist": other["observation.images.wrist"]}
+    wanted = [policy.infer([given], [policy.reset()])[0].actions for given in (first, first, moved)]
+    encoded, see = [], policy.see
+    monkeypatch.setattr(policy, "keeps_images", True)
+    monkeypatch.setattr(policy, "_kept", {})
+    monkeypatch.setattr(policy, "see", lambda images: encoded.append(images.shape) or see(images))
+    for given, actions, count in zip((first, first, moved), wanted, (2, 2, 3), strict=True):
+        [chunk] = policy.infer([given], [policy.reset()])
+        np.testing.assert_array_equal(chunk.actions, actions)
+        assert len(encoded) == count
+
+
 def test_the_last_layer_of_the_prefix_writes_what_a_whole_one_does_to_the_bit(loaded: tuple[str, Any]) -> None:
     _, policy = loaded
     given = {key: value for key, value in observation(0).items() if key != "noise"}
