@@ -137,7 +137,10 @@ def test_a_folder_that_is_another_or_damaged_is_refused(
         (OPTIONS[:2], "tokenizer of tiny-vlm cannot be had .*put its tokenizer.json into .*policy-options vlm=FOLDER"),
     ],
 )
-def test_what_a_folder_does_not_say_is_an_option(whole: Path, options: tuple[str, ...], message: str) -> None:
+def test_what_a_folder_does_not_say_is_an_option(
+    whole: Path, options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else the hub is asked again and again
     with pytest.raises(DyslError, match=message):
         load(whole, *options)
 
