@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Training of libero-mini from nothing, in about two and a half hours on two cores: libero-goal (nine tasks, without the
-# wine rack) and libero-object (ten tasks). The experts' demonstrations, behaviour cloning on them (r0), and a round of DAgger on
-# the tasks that are done worst (r1), in which static layers also learn to act as all do; then adapters and controllers
-# (r1-fast). The same command continues where it was stopped.
+# Training of libero-mini from nothing, in about two and a half hours on two cores: libero-goal (nine tasks, without the wine
+# rack) and libero-object (ten tasks). The experts' demonstrations, behaviour cloning on them (r0), and a round of DAgger on the
+# tasks that are done worst (r1), in which static layers also learn to act as all do; then adapters and controllers (r1-fast).
+# The same command continues where it was stopped.
 # Usage: launch/libero_mini.sh [OUT] [path of the dysl command]
 set -eu
 out=${1:-runs/libero-mini-training}

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dysl_vla.denoising import NOISE
+from dysl_vla.errors import ConfigError
 from dysl_vla.policies import ComputeConfig, load_skippable_policy
+from dysl_vla.policies.backbone import MASK
 from dysl_vla.skip_controller.torch_backend import Forward
 from tests.policies.flow.folders import (
     CAMERAS,
@@ -41,6 +44,26 @@ def test_twenty_observations_give_lerobots_actions(loaded: tuple[str, Any]) -> N
             actions = policy.act({**inputs, "noise": noise}, Forward())
         actions = policy.spec.action_normalisation.undo(actions.numpy())[0]
         np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_padded_words_as_in_a_bundle_change_nothing(loaded: tuple[str, Any]) -> None:
+    kind, policy = loaded
+    given = {key: value for key, value in observation(0).items() if key != "noise"}
+    if kind == "pi05":
+        with pytest.raises(ConfigError, match=r"pi0\.5 reads the state, too"):
+            policy.token_ids(given["task"])
+        return
+    token_ids = policy.token_ids(given["task"])
+    assert token_ids[-1] == policy.padding_id
+    images = {name: torch.from_numpy(given[f"observation.images.{name}"])[None] for name in CAMERAS}
+    state = torch.from_numpy(given["observation.state"])[None]
+    with torch.no_grad():
+        batch, _ = policy.collate(policy.encode([given], [policy.reset()]))
+        padded = policy.inputs(images, state, torch.tensor([token_ids]))
+        assert padded[MASK].shape[1] > batch[MASK].shape[1]
+        wanted = policy.act(batch, Forward())
+        actions = policy.denoise(batch[NOISE], policy.read_prefix(padded), {**batch, **padded})
+    np.testing.assert_allclose(actions[..., : wanted.shape[-1]], wanted, atol=1e-5)
 
 
 def test_an_image_that_does_not_change_is_encoded_once_and_gives_the_same_actions(

@@ -86,6 +86,7 @@ def test_a_server_answers_as_the_policy_does(places: Path) -> None:
         server.wait()
 
 
+@pytest.mark.exhaustive  # test_mini_flow exports in every run, and test_parity compares padded words
 def test_a_bundle_acts_as_the_policy_does(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where it goes on from a running chunk; pi0.5, which reads more words than the instruction, is refused."""
     command = ["export", "--policy", str(places / "fast"), "--out", str(tmp_path / "bundle")]
