@@ -384,6 +384,11 @@ class EpisodeState:
         return self.needed_at is None or time.perf_counter() + seconds <= self.needed_at
 
 
+def with_suffix(instruction: str, suffix: str) -> str:
+    """Return an instruction that ends in what the policy was trained to see at its end."""
+    return instruction if instruction.endswith(suffix) else instruction + suffix
+
+
 def check_actions(actions: NDArray[Any], action_dim: int) -> None:
     """Refuse actions that must not be executed anywhere.
 

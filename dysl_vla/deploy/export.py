@@ -32,7 +32,7 @@ from dysl_vla.deploy.onnx_backend import (
     open_backend,
     open_graph,
 )
-from dysl_vla.deploy.runtime import EXAMPLE, FILES, FORMAT, POLICY_TYPE, Bundle, with_suffix
+from dysl_vla.deploy.runtime import EXAMPLE, FILES, FORMAT, POLICY_TYPE, Bundle
 from dysl_vla.errors import CheckpointError, ConfigError
 from dysl_vla.extras import needs_extra
 from dysl_vla.files import (
@@ -48,7 +48,7 @@ from dysl_vla.files import (
 )
 from dysl_vla.images import looked_at
 from dysl_vla.policies import ExportablePolicy, load_skippable_policy
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY
+from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, with_suffix
 
 with needs_extra("policy"):
     import torch

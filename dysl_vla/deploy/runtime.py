@@ -45,6 +45,7 @@ from dysl_vla.types import (
     Observation,
     PolicySpec,
     gripper_columns,
+    with_suffix,
 )
 
 POLICY_TYPE, FORMAT = "dysl-bundle", 5
@@ -58,11 +59,6 @@ TOLERANCES = {"fp32": 1e-4, "int8": 2e-2}
 """Largest distance of a machine's actions from the recorded ones, in deviations of the demonstrated actions."""
 MAX_INSTRUCTIONS = 1000
 """Number of instructions whose token ids are kept."""
-
-
-def with_suffix(instruction: str, suffix: str) -> str:
-    """Return an instruction that ends in what the policy was trained to see at its end."""
-    return instruction if instruction.endswith(suffix) else instruction + suffix
 
 
 class Bundle:

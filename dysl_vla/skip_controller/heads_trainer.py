@@ -346,7 +346,7 @@ def mixed_precision(decoder: nn.Module) -> torch.autocast:
         ConfigError: The decoder's weights are on the device `meta`, and are not offloaded.
     """
     device, dtype = run_device(decoder, "0") or torch.device("cpu"), compute_dtype(decoder)
-    # What a forward without gradients cast must not be used again by one with them, as torch before 2.11 did.
+    # What a forward without gradients has cast must not be used again by one with them (PyTorch's issue 112583).
     return torch.autocast(device.type, dtype=dtype, enabled=dtype not in (None, torch.float32), cache_enabled=False)
 
 

@@ -23,7 +23,16 @@ from dysl_vla.policies.base_reference import Base, find_base, save_reference
 from dysl_vla.policies.compute import ComputeConfig, check_device_memory, set_attention
 from dysl_vla.policies.flow.lerobot_folder import FlowOptions, LeRobotFolder
 from dysl_vla.policies.flow.policy import CAUSAL, FlowPolicy
-from dysl_vla.types import IMAGE_PREFIX, STATE_KEY, TASK_KEY, ImageArray, Observation, PolicySpec, gripper_columns
+from dysl_vla.types import (
+    IMAGE_PREFIX,
+    STATE_KEY,
+    TASK_KEY,
+    ImageArray,
+    Observation,
+    PolicySpec,
+    gripper_columns,
+    with_suffix,
+)
 
 
 class LeRobotFlowPolicy(FlowPolicy):
@@ -80,8 +89,7 @@ class LeRobotFlowPolicy(FlowPolicy):
 
     def prompt(self, observation: Observation) -> str:
         """Return the text that the policy reads of an observation."""
-        instruction, suffix = str(observation[TASK_KEY]), self.instruction_suffix
-        return instruction if instruction.endswith(suffix) else instruction + suffix
+        return with_suffix(str(observation[TASK_KEY]), self.instruction_suffix)
 
     def ids(self, observation: Observation) -> list[int]:
         """Return the token ids of an observation's prompt, cut where there are too many."""
